@@ -1,0 +1,135 @@
+"""The plain PyTorch definition of every op: CPU path, test oracle, first page of the lesson.
+
+Shapes: T tokens of a packed row, D model width, F feed-forward width, H query heads,
+K key/value heads (H is a multiple of K), E head size, V vocabulary.
+"""
+
+import inspect
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# A chunk of logits takes CHUNK * V elements: 1,024 keeps it in a CPU's reach (0.6 GB in float32
+# at V = 151,851); on a GPU 4,096 rows make the matmuls large enough (1.2 GB in bfloat16).
+CHUNK_CPU, CHUNK_CUDA = 1024, 4096
+
+
+def rmsnorm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x[..., D] / rms(x) * weight[D], statistics in float32 (Zhang and Sennrich 2019, eq. 4).
+
+    The normalised value is rounded to x's dtype before the weight, as Llama does.
+    """
+    x32 = x.float()
+    normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
+    return weight * normed.to(x.dtype)
+
+
+def rope(
+    q: Tensor, k: Tensor, positions: Tensor, theta: float
+) -> tuple[Tensor, Tensor]:  # q[T,H,E], k[T,K,E], positions[T]
+    """Rotary position embedding (Su et al. 2021, eq. 34), rotate-half layout: element i turns with
+    element i + E/2 by the angle position * theta**(-2i/E). Angles are float32: bfloat16 has lost
+    the phase after a few hundred positions."""
+    half = q.shape[-1] // 2
+    exponent = torch.arange(half, dtype=torch.float32, device=q.device) / half
+    angle = positions.float()[:, None] / theta**exponent  # [T, E/2]
+    cos, sin = angle.cos()[:, None], angle.sin()[:, None]  # [T, 1, E/2]
+
+    def turn(x: Tensor) -> Tensor:
+        a, b = x.float().split(half, dim=-1)
+        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+    return turn(q), turn(k)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up (Shazeer 2020, eq. 6)."""
+    return F.silu(gate) * up
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int
+) -> Tensor:  # q[T,H,E], k[T,K,E], v[T,K,E], cu_seqlens[n+1] -> [T,H,E]
+    """Causal softmax attention within each segment: segment i is tokens cu_seqlens[i] up to
+    cu_seqlens[i+1], and sees nothing else. Query head h reads key/value head h // (H/K)."""
+    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+        return _varlen_attention(q, k, v, cu_seqlens, max_seqlen)
+    # One call per segment: measured faster on CPU than any mask over the whole row.
+    lengths = cu_seqlens.diff().tolist()
+    parts = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
+    return torch.cat([_causal(*part) for part in parts])
+
+
+def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, H or K, T, E]
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    return out[0].transpose(0, 1)
+
+
+def _varlen_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int
+) -> Tensor:
+    """torch's own FlashAttention over packed segments; no host sync, no mask."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    # Not every torch that nanomed runs on takes fewer key/value heads than query heads here,
+    # and the causal flag changed its name: (-1, 0) is all of the past, nothing of the future.
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    has_window = "window_size" in inspect.signature(varlen_attn).parameters
+    causal = {"window_size": (-1, 0)} if has_window else {"is_causal": True}
+    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **causal)
+
+
+def linear_nll(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """-log softmax(hidden @ weight.T)[label] per token: hidden[T,D], weight[V,D], labels[T] -> [T].
+
+    float32; exactly 0 where the label is -100. Tokens without a label are skipped before the
+    matmul, and logits exist one chunk at a time, in forward and again in backward.
+    """
+    return _LinearNLL.apply(hidden, weight, labels)
+
+
+class _LinearNLL(torch.autograd.Function):
+    """With p = softmax(z), z = W h: d nll / d z = p - onehot(label), hence
+    d nll / d h = W^T (p - onehot) and d nll / d W = (p - onehot) h^T."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        rows = (labels >= 0).nonzero()[:, 0]  # the trained tokens
+        nll = hidden.new_zeros(labels.shape, dtype=torch.float32)
+        for part in rows.split(_chunk(hidden)):
+            logits = (hidden[part] @ weight.T).float()
+            target = logits.gather(1, labels[part, None])[:, 0]
+            nll[part] = logits.logsumexp(1) - target
+        ctx.save_for_backward(hidden, weight, labels, rows)
+        return nll
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dnll: Tensor):
+        hidden, weight, labels, rows = ctx.saved_tensors
+        dhidden = torch.zeros_like(hidden)
+        # float32 whatever the weight's dtype: bfloat16 sums over chunks lose small gradients.
+        dweight = torch.zeros_like(weight, dtype=torch.float32)
+        for part in rows.split(_chunk(hidden)):
+            h = hidden[part]
+            dlogits = (h @ weight.T).float().softmax(1)
+            dlogits[torch.arange(len(part), device=h.device), labels[part]] -= 1
+            dlogits = (dlogits * dnll[part, None]).to(h.dtype)
+            dhidden[part] = dlogits @ weight
+            _add_matmul(dweight, dlogits.T, h)
+        return dhidden, dweight.to(weight.dtype), None
+
+
+def _chunk(x: Tensor) -> int:
+    return CHUNK_CUDA if x.is_cuda else CHUNK_CPU
+
+
+def _add_matmul(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out += a @ b, with out in float32."""
+    if a.dtype == out.dtype:
+        out.addmm_(a, b)
+    else:
+        out += a @ b

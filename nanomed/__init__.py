@@ -1,0 +1,1 @@
+"""nanomed: a from-scratch, minimal training library for the Aquila-Med recipe."""

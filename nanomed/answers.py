@@ -1,0 +1,70 @@
+"""A few held-out questions answered by the model, beside their reference answers."""
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from nanomed.generate import greedy_in_lockstep
+from nanomed.loader import Loader
+from nanomed.log import RunFolder
+from nanomed.records import Chat, chats_of, read_json
+from nanomed.store import Store
+from nanomed.template import Encoder
+
+SEEN, UNSEEN = "fact seen in training, in another form", "fact not stated in training"
+
+
+def show_answers(
+    model: nn.Module, encoder: Encoder, loader: Loader, run: RunFolder, max_new: int = 64
+) -> None:
+    """Prints held-out questions with the model's greedy answers. Every rank calls it."""
+    questions = pick_questions(loader)
+    prompts = [encoder.prompt(Chat(chat.turns[:-1], chat.system)) for chat, _ in questions]
+    stop = {encoder.turn_end, encoder.document_end}
+    answers = greedy_in_lockstep(model, prompts, stop, max_new, run.world.device)
+    run.print("held-out questions, answered by the best checkpoint (greedy):")
+    for (chat, mark), ids in zip(questions, answers, strict=True):
+        (_, question), (_, reference) = chat.turns[-2:]
+        run.print(f"\n  question   {question}" + (f"   [{mark}]" if mark else ""))
+        run.print(f"  reference  {reference}")
+        run.print(f"  answer     {encoder.tokenizer.decode(ids)}")
+    run.print()
+
+
+def pick_questions(loader: Loader, n_seen: int = 4, n_unseen: int = 2) -> list[tuple[Chat, str]]:
+    """(chat, mark) of held-out chats: where records name their facts, some whose facts training
+    states in another form, each of another kind as far as possible, and some it does not state;
+    elsewhere simply the first ones, without a mark."""
+    held_out = _records(loader.val_data, loader.val)
+    if not all("facts" in record for record in held_out):
+        return [(chats_of(record)[0], "") for record in held_out[: n_seen + n_unseen]]
+    train = _records(loader.data, loader.train)
+    taught = {fact for record in train for fact in record.get("facts", [])}
+    marked = [
+        (record, SEEN if taught.issuperset(record["facts"]) else UNSEEN) for record in held_out
+    ]
+    picked = []
+    for wanted, n in ((SEEN, n_seen), (UNSEEN, n_unseen)):
+        these = [record for record, mark in marked if mark == wanted]
+        first_of_kind = {record.get("kind"): record for record in reversed(these)}
+        varied = [*first_of_kind.values(), *these]
+        picked += [(chats_of(record)[0], wanted) for record in _distinct(varied)[:n]]
+    return picked
+
+
+def _distinct(records: list[dict]) -> list[dict]:
+    return list({id(record): record for record in records}.values())
+
+
+def _records(store: Store, examples: Iterable[int]) -> list[dict]:
+    """The records, as they stand in their files, that these examples were read from."""
+    wanted: dict[str, set[int]] = {}
+    for i in examples:
+        file, number = store.where(i)
+        wanted.setdefault(file, set()).add(number)
+    return [
+        record
+        for file, numbers in wanted.items()
+        for number, record, _ in read_json(file)
+        if number in numbers
+    ]

@@ -1,0 +1,218 @@
+"""What can be set: the model's shape, and one flat dataclass per stage, filled from a TOML file
+and the command line. Every field says what it is, in which unit, and what the paper used."""
+
+import argparse
+import dataclasses
+import difflib
+import tomllib
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, get_args, get_origin
+
+
+class InputError(Exception):
+    """Something that was given cannot work; the message says what, where, and the remedy."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    vocab_size: int
+    n_layers: int
+    d_model: int
+    n_heads: int
+    n_kv_heads: int  # fewer than n_heads: grouped-query attention
+    d_ff: int
+    max_seq_len: int
+    rope_theta: float
+    norm_eps: float
+    qkv_bias: bool
+    dropout: float = 0.0  # on each residual branch, while training
+
+    @property
+    def head_size(self) -> int:
+        return self.d_model // self.n_heads
+
+    def n_params(self) -> int:
+        kv_size = self.n_kv_heads * self.head_size
+        attention = 2 * self.d_model * (self.d_model + kv_size)
+        bias = (self.d_model + 2 * kv_size) * self.qkv_bias
+        layer = attention + bias + 3 * self.d_model * self.d_ff + 2 * self.d_model
+        return 2 * self.vocab_size * self.d_model + self.n_layers * layer + self.d_model
+
+
+# Four generations of Aquila share one name; these are three of them and a small sibling.
+MODELS = {
+    "tiny": ModelConfig(6144, 4, 256, 4, 2, 704, 4096, 1e6, 1e-5, True),
+    "aquila-7b": ModelConfig(100_008, 32, 4096, 32, 32, 11_008, 2048, 1e4, 1e-6, False),
+    "aquila2-7b": ModelConfig(143_973, 32, 4096, 32, 32, 11_008, 4096, 1e6, 1e-5, False),
+    "aquilamed-7b": ModelConfig(151_851, 32, 4096, 32, 8, 14_336, 4096, 1e6, 1e-5, True),
+}
+
+
+def _flag(default: Any, help: str, paper: str = "", choices: tuple = ()) -> Any:
+    return field(default=default, metadata={"help": help, "paper": paper, "choices": choices})
+
+
+@dataclass(frozen=True)
+class Run:
+    """The settings that every stage has. Defaults are the recipe's; FRESH holds the others that
+    a model trained from nothing (no --init) starts with instead: the demonstration."""
+
+    stage: ClassVar[str]
+    FRESH: ClassVar[dict[str, Any]]
+
+    config: str = _flag("", "TOML file with any of these settings; flags come after it and win")
+    model: str = _flag("", "shape of a fresh model; default: tiny", choices=("", *MODELS))
+    init: str = _flag("", "start from this run folder or Hugging Face folder instead")
+    tokenizer: str = _flag("", "tokenizer file or folder; default: the --init folder's, else ours")
+    template: str = _flag("", "name or JSON file; default: the --init folder's, else chatml")
+    data: list[str] = _flag(("samples/sft.jsonl",), "training files: JSON, JSONL, either as .gz")
+    val_data: list[str] = _flag((), "held-out files; default: a part of --data")
+    val_fraction: float = _flag(0.1, "share of --data held out, by question", "0.1 (SFT)")
+    out: str = _flag("", "run folder; default: the next free runs/STAGE-NNN")
+    resume: str = _flag("", "go on from a checkpoint: its folder, or nothing for the newest")
+    steps: int = _flag(0, "stop after this many optimizer steps; 0: after --epochs")
+    epochs: int = _flag(2, "passes over the training data", "2 (SFT, DPO), 1 (CPT)")
+    batch_size: int = _flag(128, "examples per optimizer step, over all GPUs", "128 (SFT)")
+    micro_tokens: int = _flag(4096, "most tokens in one packed row, the unit of memory")
+    seq_len: int = _flag(2048, "most tokens in one segment", "2048 (SFT), 4096 (CPT)")
+    lr: float = _flag(2e-6, "peak learning rate", "2e-6 (SFT), 2e-7 (DPO), 1e-4 and 1e-5 (CPT)")
+    min_lr_ratio: float = _flag(0.0, "learning rate of the last step, as a share of the peak")
+    warmup_ratio: float = _flag(0.03, "share of the steps with rising learning rate", "CPT only")
+    weight_decay: float = _flag(0.1, "AdamW's decay, on matrices only", "0.1 (SFT)")
+    grad_clip: float = _flag(1.0, "largest global gradient norm; 0: no clipping")
+    dropout: float = _flag(0.1, "dropout of each residual branch", "0.1 (SFT)")
+    seed: int = _flag(0, "of the order of examples, fresh weights and dropout")
+    recompute: str = _flag(
+        "none", "full: keep only each layer's input, compute it again in backward",
+        choices=("none", "full"),
+    )  # fmt: skip
+    kernels: str = _flag("auto", "implementation of the fused ops", choices=("auto", "reference"))
+    dtype: str = _flag(
+        "auto", "of the computation; auto: bf16 on CUDA, fp32 on CPU", "bf16",
+        choices=("auto", "bf16", "fp32"),
+    )  # fmt: skip
+    device: str = _flag("auto", "auto: the GPU if there is one", choices=("auto", "cuda", "cpu"))
+    allow_drop: float = _flag(0.05, "largest share of examples that may be dropped as too long")
+    log_every: int = _flag(1, "steps between two logged lines")
+    eval_every: int = _flag(0, "steps between two validations; 0: at each epoch's end")
+    save_every: int = _flag(0, "steps between two checkpoints; 0: at each validation")
+    keep_last: int = _flag(2, "newest checkpoints kept; the best one always is", "best kept")
+    show_text: bool = _flag(False, "print text of examples though --data is not samples/")
+
+    def __post_init__(self) -> None:
+        limits = [
+            (self.seq_len >= 2, "seq_len", "at least 2 tokens"),
+            (self.micro_tokens >= self.seq_len, "micro_tokens", "at least --seq_len"),
+            (self.batch_size >= 1, "batch_size", "at least 1"),
+            (self.epochs >= 1, "epochs", "at least 1"),
+            (self.steps >= 0, "steps", "0 or more"),
+            (self.lr > 0, "lr", "above 0"),
+            (0 <= self.min_lr_ratio <= 1, "min_lr_ratio", "between 0 and 1"),
+            (0 <= self.warmup_ratio <= 1, "warmup_ratio", "between 0 and 1"),
+            (self.weight_decay >= 0, "weight_decay", "0 or more"),
+            (self.grad_clip >= 0, "grad_clip", "0 or more"),
+            (0 <= self.dropout < 1, "dropout", "at least 0 and below 1"),
+            (0 <= self.val_fraction < 1, "val_fraction", "at least 0 and below 1"),
+            (0 <= self.allow_drop <= 1, "allow_drop", "between 0 and 1"),
+            (self.log_every >= 1, "log_every", "at least 1"),
+            (min(self.eval_every, self.save_every) >= 0, "eval_every and save_every", "0 or more"),
+            (self.keep_last >= 1, "keep_last", "at least 1"),
+            (len(self.data) > 0, "data", "at least one file"),
+        ]  # fmt: skip
+        for holds, name, rule in limits:
+            if not holds:
+                raise InputError(f"--{name} is {getattr(self, name, '?')}; it must be {rule}")
+        for f in dataclasses.fields(self):
+            choices = f.metadata["choices"]
+            if choices and getattr(self, f.name) not in choices:
+                raise InputError(
+                    f"--{f.name} is {getattr(self, f.name)!r}; it must be one of {choices}"
+                    + nearest(getattr(self, f.name), choices)
+                )
+
+
+@dataclass(frozen=True)
+class SFT(Run):
+    stage: ClassVar[str] = "sft"
+    FRESH: ClassVar[dict[str, Any]] = {
+        "lr": 2e-3,
+        "epochs": 8,
+        "batch_size": 32,
+        "dropout": 0.0,
+        "seq_len": 1024,
+        "min_lr_ratio": 0.1,
+        "warmup_ratio": 0.05,
+        "log_every": 10,
+    }
+
+
+def parse(cls: type[Run], argv: list[str] | None = None) -> Run:
+    """Settings from, in rising order: the class's defaults, FRESH (if neither --init nor --config
+    is given), the TOML file, the command line. Raises InputError."""
+    parser = _parser(cls)
+    flags, unknown = parser.parse_known_args(argv)
+    given = vars(flags)
+    if unknown:
+        names = [f"--{f.name}" for f in dataclasses.fields(cls)]
+        raise InputError(f"unknown argument {unknown[0]!r}" + nearest(unknown[0], names))
+    from_file = _read_toml(cls, given["config"]) if "config" in given else {}
+    fresh = {} if "init" in {**from_file, **given} or "config" in given else cls.FRESH
+    return cls(**{**fresh, **from_file, **given})
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise InputError(message)
+
+
+def _parser(cls: type[Run]) -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog=f"train_{cls.stage}.py",
+        allow_abbrev=False,  # --batch would silently mean --batch_size
+        argument_default=argparse.SUPPRESS,  # what was not given leaves no trace
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    for f in dataclasses.fields(cls):
+        kind = {"action": "store_true"} if f.type is bool else {"type": f.type}
+        if get_origin(f.type) is list:
+            kind = {"type": get_args(f.type)[0], "nargs": "+"}
+        if f.name == "resume":
+            kind |= {"nargs": "?", "const": "latest"}
+        parser.add_argument(f"--{f.name}", help=_help(cls, f), **kind)
+    return parser
+
+
+def _help(cls: type[Run], f: dataclasses.Field) -> str:
+    shown = " ".join(f.default) if isinstance(f.default, tuple) else f.default
+    text = f.metadata["help"] + (f"\n  default {shown}" if shown not in ("", False) else "")
+    if f.name in cls.FRESH:
+        text += f"; for a fresh model {cls.FRESH[f.name]}"
+    if f.metadata["choices"]:
+        text += f"; one of {', '.join(f.metadata['choices'])}"
+    if f.metadata["paper"]:
+        text += f"; the paper: {f.metadata['paper']}"
+    return text.replace("%", "%%")
+
+
+def _read_toml(cls: type[Run], path: str) -> dict[str, Any]:
+    try:
+        with open(path, "rb") as file:
+            values = tomllib.load(file)
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise InputError(f"--config {path}: {error}") from None
+    types = {f.name: f.type for f in dataclasses.fields(cls)}
+    for name, value in values.items():
+        if name not in types:
+            raise InputError(f"{path}: unknown setting {name!r}" + nearest(name, types))
+        kind = get_origin(types[name]) or types[name]
+        if kind is float and type(value) is int:
+            values[name] = float(value)
+        elif type(value) is not kind:
+            raise InputError(f"{path}: {name} = {value!r} must be {kind.__name__}")
+    return values
+
+
+def nearest(name: str, known) -> str:
+    """A hint for an unknown name: "; did you mean ...?", or nothing if none is close."""
+    close = difflib.get_close_matches(str(name).split("=")[0], list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""

@@ -1,0 +1,139 @@
+"""Processes, sharding and sums: everything nanomed asks of torch.distributed, in plain sight."""
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.elastic.multiprocessing.errors import record
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from nanomed.config import InputError
+
+
+@dataclass(frozen=True)
+class World:
+    rank: int
+    size: int
+    device: torch.device
+    mesh: DeviceMesh
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def rank_from_env() -> tuple[int, int, int, int]:
+    """(rank, world size, rank on this node, processes on this node), as torchrun sets them;
+    one process if it was not used."""
+    names = ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)
+    return tuple(int(os.environ.get(name, default)) for name, default in names)
+
+
+def pick_device(asked: str) -> torch.device:
+    """`auto` is the GPU if there is one. A GPU that torch cannot use is an error, not a CPU run."""
+    if asked == "auto":
+        gpu_seen = os.path.exists("/proc/driver/nvidia/version")
+        asked = "cuda" if torch.cuda.is_available() or gpu_seen else "cpu"
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise InputError(
+            f"torch {torch.__version__} (built for CUDA {torch.version.cuda}) cannot use "
+            f"this machine's GPU; NVIDIA driver: {_driver()}. Install the torch build that fits "
+            "the driver (README, 'Which torch'), or ask for the CPU with --device cpu."
+        )
+    return torch.device("cuda", rank_from_env()[2]) if asked == "cuda" else torch.device("cpu")
+
+
+def _driver() -> str:
+    try:
+        with open("/proc/driver/nvidia/version") as file:
+            return file.readline().strip()
+    except OSError:
+        return "none found"
+
+
+def launch(main: Callable[[], None]) -> None:
+    """Runs a script's main. Bad input is one line on the screen; anything else is a traceback, and
+    `record` puts it into torchrun's closing table too."""
+    try:
+        record(main)()
+    except InputError as error:
+        if rank_from_env()[0] > 0:  # the same message from rank 0 comes first and ends the others
+            time.sleep(2)
+        sys.exit(f"error: {error}")
+
+
+@contextmanager
+def start(device: torch.device):
+    """Joins the process group (gloo on CPU, NCCL on CUDA) and yields the World."""
+    rank, size, _, local_size = rank_from_env()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:  # more threads than cores would only wait for each other
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    alone = {} if "MASTER_ADDR" in os.environ else {"store": dist.HashStore()}
+    dist.init_process_group(backend, rank=rank, world_size=size, **alone)
+    try:
+        yield World(rank, size, device, init_device_mesh(device.type, (size,)))
+    finally:
+        dist.destroy_process_group()
+
+
+def shard(model: nn.Module, world: World, compute_dtype: torch.dtype) -> nn.Module:
+    """FSDP2: parameters, gradients and optimizer state live sharded in float32; each unit is
+    gathered in compute_dtype around its forward and backward.
+
+    The root owns no parameter: a root that does stays gathered after a forward without backward,
+    and an optimizer or a load then silently works on the wrong copy.
+    """
+    precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
+    for unit in (model.embed_tokens, *model.layers, model.norm, model.lm_head, model):
+        fully_shard(unit, mesh=world.mesh, mp_policy=precision)
+        # Gradients are plain sums: fit() divides by the trained tokens of the whole step. gloo
+        # cannot divide within a reduction, so without the second line the first raises there.
+        unit.set_gradient_divide_factor(1.0)
+        unit.set_force_sum_reduction_for_comms(True)
+    return model
+
+
+def fill(param: Tensor, full: Tensor) -> None:
+    """Copies this rank's rows of the whole tensor `full` into a parameter, sharded or not."""
+    with torch.no_grad():
+        if isinstance(param, DTensor):
+            param.to_local().copy_(full[local_rows(param)])
+        else:
+            param.copy_(full)
+
+
+def local_rows(param: DTensor) -> slice:
+    """The rows (of dimension 0) of a sharded parameter that this rank holds."""
+    shape, offset = compute_local_shape_and_global_offset(
+        param.shape, param.device_mesh, param.placements
+    )
+    return slice(offset[0], offset[0] + shape[0])
+
+
+def full(param: Tensor) -> Tensor:
+    """The whole tensor; every rank must call it."""
+    return param.full_tensor() if isinstance(param, DTensor) else param
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    dist.all_reduce(values)
+    return values
+
+
+def from_main(value):
+    """Rank 0's value, on every rank; any picklable object."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]

@@ -1,0 +1,157 @@
+"""The run folder and what a run says: one line per logged step, a progress bar, metrics.jsonl."""
+
+import dataclasses
+import fcntl
+import json
+import os
+import re
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from nanomed import checkpoint
+from nanomed.config import InputError, ModelConfig, Run
+from nanomed.distributed import World, from_main
+from nanomed.packing import Row
+
+# Dense bf16 FLOP/s from the vendor's data sheets: what MFU is a share of.
+PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
+
+
+class RunFolder:
+    """Where a run writes. Only rank 0 prints and writes here; shards are the exception."""
+
+    def __init__(self, config: Run, world: World):
+        self.world = world
+        self.path, self.resume_from = from_main(_choose(config) if world.is_main else None)
+        self.checkpoints = self.path / "checkpoints"
+        self.bar: tqdm | None = None
+        if world.is_main:
+            self.path.mkdir(parents=True, exist_ok=True, mode=0o700)  # data may be patients'
+            self._lock = open(self.path / ".lock", "w")
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise InputError(f"another run is writing to {self.path}") from None
+            self.write_json("config.json", dataclasses.asdict(config))
+            if self.path.parent == Path("runs"):
+                checkpoint.point(Path("runs") / config.stage, self.path)
+            step = checkpoint.read_state(self.resume_from)["step"] if self.resume_from else -1
+            _cut_back(self.path / "metrics.jsonl", step)
+
+    def write_json(self, name: str, value: Any) -> None:
+        if self.world.is_main:
+            (self.path / name).write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+
+    def metrics(self, **values: float) -> None:
+        if self.world.is_main:
+            with open(self.path / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(values) + "\n")
+
+    def print(self, text: str = "") -> None:
+        if self.world.is_main:
+            # tqdm.write puts the line above a bar that is being drawn.
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+
+def _choose(config: Run) -> tuple[Path, Path | None]:
+    """(the run's folder, the checkpoint it goes on from or None)."""
+    newest = Path("runs") / config.stage
+    if config.resume:
+        named = config.resume if config.resume not in ("latest", "auto") else config.out
+        path = Path(named) if named else newest.resolve()
+        if (path / "checkpoints/latest").exists():
+            return path, (path / "checkpoints/latest").resolve()
+        if config.resume != "auto":
+            raise InputError(f"--resume: {path} holds no checkpoint; start without --resume")
+    if config.out:
+        if (Path(config.out) / "config.json").exists() and config.resume != "auto":
+            raise InputError(
+                f"{config.out} already holds a run; go on with it by --resume, or choose another "
+                "--out"
+            )
+        return Path(config.out), None
+    pattern = re.compile(rf"{config.stage}-(\d+)$")
+    taken = [int(m[1]) for p in Path("runs").glob("*") if (m := pattern.match(p.name))]
+    return Path("runs") / f"{config.stage}-{max(taken, default=0) + 1:03d}", None
+
+
+def _cut_back(path: Path, step: int) -> None:
+    """Keeps the lines up to `step`; what came after it is about to be done again."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    kept = [line for line in lines if json.loads(line)["step"] <= step]
+    path.write_text("".join(line + "\n" for line in kept))
+
+
+class Meter:
+    """Tokens per second and what else a logged step shows."""
+
+    def __init__(self, model: ModelConfig, world: World):
+        self.model, self.world = model, world
+        self.restart()
+
+    def restart(self) -> None:
+        """Call it after anything that is not training, so that its time does not count."""
+        self.started, self.tokens, self.squares = time.perf_counter(), 0, 0
+
+    def count(self, row: Row) -> torch.Tensor:
+        """Adds one row of this rank, still on the CPU, and returns its tokens; a filler has 0."""
+        lengths = row.cu_seqlens.diff().long() * (row.examples >= 0)
+        self.tokens += int(lengths.sum())
+        self.squares += int((lengths**2).sum())
+        return lengths.sum()
+
+    def read(self, tokens: float, squares: float) -> dict[str, float]:
+        """Rates since the last call, from both counts summed over all ranks."""
+        seconds = time.perf_counter() - self.started
+        values = {"tokens_per_s": tokens / seconds, "peak_memory_gb": peak_memory() / 2**30}
+        if (peak := _peak_flops()) is not None:
+            flops = flops_of(self.model, tokens, squares)
+            values["mfu_causal"] = flops / seconds / (peak * self.world.size)
+        self.restart()
+        return values
+
+
+def flops_of(model: ModelConfig, tokens: float, squares: float) -> float:
+    """FLOPs of forward and backward, causal count: 6 per matmul weight and token (the embedding is
+    a lookup, the head a matmul), and 6 L H E S per token of a segment of S tokens for attention;
+    `squares` is the sum of S**2 over segments."""
+    matmul = model.n_params() - model.vocab_size * model.d_model
+    return 6 * matmul * tokens + 6 * model.n_layers * model.d_model * squares
+
+
+def _peak_flops() -> float | None:
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return next((peak for gpu, peak in PEAK_FLOPS.items() if gpu in name), None)
+
+
+def peak_memory() -> int:
+    """Bytes: allocated on the GPU, else resident in this process."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def step_line(step: int, n_steps: int, values: dict[str, float]) -> str:
+    parts = [
+        f"step {step}/{n_steps}",
+        f"loss {values['loss']:.4f}",
+        f"lr {values['lr']:.2e}",
+        f"grad {values['grad_norm']:.3f}",
+        f"{values['tokens_per_s']:,.0f} tok/s",
+        f"trained {values['trained_share']:.0%}",
+        f"mem {values['peak_memory_gb']:.2f} GiB",
+    ]
+    if "mfu_causal" in values:
+        parts.append(f"MFU {values['mfu_causal']:.1%} (causal count, of the data sheet's bf16)")
+    return "  ".join(parts)
+
+
+def is_terminal() -> bool:
+    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"

@@ -1,0 +1,140 @@
+"""The decoder, in one file: Llama-shaped, with grouped-query attention and q/k/v bias.
+
+Shapes: T tokens of a packed row, D model width, F feed-forward width, H query heads,
+K key/value heads, E head size, V vocabulary. There is no batch dimension: a row is a flat
+sequence of independent segments (nanomed/packing.py draws one).
+
+Module names are the Hugging Face names without the `model.` prefix, so weights load as they are.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import kernels
+from nanomed.config import ModelConfig
+from nanomed.distributed import fill
+from nanomed.packing import Row
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return kernels.rmsnorm(x, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.head_size, self.theta = c.head_size, c.rope_theta
+        kv_size = c.n_kv_heads * c.head_size
+        self.q_proj = nn.Linear(c.d_model, c.n_heads * c.head_size, bias=c.qkv_bias)
+        self.k_proj = nn.Linear(c.d_model, kv_size, bias=c.qkv_bias)
+        self.v_proj = nn.Linear(c.d_model, kv_size, bias=c.qkv_bias)
+        self.o_proj = nn.Linear(c.n_heads * c.head_size, c.d_model, bias=False)
+
+    def forward(self, x: Tensor, row: Row) -> Tensor:  # x[T,D]
+        q, k, v = (
+            proj(x).unflatten(-1, (-1, self.head_size))  # [T,H,E], [T,K,E], [T,K,E]
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = kernels.rope(q, k, row.positions, self.theta)
+        out = kernels.attention(q, k, v, row.cu_seqlens, row.max_seqlen)  # [T,H,E]
+        return self.o_proj(out.flatten(1))
+
+
+class MLP(nn.Module):
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(c.d_model, c.d_ff, bias=False)
+        self.up_proj = nn.Linear(c.d_model, c.d_ff, bias=False)
+        self.down_proj = nn.Linear(c.d_ff, c.d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(kernels.swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+class Layer(nn.Module):
+    def __init__(self, c: ModelConfig, recompute: str):
+        super().__init__()
+        self.self_attn = Attention(c)
+        self.mlp = MLP(c)
+        self.input_layernorm = RMSNorm(c.d_model, c.norm_eps)
+        self.post_attention_layernorm = RMSNorm(c.d_model, c.norm_eps)
+        self.dropout = c.dropout
+        self.recompute = recompute
+
+    def forward(self, x: Tensor, row: Row) -> Tensor:
+        # Recomputing inside forward, not around the module, keeps parameter names as they are
+        # and FSDP's gathering of the layer outside.
+        if self.recompute == "full" and torch.is_grad_enabled():
+            return checkpoint(self._forward, x, row, use_reentrant=False)
+        return self._forward(x, row)
+
+    def _forward(self, x: Tensor, row: Row) -> Tensor:
+        x = x + F.dropout(self.self_attn(self.input_layernorm(x), row), self.dropout, self.training)
+        return x + F.dropout(
+            self.mlp(self.post_attention_layernorm(x)), self.dropout, self.training
+        )
+
+
+class Head(nn.Module):
+    """lm_head: the logits' matrix and the loss in one module, so that FSDP gathers the matrix
+    around both and a [T, V] tensor need not exist."""
+
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(c.vocab_size, c.d_model))
+
+    def forward(self, hidden: Tensor, labels: Tensor | None) -> Tensor:
+        if labels is None:
+            return hidden @ self.weight.T  # [T,V]
+        return kernels.linear_nll(hidden, self.weight, labels)  # [T] float32
+
+
+class Aquila(nn.Module):
+    """The whole decoder. `recompute` "full" keeps only each layer's input and runs the layer again
+    in backward. Built under `torch.device("meta")` it allocates nothing; else its weights are
+    initialised."""
+
+    def __init__(self, config: ModelConfig, recompute: str = "none"):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
+        self.layers = nn.ModuleList(Layer(config, recompute) for _ in range(config.n_layers))
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.lm_head = Head(config)
+        if not self.norm.weight.is_meta:
+            init_weights(self)
+
+    def forward(self, row: Row, logits: bool = False) -> Tensor:
+        """The negative log-likelihood of each label, nll[T] float32 (0 where the label is -100);
+        with logits=True the logits [T, V] instead, for inspection and plain generation."""
+        x = self.embed_tokens(row.tokens)  # [T,D]
+        for layer in self.layers:
+            x = layer(x, row)
+        return self.lm_head(self.norm(x), None if logits else row.labels)
+
+
+def init_weights(model: Aquila, seed: int = 0) -> None:
+    """Normal with standard deviation 0.02, less for what adds to the residual stream (Radford et
+    al. 2019); norms 1, biases 0. Each tensor has a generator of its own, so the values do not
+    depend on how the model is sharded."""
+    std = {"o_proj.weight": 0.02 / (2 * model.config.n_layers) ** 0.5}
+    std["down_proj.weight"] = std["o_proj.weight"]
+    for number, (name, param) in enumerate(model.named_parameters()):
+        whole = torch.empty(param.shape, device=param.device)
+        if "norm" in name:
+            whole.fill_(1)
+        elif name.endswith(".bias"):
+            whole.zero_()
+        else:
+            generator = torch.Generator(param.device).manual_seed(seed * 1_000_003 + number)
+            last_two = ".".join(name.split(".")[-2:])
+            whole.normal_(std=std.get(last_two, 0.02), generator=generator)
+        fill(param, whole)

@@ -1,0 +1,142 @@
+"""What every stage does before and after fit(): settings into a model, and a word on the screen."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import torch
+
+from nanomed import checkpoint, hf, template, tokenizer
+from nanomed.config import MODELS, InputError, ModelConfig, Run
+from nanomed.distributed import World, shard
+from nanomed.loader import Loader
+from nanomed.log import RunFolder
+from nanomed.model import Aquila, init_weights
+from nanomed.optim import lr_at
+
+OUR_TOKENIZER = "samples/tokenizer.model"
+
+
+def model_and_encoder(c: Run) -> tuple[ModelConfig, template.Encoder]:
+    """The model's shape, tokenizer and template, checked against one another. Allocates nothing."""
+    if c.init and c.model:
+        raise InputError(f"--init {c.init} fixes the model; leave out --model {c.model}")
+    encoder = template.Encoder(
+        template.load(c.template or _beside(c.init, "template.json") or "chatml"),
+        tokenizer.load(c.tokenizer or c.init or OUR_TOKENIZER),
+    )
+    n_ids = encoder.tokenizer.vocab_size
+    model = _init_config(c.init) if c.init else MODELS[c.model or "tiny"]
+    if model is MODELS["tiny"]:
+        model = dataclasses.replace(model, vocab_size=n_ids)  # it has no vocabulary of its own
+    if n_ids > model.vocab_size:
+        raise InputError(
+            f"the tokenizer {encoder.tokenizer.path} has {n_ids} ids, the model's embedding only "
+            f"{model.vocab_size} rows: they do not belong together"
+        )
+    if c.seq_len > model.max_seq_len:
+        raise InputError(f"--seq_len {c.seq_len} is over the model's maximum {model.max_seq_len}")
+    return dataclasses.replace(model, dropout=c.dropout), encoder
+
+
+def _init_config(init: str) -> ModelConfig:
+    """Of a run folder or a Hugging Face folder."""
+    if not Path(init).is_dir():
+        raise InputError(f"--init {init}: no such folder")
+    if saved := _beside(init, "model.json"):
+        return ModelConfig(**json.loads(Path(saved).read_text()))
+    return hf.read_config(init)
+
+
+def _beside(folder: str, name: str) -> str:
+    path = Path(folder) / name
+    return str(path) if folder and path.exists() else ""
+
+
+def compute_dtype(c: Run, device: torch.device) -> torch.dtype:
+    named = {"bf16": torch.bfloat16, "fp32": torch.float32}
+    return named[c.dtype if c.dtype != "auto" else "bf16" if device.type == "cuda" else "fp32"]
+
+
+def build_model(c: Run, model_config: ModelConfig, world: World) -> Aquila:
+    """The sharded model with its weights: no rank ever holds more than its share."""
+    with torch.device("meta"):
+        model = Aquila(model_config, c.recompute)
+    shard(model, world, compute_dtype(c, world.device))
+    model.to_empty(device=world.device)
+    if not c.init:
+        init_weights(model, c.seed)
+    elif (best := Path(c.init) / "checkpoints/best").exists():
+        checkpoint.load_weights(best, model)
+    else:
+        hf.load_weights(model, c.init)
+    return model
+
+
+def load_best(model: Aquila, run: RunFolder) -> None:
+    """The best checkpoint's weights; the newest's if nothing was held out to judge by."""
+    best = run.checkpoints / "best"
+    checkpoint.load_weights(best if best.exists() else run.checkpoints / "latest", model)
+
+
+def export(c: Run, model: Aquila, encoder: template.Encoder, run: RunFolder) -> None:
+    """The Hugging Face folder of the weights that the model now has; the last line says where."""
+    folder, dtype = run.path / "export", compute_dtype(c, run.world.device)
+    hf.export(model, encoder.tokenizer, folder, dtype, encoder.template, replace=True)
+    run.print(f"exported to {folder} ({dtype}), for transformers and vLLM".replace("torch.", ""))
+    run.print(f"run folder: {run.path}")
+
+
+def may_show_text(c: Run) -> bool:
+    """Real records may be patients'; they stay off the screen unless asked for."""
+    return c.show_text or all(Path(path).parts[:1] == ("samples",) for path in c.data)
+
+
+def begin(
+    c: Run, model: ModelConfig, encoder: template.Encoder, loader: Loader, run: RunFolder
+) -> None:
+    """Keeps in the run folder what a later --init needs, and says what is about to happen."""
+    if run.world.is_main:
+        run.write_json("model.json", dataclasses.asdict(model))
+        (run.path / "template.json").write_text(encoder.template.to_json() + "\n")
+        shutil.copyfile(encoder.tokenizer.path, run.path / "tokenizer.model")
+    report = loader.data.meta["report"]
+    run.write_json("data_report.json", report)
+    start = f"from {c.init}" if c.init else "from nothing"
+    run.print(
+        f"{c.stage} of {c.model or 'tiny' if not c.init else 'the model'} {start} on "
+        f"{' '.join(c.data)}; the paper's setting: --config configs/{c.stage}.toml --init FOLDER"
+    )
+    dtype = compute_dtype(c, run.world.device)
+    run.print(
+        f"model: {model.n_params():,} parameters, masters and gradient sums in float32, "
+        f"computing in {str(dtype).removeprefix('torch.')} on {run.world.size} x "
+        f"{_device_name(run.world.device)}, kernels: reference"
+    )
+    run.print(
+        f"data: {report['chats']:,} chats, {_changes(report)}; {len(loader.train):,} to train on, "
+        f"{len(loader.val):,} held out; {report['tokens']:,} tokens, "
+        f"{report['trained_tokens'] / report['tokens']:.0%} trained on"
+    )
+    n = loader.n_steps
+    points = [min(n - 1, round(share * n)) for share in (0, 0.25, 0.5, 0.75, 1)]
+    lrs = [lr_at(k, n, c.lr, c.warmup_ratio, c.min_lr_ratio) for k in points]
+    run.print(
+        f"plan: {n:,} steps of {c.batch_size} examples, {loader.steps_per_epoch:,} per epoch; "
+        f"lr at 0, 25, 50, 75, 100%: {', '.join(f'{lr:.1e}' for lr in lrs)}; into {run.path}"
+    )
+
+
+def _changes(report: dict) -> str:
+    parts = [f"{n} dropped ({cause})" for cause, n in report["dropped"].items()]
+    if report["shortened"]:
+        parts.append(f"{report['shortened']} shortened by {report['turns_cut']} old turns")
+    parts += [f"{n} x {change}" for change, n in report["changed"].items()]
+    return ", ".join(parts) or "none dropped or shortened"
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name()
+    return f"cpu ({torch.get_num_threads()} threads each)"

@@ -1,0 +1,205 @@
+"""The memory-mapped token store: what every stage reads.
+
+A store is a folder: tokens and trained flags one after another, the segments' borders, and for
+each example where it came from. It is written once, by one process, under a key of everything that
+its content depends on; a second launch finds it and starts at once.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+from array import array
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from nanomed.config import InputError
+from nanomed.distributed import rank_from_env
+from nanomed.records import read_chats
+from nanomed.template import Encoder
+
+CACHE = Path("runs/cache")
+FORMATTER = ("records", "template", "tokenizer", "store")  # the code that turns files into ids
+
+
+class Store:
+    """Examples in memory-mapped files. store[i] is the example's segments: [(ids, trained), ...]
+    as numpy arrays, int64 and bool."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.meta = json.loads((folder / "meta.json").read_text())
+        self.tokens = np.memmap(folder / "tokens.u32", np.uint32, "r")
+        self.trained = np.memmap(folder / "trained.u8", np.bool_, "r")
+        self.borders = np.load(folder / "borders.npy", mmap_mode="r")  # [segments+1]
+        self.source = np.load(folder / "source.npy", mmap_mode="r")  # [n,2] file, record
+        self.keys = np.load(folder / "keys.npy", mmap_mode="r")  # [n] uint64, see group_key
+        # [n] the labels of each example: what it adds to its step's divisor
+        self.divisors = np.load(folder / "divisors.npy", mmap_mode="r")
+        self.per_example = self.meta["segments_per_example"]
+        self.lengths = np.diff(self.borders[:: self.per_example])  # [n] tokens
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, i: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        segments = range(i * self.per_example, (i + 1) * self.per_example)
+        spans = [slice(self.borders[s], self.borders[s + 1]) for s in segments]
+        return [(self.tokens[span].astype(np.int64), self.trained[span]) for span in spans]
+
+    def where(self, i: int) -> tuple[str, int]:
+        """The file, and the record's number in it, that example i was read from."""
+        file, record = self.source[i]
+        return self.meta["files"][file], int(record)
+
+
+class Writer:
+    """Appends examples to a store under construction; memory does not grow with the tokens."""
+
+    def __init__(self, folder: Path, files: list[str], segments_per_example: int = 1):
+        self.folder = folder
+        self.meta = {"files": files, "segments_per_example": segments_per_example}
+        self.tokens = open(folder / "tokens.u32", "wb")
+        self.trained = open(folder / "trained.u8", "wb")
+        self.borders, self.source = array("q", [0]), array("q")
+        self.keys, self.divisors = array("Q"), array("q")
+
+    def add(self, segments: list[tuple[list[int], list[bool]]], file: int, record: int, group: str):
+        for ids, trained in segments:
+            self.tokens.write(array("I", ids).tobytes())
+            self.trained.write(bytes(trained))
+            self.borders.append(self.borders[-1] + len(ids))
+        self.source.extend((file, record))
+        self.keys.append(group_key(group))
+        # A segment's first token has no predecessor, so it is never a label.
+        self.divisors.append(sum(sum(trained[1:]) for _, trained in segments))
+
+    def close(self, report: dict) -> None:
+        self.tokens.close()
+        self.trained.close()
+        np.save(self.folder / "borders.npy", np.array(self.borders, np.int64))
+        np.save(self.folder / "source.npy", np.array(self.source, np.int64).reshape(-1, 2))
+        np.save(self.folder / "keys.npy", np.array(self.keys, np.uint64))
+        np.save(self.folder / "divisors.npy", np.array(self.divisors, np.int64))
+        self.meta |= {"tokens": self.borders[-1], "report": report}
+        (self.folder / "meta.json").write_text(json.dumps(self.meta, ensure_ascii=False, indent=2))
+
+
+def group_key(group: str) -> int:
+    """A number from 0 to 2**64 - 1 that decides on which side of the split a group stands."""
+    return int.from_bytes(hashlib.sha256(group.encode()).digest()[:8], "big")
+
+
+def chats(files: list[str], encoder: Encoder, seq_len: int, allow_drop: float) -> Store:
+    """The store of the chats in `files`, tokenised now or found in the cache.
+
+    Raises InputError for a file that cannot be read, and if more than the share `allow_drop` of
+    the chats could not be kept."""
+    formatter = [Path(__file__).with_name(f"{name}.py").read_bytes() for name in FORMATTER]
+    parts = [
+        "chats",
+        *map(_digest, files),
+        json.dumps(files),
+        encoder.tokenizer.fingerprint(),
+        encoder.template.to_json(),
+        str(seq_len),
+        *(hashlib.sha256(code).hexdigest() for code in formatter),
+    ]
+    store = _cached("chats", parts, lambda folder: _write_chats(folder, files, encoder, seq_len))
+    report = store.meta["report"]
+    total, dropped = report["chats"], sum(report["dropped"].values())
+    if dropped > allow_drop * total or dropped == total:
+        causes = ", ".join(f"{n} {cause}" for cause, n in report["dropped"].items())
+        raise InputError(
+            f"{dropped} of {total} chats in {', '.join(files)} cannot be kept ({causes}); raise "
+            f"--seq_len (now {seq_len}), mend the data, or allow it with --allow_drop"
+        )
+    return store
+
+
+def _write_chats(folder: Path, files: list[str], encoder: Encoder, seq_len: int) -> None:
+    writer = Writer(folder, files)
+    reports = {}
+    total = sum(os.path.getsize(path) for path in files)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="tokenising", leave=False) as bar:
+        for number, path in enumerate(files):
+            counts = {"chats": 0, "kept": 0, "shortened": 0, "turns_cut": 0}
+            dropped, notes, start = Counter(), Counter(), bar.n
+            for record, chat, n_bytes in read_chats(path):
+                counts["chats"] += 1
+                notes.update(chat.notes)
+                ids, trained, cut = ([], [], 0)
+                if not chat.dropped:
+                    ids, trained, cut = encoder.chat(chat, seq_len)
+                if ids:
+                    writer.add([(ids, trained)], number, record, chat.group)
+                    counts["kept"] += 1
+                    counts["shortened"] += cut > 0
+                    counts["turns_cut"] += cut
+                else:
+                    dropped[chat.dropped or "longer than seq_len"] += 1
+                bar.update(start + n_bytes - bar.n)
+            reports[path] = {**counts, "dropped": dict(dropped), "changed": dict(notes)}
+    writer.close(_total(reports, writer))
+
+
+def _total(files: dict[str, dict], writer: Writer) -> dict:
+    """The report of all files together, with each file's own below it."""
+    dropped, changed = Counter(), Counter()
+    for report in files.values():
+        dropped.update(report["dropped"])
+        changed.update(report["changed"])
+    names = ("chats", "kept", "shortened", "turns_cut")
+    lengths = np.diff(np.array(writer.borders))
+    percentiles = (0, 5, 25, 50, 75, 95, 100)
+    values = (
+        np.percentile(lengths, percentiles).round().astype(int).tolist() if len(lengths) else []
+    )
+    return {
+        **{name: sum(report[name] for report in files.values()) for name in names},
+        "dropped": dict(dropped),
+        "changed": dict(changed),
+        "tokens": writer.borders[-1],
+        "trained_tokens": sum(writer.divisors),
+        "length_percentiles": {f"p{p}": v for p, v in zip(percentiles, values, strict=False)},
+        "files": files,
+    }
+
+
+# ---------------------------------------------------------------- cache
+
+
+def _digest(path: str) -> str:
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+
+
+def _cached(kind: str, parts: list[str], write: Callable[[Path], None]) -> Store:
+    """The store under the key of `parts`. Where it does not exist yet, one process of each
+    machine writes it and the others wait, before any process group exists that could time out."""
+    folder = CACHE / f"{kind}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]}"
+    if rank_from_env()[2] > 0:
+        while not folder.exists():
+            time.sleep(0.1)
+    CACHE.mkdir(parents=True, exist_ok=True, mode=0o700)  # the data may be patients'
+    with open(f"{folder}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # a second launch on the same data waits here
+        if not folder.exists():
+            unfinished = Path(f"{folder}.unfinished")
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir()
+            write(unfinished)
+            unfinished.rename(folder)
+    store = Store(folder)
+    if len(store.tokens) != store.meta["tokens"] or len(store.trained) != store.meta["tokens"]:
+        raise InputError(f"{folder} is damaged; delete it and start again")
+    return store

@@ -1,0 +1,122 @@
+"""Chats to token ids, and which of them are trained on. The only place that knows special tokens.
+
+A template is data: what stands before and after each role's text. Ids are built piece by piece and
+never by tokenising the whole text again, so a mask cannot slip; and since only a template's own
+pieces are searched for special tokens, what a user types stays text.
+"""
+
+import dataclasses
+import json
+import re
+from dataclasses import dataclass
+from itertools import chain
+
+from nanomed.config import InputError, nearest
+from nanomed.records import Chat
+from nanomed.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Template:
+    name: str
+    special: tuple[str, ...]  # the special tokens that stand in the strings below
+    system: str  # the system text of a chat that brings none; "" for no system turn
+    before: dict[str, str]  # role -> what stands before its text
+    after: dict[str, str]  # role -> what stands after it
+    turn_end: str  # ends an assistant's turn; trained on, and generation stops at it
+    document_end: str  # ends a document; generation stops at it too
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), ensure_ascii=False, indent=2)
+
+
+# As AquilaMed was trained and is served (its model card).
+CHATML = Template(
+    name="chatml",
+    special=("<|im_start|>", "<|im_end|>"),
+    system="You are a helpful assistant in medical domain.",
+    before={role: f"<|im_start|>{role}\n" for role in ("system", "user", "assistant")},
+    after=dict.fromkeys(("system", "user", "assistant"), "<|im_end|>\n"),
+    turn_end="<|im_end|>",
+    document_end="<|endoftext|>",
+)
+TEMPLATES = {t.name: t for t in (CHATML,)}
+
+
+def load(name: str) -> Template:
+    """A template by name, or from the JSON file that a run or an export keeps."""
+    if not name.endswith(".json"):
+        if name not in TEMPLATES:
+            known = ", ".join(TEMPLATES)
+            raise InputError(f"--template {name!r}: known are {known}{nearest(name, TEMPLATES)}")
+        return TEMPLATES[name]
+    try:
+        with open(name, encoding="utf-8") as file:
+            template = Template(**json.load(file))
+    except (OSError, TypeError, ValueError) as error:
+        raise InputError(f"--template {name}: {error}") from None
+    return dataclasses.replace(template, special=tuple(template.special))
+
+
+class Encoder:
+    """A template with a tokenizer: chat -> (ids, trained)."""
+
+    def __init__(self, template: Template, tokenizer: Tokenizer):
+        self.template, self.tokenizer = template, tokenizer
+        used = (*template.special, template.turn_end, template.document_end)
+        missing = [name for name in used if name not in tokenizer.special]
+        if missing:
+            raise InputError(
+                f"template {template.name!r} needs the special tokens {', '.join(missing)}, which "
+                f"{tokenizer.path} does not have; it has {', '.join(tokenizer.special)}"
+            )
+        self.turn_end = tokenizer.special[template.turn_end]
+        self.document_end = tokenizer.special[template.document_end]
+        self._before = {role: self._piece(text) for role, text in template.before.items()}
+        self._after = {role: self._piece(text) for role, text in template.after.items()}
+
+    def chat(self, chat: Chat, max_tokens: int) -> tuple[list[int], list[bool], int]:
+        """(ids, trained, turns dropped): the whole chat, or without its oldest turns, as many as
+        it takes to fit max_tokens. Empty if even its last question and answer do not fit."""
+        head = self._system(chat)
+        turns = [self._turn(role, text) for role, text in chat.turns]
+        first, room = 0, max_tokens - len(head[0])
+        length = sum(len(ids) for ids, _ in turns)
+        while length > room:
+            length -= len(turns[first][0])
+            first += 1
+            while first < len(turns) and chat.turns[first][0] != "user":
+                length -= len(turns[first][0])
+                first += 1
+            if first == len(turns):
+                return [], [], first
+        kept = [head, *turns[first:]]
+        ids, trained = zip(*kept, strict=True)
+        return [*chain(*ids)], [*chain(*trained)], first
+
+    def prompt(self, chat: Chat) -> list[int]:
+        """The ids up to where the assistant's next answer starts; chat.turns ends with a user."""
+        turns = [self._turn(role, text)[0] for role, text in chat.turns]
+        return [*chain(self._system(chat)[0], *turns, self._before["assistant"])]
+
+    def _system(self, chat: Chat) -> tuple[list[int], list[bool]]:
+        text = chat.system or self.template.system
+        return self._turn("system", text) if text else ([], [])
+
+    def _turn(self, role: str, text: str) -> tuple[list[int], list[bool]]:
+        """An assistant's text and its end token are trained on, nothing else is."""
+        before, body, after = self._before[role], self.tokenizer.encode(text), self._after[role]
+        n_trained = len(body) + after.index(self.turn_end) + 1 if role == "assistant" else 0
+        n_rest = len(body) + len(after) - n_trained
+        flags = [False] * len(before) + [True] * n_trained + [False] * n_rest
+        return before + body + after, flags
+
+    def _piece(self, text: str) -> list[int]:
+        """The only place where text becomes special tokens: the template's own strings."""
+        parts = re.split(f"({'|'.join(map(re.escape, self.template.special))})", text)
+        special = {name: self.tokenizer.special[name] for name in self.template.special}
+        return [
+            i
+            for part in parts
+            for i in ([special[part]] if part in special else self.tokenizer.encode(part))
+        ]

@@ -1,0 +1,63 @@
+"""Supervised fine-tuning, the paper's second stage, on one page.
+
+    torchrun --nproc_per_node 2 train_sft.py                        a demonstration on samples/
+    torchrun --nproc_per_node 8 train_sft.py --config configs/sft.toml --init FOLDER --data FILE
+
+Chats are rendered by a template and packed into rows. The model learns the assistants' turns: the
+loss is the negative log-likelihood of their tokens, averaged over all of them in the step.
+"""
+
+from torch import Tensor
+
+from nanomed import config, stage, store
+from nanomed.answers import show_answers
+from nanomed.distributed import launch, pick_device, start
+from nanomed.loader import Loader, split
+from nanomed.log import RunFolder
+from nanomed.packing import Row
+from nanomed.trainer import fit
+
+
+def next_token_loss(nll: Tensor, row: Row) -> tuple[Tensor, dict[str, Tensor]]:
+    """The row's sum; fit() divides it by the trained tokens of the whole step, on all ranks."""
+    return nll.sum(), {}
+
+
+def main() -> None:
+    c = config.parse(config.SFT)
+    device = pick_device(c.device)
+    model_config, encoder = stage.model_and_encoder(c)
+
+    # Before the processes join: one of them tokenises, however long it takes, the others wait.
+    data = store.chats(c.data, encoder, c.seq_len, c.allow_drop)
+    val_data = store.chats(c.val_data, encoder, c.seq_len, c.allow_drop) if c.val_data else data
+    train, val = split(data, val_data, c.val_fraction)
+
+    with start(device) as world:
+        run = RunFolder(c, world)
+        loader = Loader(
+            data,
+            train,
+            val_data,
+            val,
+            batch_size=c.batch_size,
+            micro_tokens=c.micro_tokens,
+            epochs=c.epochs,
+            max_steps=c.steps,
+            seed=c.seed,
+            rank=world.rank,
+            world_size=world.size,
+        )
+        stage.begin(c, model_config, encoder, loader, run)
+        model = stage.build_model(c, model_config, world)
+
+        fit(c, model, loader, next_token_loss, run)
+
+        stage.load_best(model, run)
+        if stage.may_show_text(c):
+            show_answers(model, encoder, loader, run)
+        stage.export(c, model, encoder, run)
+
+
+if __name__ == "__main__":
+    launch(main)
