@@ -92,8 +92,8 @@ def _cut_back(path: Path, step: int) -> None:
 class Meter:
     """Tokens per second and what else a logged step shows."""
 
-    def __init__(self, model: ModelConfig, world: World):
-        self.model, self.world = model, world
+    def __init__(self, model: ModelConfig, world_size: int):
+        self.model, self.world_size = model, world_size
         self.restart()
 
     def restart(self) -> None:
@@ -113,7 +113,7 @@ class Meter:
         values = {"tokens_per_s": tokens / seconds, "peak_memory_gb": peak_memory() / 2**30}
         if (peak := _peak_flops()) is not None:
             flops = flops_of(self.model, tokens, squares)
-            values["mfu_causal"] = flops / seconds / (peak * self.world.size)
+            values["mfu_causal"] = flops / seconds / (peak * self.world_size)
         self.restart()
         return values
 

@@ -112,15 +112,19 @@ def chats(files: list[str], encoder: Encoder, seq_len: int, allow_drop: float) -
         *(hashlib.sha256(code).hexdigest() for code in formatter),
     ]
     store = _cached("chats", parts, lambda folder: _write_chats(folder, files, encoder, seq_len))
-    report = store.meta["report"]
+    _check_drops(store.meta["report"], seq_len, allow_drop)
+    return store
+
+
+def _check_drops(report: dict, seq_len: int, allow_drop: float) -> None:
     total, dropped = report["chats"], sum(report["dropped"].values())
     if dropped > allow_drop * total or dropped == total:
         causes = ", ".join(f"{n} {cause}" for cause, n in report["dropped"].items())
         raise InputError(
-            f"{dropped} of {total} chats in {', '.join(files)} cannot be kept ({causes}); raise "
-            f"--seq_len (now {seq_len}), mend the data, or allow it with --allow_drop"
+            f"{dropped} of {total} chats in {', '.join(report['files'])} cannot be kept "
+            f"({causes}); raise --seq_len (now {seq_len}), mend the data, or allow it with "
+            "--allow_drop"
         )
-    return store
 
 
 def _write_chats(folder: Path, files: list[str], encoder: Encoder, seq_len: int) -> None:
@@ -146,7 +150,9 @@ def _write_chats(folder: Path, files: list[str], encoder: Encoder, seq_len: int)
                     dropped[chat.dropped or "longer than seq_len"] += 1
                 bar.update(start + n_bytes - bar.n)
             reports[path] = {**counts, "dropped": dict(dropped), "changed": dict(notes)}
-    writer.close(_total(reports, writer))
+    report = _total(reports, writer)
+    _check_drops(report, seq_len, allow_drop=1.0)  # an empty store is of no use to anybody
+    writer.close(report)
 
 
 def _total(files: dict[str, dict], writer: Writer) -> dict:

@@ -80,28 +80,31 @@ def train(texts: list[str], out: Path, vocab_size: int) -> None:
     import sentencepiece
 
     model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=vocab_size,
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        add_dummy_prefix=False,
-        remove_extra_whitespaces=False,
-        allow_whitespace_only_pieces=True,
-        split_digits=True,
-        required_chars=common_characters(),
-        character_coverage=1.0,  # and every character that occurs
-        control_symbols=[DOCUMENT_END, TURN_START, TURN_END],
-        unk_id=0,
-        bos_id=-1,
-        eos_id=-1,
-        pad_id=-1,
-        max_sentence_length=1 << 20,
-        num_threads=len(os.sched_getaffinity(0)),
-        minloglevel=1,
-    )
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            split_digits=True,
+            required_chars=common_characters(),
+            character_coverage=1.0,  # and every character that occurs
+            control_symbols=[DOCUMENT_END, TURN_START, TURN_END],
+            unk_id=0,
+            bos_id=-1,
+            eos_id=-1,
+            pad_id=-1,
+            max_sentence_length=1 << 20,
+            num_threads=len(os.sched_getaffinity(0)),
+            minloglevel=1,
+        )
+    except RuntimeError as error:
+        raise InputError(f"no tokenizer of {vocab_size} pieces from these texts: {error}") from None
     out.write_bytes(model.getvalue())
 
 

@@ -35,12 +35,12 @@ def fit(config: Run, model: nn.Module, loader: Loader, loss: Loss, run: RunFolde
     else:
         evaluate(model, loader, loss, run, step=0)
 
-    meter = Meter(model.config, run.world)
+    meter = Meter(model.config, run.world.size)
     shown = run.world.is_main and is_terminal()
     with tqdm(total=loader.n_steps, initial=start, unit="step", disable=not shown) as bar:
         for step in range(start, loader.n_steps):
             lr = lr_at(step, loader.n_steps, config.lr, config.warmup_ratio, config.min_lr_ratio)
-            sums = train_step(config, model, optimizer, loader, loss, step, lr, meter, run)
+            sums = train_step(config, model, optimizer, loader, loss, step, lr, meter)
             done = step + 1
             bar.update()
             if done % config.log_every == 0 or done in (1, loader.n_steps):
@@ -83,12 +83,12 @@ def train_step(
     step: int,
     lr: float,
     meter: Meter,
-    run: RunFolder,
 ) -> dict[str, Tensor]:
     """One optimizer update. Returns this rank's sums and, under grad_norm, the global norm."""
-    device = run.world.device
-    # The same dropout after a resume; other masks on every rank.
-    torch.manual_seed(hash((config.seed, step, run.world.rank)) & (2**63 - 1))
+    device = next(model.parameters()).device
+    # The same dropout after a resume, other masks on every rank; a tuple of integers has the same
+    # hash in every process.
+    torch.manual_seed(hash((config.seed, step, loader.rank)))
     for group in optimizer.param_groups:
         group["lr"] = lr
     model.train()

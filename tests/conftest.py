@@ -1,0 +1,64 @@
+"""Fixtures that the tests share. Everything here runs on a CPU, without network."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+import transformers.utils  # noqa: E402
+import transformers.utils.import_utils  # noqa: E402
+
+# transformers looks for the published package `kernels` and would import our folder of that name.
+transformers.utils.is_kernels_available = lambda *_: False
+transformers.utils.import_utils.is_kernels_available = lambda *_: False
+
+from nanomed import distributed, store, template, tokenizer  # noqa: E402
+from nanomed.config import ModelConfig  # noqa: E402
+from tests.ranks import Pool  # noqa: E402
+
+torch.set_num_threads(len(os.sched_getaffinity(0)))
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path, monkeypatch):
+    """Tests write nothing into the checkout."""
+    monkeypatch.setattr(store, "CACHE", tmp_path / "cache")
+
+
+@pytest.fixture(scope="session")
+def encoder() -> template.Encoder:
+    return template.Encoder(template.CHATML, tokenizer.load(ROOT / "samples/tokenizer.model"))
+
+
+@pytest.fixture(scope="session")
+def small() -> ModelConfig:
+    """Every feature of the real models (grouped queries, q/k/v bias), in 0.1 million parameters."""
+    return ModelConfig(97, 2, 128, 2, 1, 96, 512, 1e6, 1e-5, True)
+
+
+@pytest.fixture(scope="session")
+def world():
+    """This process alone, joined to a process group as a script would."""
+    with distributed.start(torch.device("cpu")) as joined:
+        yield joined
+
+
+@pytest.fixture(scope="session")
+def pool():
+    """Four processes that stay warm: pool(n, function, *arguments) runs it on n ranks."""
+    with Pool(4) as joined:
+        yield joined
+
+
+@pytest.fixture
+def shared_data() -> Path:
+    """The real data beside the checkout."""
+    folder = ROOT.parent / "shared/data"
+    if not folder.exists():
+        pytest.skip("../shared/data is absent")
+    return folder

@@ -1,0 +1,130 @@
+"""kernels/reference.py against formulas written here, in float64."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import kernels
+from kernels import reference
+
+
+def randn(*shape: int, dtype=torch.float64) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(*shape, generator=generator, dtype=dtype).requires_grad_()
+
+
+def gradients(output: torch.Tensor, *inputs: torch.Tensor) -> list[torch.Tensor]:
+    weights = torch.linspace(-1, 2, output.numel(), dtype=output.dtype).view(output.shape)
+    return [output.detach(), *torch.autograd.grad((output * weights).sum(), inputs)]
+
+
+def assert_same(ours, theirs, tolerance=1e-6):
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a.double() - b.double()).norm() <= tolerance * b.double().norm().clamp(min=1e-30)
+
+
+def test_rmsnorm():
+    x, w = randn(7, 12), randn(12)
+    by_hand = x / (x.pow(2).sum(-1, keepdim=True) / 12 + 1e-5).sqrt() * w
+    assert_same(gradients(kernels.rmsnorm(x, w, 1e-5), x, w), gradients(by_hand, x, w))
+
+
+def test_swiglu():
+    gate, up = randn(5, 8), randn(5, 8)
+    by_hand = gate / (1 + (-gate).exp()) * up
+    assert_same(gradients(kernels.swiglu(gate, up), gate, up), gradients(by_hand, gate, up))
+
+
+def test_rope_is_a_rotation_by_complex_numbers():
+    q, k = randn(6, 4, 8), randn(6, 2, 8)
+    positions = torch.tensor([0, 1, 2, 0, 1, 4000])
+    angle = positions[:, None] * 1e6 ** (-torch.arange(4, dtype=torch.float64) / 4)
+    spin = torch.polar(torch.ones_like(angle), angle)[:, None]
+
+    def by_hand(x):
+        z = torch.complex(x[..., :4], x[..., 4:]) * spin
+        return torch.cat((z.real, z.imag), -1)
+
+    ours = torch.cat(kernels.rope(q, k, positions, 1e6), 1)
+    theirs = torch.cat((by_hand(q), by_hand(k)), 1)
+    # Angles are float32: at position 4000 they are exact to 4000 * 2**-24.
+    assert_same(gradients(ours, q, k), gradients(theirs, q, k), tolerance=3e-4)
+    assert torch.equal(ours[0], torch.cat((q, k), 1)[0].float().double())  # position 0 stays
+
+
+def softmax_attention(q, k, v, borders, leak=False):
+    """By hand: every score, a mask, a softmax. `leak` plants the bug of a mask without borders."""
+    n = len(q)
+    segment = torch.bucketize(torch.arange(n), torch.tensor(borders[1:]), right=True)
+    seen = torch.ones(n, n).tril().bool()
+    if not leak:
+        seen &= segment[:, None] == segment[None]
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    scores = torch.einsum("ihe,jhe->hij", q, k) / q.shape[-1] ** 0.5
+    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+    return torch.einsum("hij,jhe->ihe", weights, v)
+
+
+def test_attention_within_segments():
+    borders = [0, 1, 4, 9, 10]
+    q, k, v = randn(10, 4, 8), randn(10, 2, 8), randn(10, 2, 8)
+    cu = torch.tensor(borders, dtype=torch.int32)
+    ours = gradients(kernels.attention(q, k, v, cu, 5), q, k, v)
+    assert_same(ours, gradients(softmax_attention(q, k, v, borders), q, k, v))
+    with pytest.raises(AssertionError):  # the test sees a leak
+        assert_same(ours, gradients(softmax_attention(q, k, v, borders, leak=True), q, k, v))
+
+
+@pytest.mark.parametrize("chunk", [3, 1024])
+def test_linear_nll_equals_dense_log_softmax(monkeypatch, chunk):
+    """pitfalls 22: chunked loss and gradients equal dense ones, at any chunk."""
+    monkeypatch.setattr(reference, "CHUNK_CPU", chunk)
+    hidden, weight = randn(11, 6, dtype=torch.float32), randn(29, 6, dtype=torch.float32)
+    labels = torch.tensor([3, -100, 28, 0, -100, 7, 7, 7, 1, 2, -100])
+    ours = kernels.linear_nll(hidden, weight, labels)
+    assert ours.dtype == torch.float32 and (ours[labels < 0] == 0).all()
+    h, w = (x.detach().double().requires_grad_() for x in (hidden, weight))
+    logp = (h @ w.T).log_softmax(-1)
+    dense = -logp.gather(1, labels.clamp(min=0)[:, None])[:, 0] * (labels >= 0)
+    assert_same(gradients(ours, hidden, weight), gradients(dense, h, w), tolerance=1e-6)
+
+
+def test_linear_nll_without_any_label_has_a_graph_and_zero_gradients():
+    """A rank's filler row: it must take part in the backward pass of a sharded head."""
+    hidden, weight = randn(4, 6), randn(29, 6)
+    nll = kernels.linear_nll(hidden, weight, torch.full((4,), -100))
+    nll.sum().backward()
+    assert not hidden.grad.any() and not weight.grad.any()
+
+
+class Largest(TorchDispatchMode):
+    """Notes the largest tensor that any operation makes."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            self.elements = max(self.elements, out.numel())
+        return out
+
+
+def test_linear_nll_never_holds_all_logits(monkeypatch):
+    """pitfalls 22: nothing larger than a chunk of logits exists, forward or backward."""
+    monkeypatch.setattr(reference, "CHUNK_CPU", 16)
+    hidden, weight = randn(400, 4), randn(100, 4)
+    with Largest() as seen:
+        kernels.linear_nll(hidden, weight, torch.zeros(400, dtype=torch.int64)).sum().backward()
+    assert seen.elements == max(16 * 100, 400 * 4)
+    with Largest() as seen:  # the counter sees what a dense head would make
+        (hidden @ weight.T).log_softmax(-1)
+    assert seen.elements == 400 * 100
+
+
+def test_backward_changes_nothing_it_was_given():
+    hidden, weight, labels = randn(5, 6), randn(9, 6), torch.arange(5)
+    before = hidden.detach().clone(), weight.detach().clone()
+    dnll = torch.ones(5)
+    kernels.linear_nll(hidden, weight, labels).backward(dnll)
+    assert torch.equal(hidden, before[0]) and torch.equal(weight, before[1])
+    assert (dnll == 1).all()
