@@ -70,7 +70,7 @@ class Run:
     val_fraction: float = _flag(0.1, "share of --data held out, by question", "0.1 (SFT)")
     out: str = _flag("", "run folder; default: the next free runs/STAGE-NNN")
     resume: str = _flag("", "go on from a checkpoint: its folder, or nothing for the newest")
-    steps: int = _flag(0, "stop after this many optimizer steps; 0: after --epochs")
+    steps: int = _flag(0, "optimizer steps, as many epochs as they take; 0: --epochs decides")
     epochs: int = _flag(2, "passes over the training data", "2 (SFT, DPO), 1 (CPT)")
     batch_size: int = _flag(128, "examples per optimizer step, over all GPUs", "128 (SFT)")
     micro_tokens: int = _flag(4096, "most tokens in one packed row, the unit of memory")

@@ -109,8 +109,10 @@ def begin(
         f"{' '.join(c.data)}; the paper's setting: --config configs/{c.stage}.toml --init FOLDER"
     )
     dtype = compute_dtype(c, run.world.device)
+    spare = model.vocab_size - encoder.tokenizer.vocab_size
+    rows = f"{model.vocab_size:,} vocabulary rows" + (f" ({spare:,} spare)" if spare else "")
     run.print(
-        f"model: {model.n_params():,} parameters, masters and gradient sums in float32, "
+        f"model: {model.n_params():,} parameters, {rows}, masters and gradient sums in float32, "
         f"computing in {str(dtype).removeprefix('torch.')} on {run.world.size} x "
         f"{_device_name(run.world.device)}, kernels: reference"
     )

@@ -131,10 +131,11 @@ def _write_chats(folder: Path, files: list[str], encoder: Encoder, seq_len: int)
     writer = Writer(folder, files)
     reports = {}
     total = sum(os.path.getsize(path) for path in files)
-    with tqdm(total=total, unit="B", unit_scale=True, desc="tokenising", leave=False) as bar:
+    hidden = None if rank_from_env()[0] == 0 else True  # None: shown on a terminal only
+    with tqdm(total=total, unit="B", unit_scale=True, desc="tokenising", disable=hidden) as bar:
         for number, path in enumerate(files):
             counts = {"chats": 0, "kept": 0, "shortened": 0, "turns_cut": 0}
-            dropped, notes, start = Counter(), Counter(), bar.n
+            dropped, notes, before = Counter(), Counter(), 0
             for record, chat, n_bytes in read_chats(path):
                 counts["chats"] += 1
                 notes.update(chat.notes)
@@ -148,7 +149,8 @@ def _write_chats(folder: Path, files: list[str], encoder: Encoder, seq_len: int)
                     counts["turns_cut"] += cut
                 else:
                     dropped[chat.dropped or "longer than seq_len"] += 1
-                bar.update(start + n_bytes - bar.n)
+                bar.update(n_bytes - before)
+                before = n_bytes
             reports[path] = {**counts, "dropped": dict(dropped), "changed": dict(notes)}
     report = _total(reports, writer)
     _check_drops(report, seq_len, allow_drop=1.0)  # an empty store is of no use to anybody
