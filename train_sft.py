@@ -34,7 +34,6 @@ def main() -> None:
     train, val = split(data, val_data, c.val_fraction)
 
     with start(device) as world:
-        run = RunFolder(c, world)
         loader = Loader(
             data,
             train,
@@ -48,6 +47,7 @@ def main() -> None:
             rank=world.rank,
             world_size=world.size,
         )
+        run = RunFolder(c, world, stage.identity(c, model_config, encoder, loader))
         stage.begin(c, model_config, encoder, loader, run)
         model = stage.build_model(c, model_config, world)
 

@@ -1,22 +1,32 @@
 """Sharded checkpoints (torch.distributed.checkpoint) that are whole or not there.
 
-    checkpoints/step-000200/    every rank's shard of weights and optimizer, state.json
-    checkpoints/latest, best    links to two of them
+    checkpoints/step-000200/    every rank's shard of weights and optimizer, state.json, and
+                                manifest.json: the size and hash of each file
+    checkpoints/latest, best    links to two of them, for people and for --init
+
+A save writes into step-000200.unfinished; each rank hashes the shards that it wrote; the manifest
+follows; everything is flushed to the disk; then one rename makes it a checkpoint. So a kill or a
+full disk at any moment leaves the checkpoints before it as they were, and only afterwards are older
+ones deleted. A resume takes the highest step-N.
 
 Random numbers need no place here: dropout is seeded by (seed, step, rank), the order of examples
 by (seed, epoch).
 """
 
+import hashlib
 import json
-import math
 import os
+import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_state_dict,
@@ -25,52 +35,207 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from nanomed.config import InputError
+from nanomed.distributed import from_all, from_main, local
+from nanomed.untrusted import Planner, Reader
+
+BYTES_PER_PARAM = 12  # the weight and Adam's two moments, float32
+UNFINISHED = ".unfinished"
+
+
+class SaveFailed(Exception):
+    """A checkpoint was not written; those before it are as they were. Every rank raises it."""
+
+
+# ---------------------------------------------------------------- save
 
 
 def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict) -> Path:
-    """Writes folder/step-N for state["step"], then moves folder/latest to it. All ranks call it."""
+    """Writes folder/step-N for state["step"], then moves folder/latest to it. All ranks call it.
+    Raises SaveFailed, on all ranks, if the disk refuses or a weight is not finite."""
     target = folder / f"step-{state['step']:06d}"
-    unfinished = target.with_suffix(".unfinished")
-    if dist.get_rank() == 0:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True, mode=0o700)
-    dist.barrier()
-    weights, moments = get_state_dict(model, optimizer)
-    dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=unfinished)
-    if dist.get_rank() == 0:
-        (unfinished / "state.json").write_text(json.dumps(state, indent=2))
-        for path in (*unfinished.iterdir(), unfinished):
-            _fsync(path)
-        shutil.rmtree(target, ignore_errors=True)  # the same step of a run that was resumed
-        unfinished.rename(target)
-        point(folder / "latest", target)
-        _fsync(folder)
-    dist.barrier()
+    unfinished = target.with_suffix(UNFINISHED)
+    try:
+        _together(lambda: _check_finite(model))
+        _on_main(lambda: _prepare(folder, unfinished, size_of(model)))
+        weights, moments = get_state_dict(model, optimizer)
+        _write({"model": weights, "optimizer": moments}, unfinished)
+        shards = f"__{dist.get_rank()}_*.distcp"  # how the writer names this rank's
+        hashes = _together(lambda: {p.name: _described(p) for p in unfinished.glob(shards)})
+        _on_main(lambda: _complete(unfinished, target, state, hashes))
+    except SaveFailed:
+        if dist.get_rank() == 0:  # a full disk needs the room
+            shutil.rmtree(unfinished, ignore_errors=True)
+        raise
     return target
 
 
+def _together(work: Callable[[], Any]) -> list:
+    """Does something on every rank; what each returns. Raises SaveFailed on all if one failed: a
+    rank that went on alone would wait for the others for ever."""
+    try:
+        outcome = work(), None
+    except (OSError, SaveFailed) as error:
+        outcome = None, f"{type(error).__name__}: {error}" if isinstance(error, OSError) else error
+    outcomes = from_all((outcome[0], outcome[1] and str(outcome[1])))
+    for rank, (_, error) in enumerate(outcomes):
+        if error:
+            raise SaveFailed(f"rank {rank}: {error}")
+    return [value for value, _ in outcomes]
+
+
+def _on_main(work: Callable[[], None]) -> None:
+    _together(work if dist.get_rank() == 0 else lambda: None)
+
+
+def _check_finite(model: nn.Module) -> None:
+    for name, param in model.named_parameters():
+        if not local(param).isfinite().all():
+            raise SaveFailed(f"{name} has a value that is not finite; such weights are not saved")
+
+
+def _prepare(folder: Path, unfinished: Path, size: int) -> None:
+    for leftover in folder.glob(f"step-*{UNFINISHED}"):
+        shutil.rmtree(leftover)
+    unfinished.mkdir(parents=True, mode=0o700)
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise SaveFailed(f"{size / 1e9:.1f} GB needed in {folder}, {free / 1e9:.1f} GB free")
+
+
+def _write(tensors: dict, unfinished: Path) -> None:
+    try:
+        dcp.save(tensors, checkpoint_id=unfinished)  # flushes each file to the disk
+    except CheckpointException as error:  # it has every rank's error, and every rank gets it
+        rank, (first, _) = sorted(error.failures.items())[0]
+        raise SaveFailed(f"rank {rank}: {type(first).__name__}: {first}") from None
+
+
+def _complete(unfinished: Path, target: Path, state: dict, hashes: list[dict]) -> None:
+    (unfinished / "state.json").write_text(json.dumps(state, ensure_ascii=False, indent=2))
+    files = {name: facts for shards in hashes for name, facts in shards.items()}
+    for name in (".metadata", "state.json"):
+        files[name] = _described(unfinished / name)
+    (unfinished / "manifest.json").write_text(json.dumps({"files": files}, indent=2))
+    for path in (unfinished / "state.json", unfinished / "manifest.json", unfinished):
+        _fsync(path)
+    if target.exists():  # the same step of a run that went on from an earlier one
+        _delete(target)
+    unfinished.rename(target)
+    _fsync(target.parent)
+    point(target.parent / "latest", target)
+
+
+def _described(path: Path) -> dict:
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"size": path.stat().st_size, "sha256": digest}
+
+
+def size_of(model: nn.Module) -> int:
+    """Bytes of one checkpoint: 98.7 GB for 8.22 billion parameters."""
+    return BYTES_PER_PARAM * sum(param.numel() for param in model.parameters())
+
+
+def check_space(folder: Path, model: nn.Module, n: int) -> None:
+    """Raises InputError, on all ranks, unless n checkpoints fit, those already there included."""
+    needed, free = n * size_of(model), 0
+    if dist.get_rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        there = sum(file.stat().st_size for step in steps(folder) for file in step.iterdir())
+        free = shutil.disk_usage(folder).free + there
+    free = from_main(free)
+    if free < needed:
+        raise InputError(
+            f"{n} checkpoints need {needed / 1e9:.1f} GB in {folder}, {free / 1e9:.1f} GB are "
+            "there; make room, lower --keep_last, or choose another --out"
+        )
+
+
+# ---------------------------------------------------------------- load
+
+
 def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
-    """Fills model and optimizer, on any number of ranks, and returns the state of save()."""
-    state = read_state(folder)
+    """Fills model and optimizer, on any number of ranks, and returns the state of save(). Raises
+    InputError, on all ranks, for a damaged checkpoint, naming the file."""
     weights, moments = get_state_dict(model, optimizer)
-    dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=folder)
+    _read({"model": weights, "optimizer": moments}, folder)
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
-    return state
+    return read_state(folder)
 
 
 def load_weights(folder: Path, model: nn.Module) -> None:
     """Fills the model alone."""
-    read_state(folder)
     weights = get_model_state_dict(model)
-    dcp.load({"model": weights}, checkpoint_id=folder)
+    _read({"model": weights}, folder)
     set_model_state_dict(model, weights)
 
 
-def read_state(folder: Path) -> dict:
+def _read(tensors: dict, folder: Path) -> None:
+    files = verify(folder)
     try:
-        return json.loads((folder / "state.json").read_text())
+        dcp.load(tensors, storage_reader=Reader(folder, set(files)), planner=Planner())
+    except CheckpointException as error:
+        first, _ = next(iter(error.failures.values()))
+        raise InputError(f"{folder} cannot be loaded: {first}") from None
+
+
+def verify(folder: Path) -> dict:
+    """The manifest's files, after comparing each with its size and hash; every rank reads a part
+    of them. Raises InputError on all ranks."""
+    files = _manifest(folder)
+    mine = sorted(files)[dist.get_rank() :: dist.get_world_size()]
+    problems = [problem for name in mine if (problem := _problem(folder / name, files[name]))]
+    problems = [problem for some in from_all(problems) for problem in some]
+    if problems:
+        raise InputError(
+            f"a damaged checkpoint: {'; '.join(problems)}. Delete {folder} to go on from the one "
+            "before it"
+        )
+    return files
+
+
+def _manifest(folder: Path) -> dict:
+    files = _json(folder / "manifest.json").get("files")
+    if not isinstance(files, dict) or any(Path(name).name != name for name in files):
+        raise InputError(f"{folder}/manifest.json is damaged: files must be names in its folder")
+    return files
+
+
+def _problem(path: Path, facts: dict) -> str:
+    if not path.is_file() or path.is_symlink():
+        return f"{path} is missing"
+    if (size := path.stat().st_size) != facts["size"]:
+        return f"{path} has {size:,} bytes instead of {facts['size']:,}"
+    return "" if _described(path) == facts else f"{path} has changed since it was written"
+
+
+def read_state(folder: Path) -> dict:
+    return _json(folder / "state.json")
+
+
+def _json(path: Path) -> dict:
+    try:
+        value = json.loads(path.read_text())
     except OSError:
-        raise InputError(f"{folder} holds no complete checkpoint") from None
+        raise InputError(f"{path.parent} holds no complete checkpoint") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is damaged: {error}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path} is damaged: it holds no object")
+    return value
+
+
+# ---------------------------------------------------------------- which ones
+
+
+def steps(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, oldest first. They are complete: the rename came last."""
+    found = [p for p in folder.glob("step-*") if re.fullmatch(r"step-\d+", p.name)]
+    return sorted(found, key=lambda path: int(path.name[5:]))
+
+
+def newest(folder: Path) -> Path | None:
+    return next(reversed(steps(folder)), None)
 
 
 def is_validated(saved: Path) -> bool:
@@ -78,25 +243,49 @@ def is_validated(saved: Path) -> bool:
 
 
 def mark_validated(saved: Path, val_loss: float) -> None:
-    """Notes the validation loss of a saved checkpoint, and points `best` to it if it is lowest."""
-    if dist.get_rank() == 0:
-        best = saved.parent / "best" / "validation.json"
-        lowest = json.loads(best.read_text())["val_loss"] if best.exists() else math.inf
-        (saved / "validation.json").write_text(json.dumps({"val_loss": val_loss}))
-        if val_loss < lowest:
-            point(saved.parent / "best", saved)
-    dist.barrier()
+    """Notes the validation loss of a saved checkpoint and points `best` to the lowest. All ranks
+    call it. Raises SaveFailed."""
+
+    def note() -> None:
+        temporary = saved / "validation.new"
+        temporary.write_text(json.dumps({"val_loss": val_loss}))
+        _fsync(temporary)
+        temporary.rename(saved / "validation.json")
+        point_best(saved.parent)
+
+    _on_main(note)
+
+
+def point_best(folder: Path) -> None:
+    """The first checkpoint of the lowest validation loss: no decision of an interrupted run is
+    needed, so none can be lost."""
+    losses = {
+        path: _json(path / "validation.json")["val_loss"]
+        for path in steps(folder)
+        if is_validated(path)
+    }
+    if losses:
+        point(folder / "best", min(losses, key=losses.get))
 
 
 def keep(folder: Path, n: int) -> None:
-    """Deletes all but the newest n checkpoints and those that latest and best point to."""
-    if dist.get_rank() > 0:
-        return
-    steps = sorted(folder.glob("step-*[0-9]"))
-    pointed = {(folder / name).resolve() for name in ("latest", "best")}
-    for path in steps[:-n]:
-        if path.resolve() not in pointed:
-            shutil.rmtree(path)
+    """Deletes all but the newest n checkpoints and those that latest and best point to. All ranks
+    call it. Raises SaveFailed."""
+
+    def delete() -> None:
+        pointed = {(folder / name).resolve() for name in ("latest", "best")}
+        for path in steps(folder)[:-n]:
+            if path.resolve() not in pointed:
+                _delete(path)
+
+    _on_main(delete)
+
+
+def _delete(path: Path) -> None:
+    """No kill leaves half a checkpoint under the name of a whole one."""
+    going = path.with_name(path.name + ".old" + UNFINISHED)
+    path.rename(going)
+    shutil.rmtree(going)
 
 
 def point(link: Path, target: Path) -> None:
@@ -105,6 +294,7 @@ def point(link: Path, target: Path) -> None:
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(target.name)
     temporary.rename(link)
+    _fsync(link.parent)
 
 
 def _fsync(path: Path) -> None:

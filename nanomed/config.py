@@ -69,7 +69,11 @@ class Run:
     val_data: list[str] = _flag((), "held-out files; default: a part of --data")
     val_fraction: float = _flag(0.1, "share of --data held out, by question", "0.1 (SFT)")
     out: str = _flag("", "run folder; default: the next free runs/STAGE-NNN")
-    resume: str = _flag("", "go on from a checkpoint: its folder, or nothing for the newest")
+    resume: str = _flag(
+        "",
+        "go on from the newest checkpoint of this run folder, of --out, or of the newest run;\n"
+        "  auto: the same if there is one, else start",
+    )
     steps: int = _flag(0, "optimizer steps, as many epochs as they take; 0: --epochs decides")
     epochs: int = _flag(2, "passes over the training data", "2 (SFT, DPO), 1 (CPT)")
     batch_size: int = _flag(128, "examples per optimizer step, over all GPUs", "128 (SFT)")
@@ -97,6 +101,9 @@ class Run:
     eval_every: int = _flag(0, "steps between two validations; 0: at each epoch's end")
     save_every: int = _flag(0, "steps between two checkpoints; 0: at each validation")
     keep_last: int = _flag(2, "newest checkpoints kept; the best one always is", "best kept")
+    max_bad: int = _flag(
+        5, "steps in a row with a loss or gradient not finite that end the run"
+    )
     show_text: bool = _flag(False, "print text of examples though --data is not samples/")
 
     def __post_init__(self) -> None:
@@ -117,6 +124,7 @@ class Run:
             (self.log_every >= 1, "log_every", "at least 1"),
             (min(self.eval_every, self.save_every) >= 0, "eval_every and save_every", "0 or more"),
             (self.keep_last >= 1, "keep_last", "at least 1"),
+            (self.max_bad >= 1, "max_bad", "at least 1"),
             (len(self.data) > 0, "data", "at least one file"),
         ]  # fmt: skip
         for holds, name, rule in limits:

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -63,12 +64,26 @@ def _driver() -> str:
 def launch(main: Callable[[], None]) -> None:
     """Runs a script's main. Bad input is one line on the screen; anything else is a traceback, and
     `record` puts it into torchrun's closing table too."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with(os.getppid())
     try:
         record(main)()
     except InputError as error:
         if rank_from_env()[0] > 0:  # the same message from rank 0 comes first and ends the others
             time.sleep(2)
         sys.exit(f"error: {error}")
+
+
+def end_with(parent: int) -> None:
+    """Ends this process soon after its parent. A torchrun that is killed by -9 leaves its workers
+    running: without this they go on training, and writing, beside those of the next launch."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 @contextmanager
@@ -122,6 +137,11 @@ def local_rows(param: DTensor) -> slice:
     return slice(offset[0], offset[0] + shape[0])
 
 
+def local(param: Tensor) -> Tensor:
+    """This rank's part."""
+    return param.to_local() if isinstance(param, DTensor) else param
+
+
 def full(param: Tensor) -> Tensor:
     """The whole tensor; every rank must call it."""
     return param.full_tensor() if isinstance(param, DTensor) else param
@@ -137,3 +157,10 @@ def from_main(value):
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def from_all(value) -> list:
+    """Every rank's value, by rank; any picklable object."""
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values

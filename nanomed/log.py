@@ -9,7 +9,7 @@ import resource
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from tqdm import tqdm
@@ -24,25 +24,51 @@ PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
 
 
 class RunFolder:
-    """Where a run writes. Only rank 0 prints and writes here; shards are the exception."""
+    """Where a run writes. Only rank 0 prints and writes here; shards are the exception.
 
-    def __init__(self, config: Run, world: World):
+    `identity` says what the run trains, by name; a checkpoint of another identity is refused. With
+    resume_from None the run starts at step 0. Raises InputError before it has changed anything."""
+
+    def __init__(self, config: Run, world: World, identity: dict[str, Any] | None = None):
         self.world = world
+        self.identity = json.loads(json.dumps(identity or {}))
         self.path, self.resume_from = from_main(_choose(config) if world.is_main else None)
         self.checkpoints = self.path / "checkpoints"
-        self.bar: tqdm | None = None
         if world.is_main:
-            self.path.mkdir(parents=True, exist_ok=True, mode=0o700)  # data may be patients'
-            self._lock = open(self.path / ".lock", "w")
+            self._lock = _locked(self.path)
+            if self.resume_from:
+                self._compare()
             try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise InputError(f"another run is writing to {self.path}") from None
-            self.write_json("config.json", dataclasses.asdict(config))
-            if self.path.parent == Path("runs"):
-                checkpoint.point(Path("runs") / config.stage, self.path)
-            step = checkpoint.read_state(self.resume_from)["step"] if self.resume_from else -1
-            _cut_back(self.path / "metrics.jsonl", step)
+                self._begin(config)
+            except OSError as error:
+                raise InputError(f"cannot write to {self.path}: {error.strerror}") from None
+
+    def _compare(self) -> None:
+        saved = checkpoint.read_state(self.resume_from).get("identity", {})
+        differences = [
+            f"{name} was {_short(value)}, is {_short(self.identity.get(name))}"
+            for name, value in saved.items()
+            if self.identity.get(name) != value
+        ]
+        if differences:
+            raise InputError(
+                f"--resume: {self.resume_from} is of another run: {'; '.join(differences)}. Give "
+                "the settings and files that it was started with, or start a run of its own in "
+                "another --out (--init takes this one's weights)"
+            )
+
+    def _begin(self, config: Run) -> None:
+        self.write_json("config.json", {"stage": config.stage, **dataclasses.asdict(config)})
+        (self.path / LAUNCH).write_text(os.environ.get("TORCHELASTIC_RUN_ID", ""))
+        if self.path.parent == Path("runs"):
+            checkpoint.point(Path("runs") / config.stage, self.path)
+        step, validated = -1, True
+        if self.resume_from:
+            step = checkpoint.read_state(self.resume_from)["step"]
+            validated = checkpoint.is_validated(self.resume_from)
+            checkpoint.point_best(self.checkpoints)
+        for name in ("metrics.jsonl", "spikes.jsonl"):
+            _cut_back(self.path / name, step, validated)
 
     def close(self) -> None:
         """Lets another run have the folder."""
@@ -51,12 +77,22 @@ class RunFolder:
 
     def write_json(self, name: str, value: Any) -> None:
         if self.world.is_main:
-            (self.path / name).write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+            path = self.path / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n")
 
     def metrics(self, **values: float) -> None:
-        if self.world.is_main:
-            with open(self.path / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(values) + "\n")
+        self.append("metrics.jsonl", values)
+
+    def append(self, name: str, values: dict[str, Any]) -> None:
+        """One line more in a file. A full disk is said, and does not end the run."""
+        if not self.world.is_main:
+            return
+        try:
+            with open(self.path / name, "a") as file:
+                file.write(json.dumps(values, ensure_ascii=False) + "\n")
+        except OSError as error:
+            self.print(f"WARNING: {self.path / name} lacks {values}: {error.strerror}")
 
     def print(self, text: str = "") -> None:
         if self.world.is_main:
@@ -65,14 +101,38 @@ class RunFolder:
             sys.stdout.flush()
 
 
+LAUNCH = ".torchrun"  # holds the id of the launch, by which its restarts find the folder
+LOCK_PATIENCE = 3.0  # seconds: the workers of a torchrun that was killed end within one or two
+
+
+def _locked(path: Path) -> IO[str]:
+    try:
+        path.mkdir(parents=True, exist_ok=True, mode=0o700)  # data may be patients'
+        lock = open(path / ".lock", "w")
+    except OSError as error:
+        raise InputError(f"cannot write to {path}: {error.strerror}") from None
+    until = time.monotonic() + LOCK_PATIENCE
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return lock
+        except OSError:
+            if time.monotonic() > until:
+                raise InputError(f"another run is writing to {path}") from None
+            time.sleep(0.1)
+
+
 def _choose(config: Run) -> tuple[Path, Path | None]:
     """(the run's folder, the checkpoint it goes on from or None)."""
-    newest = Path("runs") / config.stage
+    named = config.out if config.resume in ("", "latest", "auto") else config.resume
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and (
+        path := Path(named) if named else _of_this_launch(config.stage)
+    ):
+        return path, checkpoint.newest(path / "checkpoints")
     if config.resume:
-        named = config.resume if config.resume not in ("latest", "auto") else config.out
-        path = Path(named) if named else newest.resolve()
-        if (path / "checkpoints/latest").exists():
-            return path, (path / "checkpoints/latest").resolve()
+        path = Path(named) if named else (Path("runs") / config.stage).resolve()
+        if found := checkpoint.newest(path / "checkpoints"):
+            return path, found
         if config.resume != "auto":
             raise InputError(f"--resume: {path} holds no checkpoint; start without --resume")
     if config.out:
@@ -87,11 +147,36 @@ def _choose(config: Run) -> tuple[Path, Path | None]:
     return Path("runs") / f"{config.stage}-{max(taken, default=0) + 1:03d}", None
 
 
-def _cut_back(path: Path, step: int) -> None:
-    """Keeps the lines up to `step`; what came after it is about to be done again."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    kept = [line for line in lines if json.loads(line)["step"] <= step]
-    path.write_text("".join(line + "\n" for line in kept))
+def _of_this_launch(stage: str) -> Path | None:
+    """The folder that this torchrun's first attempt chose for itself, if it came so far."""
+    marks = sorted(Path("runs").glob(f"{stage}-*/{LAUNCH}"), key=lambda p: p.stat().st_mtime)
+    mine = [p.parent for p in marks if p.read_text() == os.environ.get("TORCHELASTIC_RUN_ID")]
+    return mine[-1] if mine else None
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:12] + "..."
+
+
+def _cut_back(path: Path, step: int, validated: bool) -> None:
+    """Keeps the lines up to `step`; what came after it is about to be done again, and so is the
+    validation of `step` itself if it was not finished. A line that a full disk cut off goes too."""
+
+    def kept(line: str) -> bool:
+        try:
+            values = json.loads(line)
+        except ValueError:
+            return False
+        return values["step"] < step or (
+            values["step"] == step and (validated or "val_loss" not in values)
+        )
+
+    if path.exists():
+        lines = [line + "\n" for line in path.read_text().splitlines() if kept(line)]
+        unfinished = path.with_suffix(".new")
+        unfinished.write_text("".join(lines))
+        unfinished.rename(path)
 
 
 class Meter:

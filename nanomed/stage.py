@@ -54,6 +54,33 @@ def _beside(folder: str, name: str) -> str:
     return str(path) if folder and path.exists() else ""
 
 
+# What may change when a run goes on: where it reads and writes, what it shows and keeps, its speed
+# and memory. All else decides what is trained and must be as it was. Files may move: their content
+# is compared. (--steps and --epochs are compared as the number of steps they come to.)
+FREE = {
+    *("config", "model", "tokenizer", "template", "data", "val_data", "out", "resume"),
+    *("steps", "epochs", "micro_tokens", "recompute", "kernels", "device", "allow_drop"),
+    *("log_every", "eval_every", "save_every", "keep_last", "max_bad", "show_text"),
+    *("dry_run", "hardware", "mfu", "examples"),
+}
+
+
+def identity(c: Run, model: ModelConfig, encoder: template.Encoder, loader: Loader) -> dict:
+    """What the run trains, by name: what every checkpoint keeps and a resume compares."""
+    settings = {name: value for name, value in dataclasses.asdict(c).items() if name not in FREE}
+    shape = {f"model's {name}": value for name, value in dataclasses.asdict(model).items()}
+    return {
+        "stage": c.stage,
+        **settings,
+        "number of steps": loader.n_steps,
+        **shape,
+        "tokenizer": encoder.tokenizer.fingerprint(),
+        "template": encoder.template.to_json(),
+        "content of --data": loader.data.meta["sha256"],
+        "held-out data": loader.val_data.meta["sha256"],
+    }
+
+
 def compute_dtype(c: Run, device: torch.device) -> torch.dtype:
     named = {"bf16": torch.bfloat16, "fp32": torch.float32}
     return named[c.dtype if c.dtype != "auto" else "bf16" if device.type == "cuda" else "fp32"]

@@ -69,11 +69,14 @@ class Writer:
         self.trained = open(folder / "trained.u8", "wb")
         self.borders, self.source = array("q", [0]), array("q")
         self.keys, self.divisors = array("Q"), array("q")
+        self.hash = hashlib.sha256()  # of the content: what a resumed run must find again
 
     def add(self, segments: list[tuple[list[int], list[bool]]], file: int, record: int, group: str):
         for ids, trained in segments:
-            self.tokens.write(array("I", ids).tobytes())
-            self.trained.write(bytes(trained))
+            content = [array("I", ids).tobytes(), bytes(trained)]
+            self.tokens.write(content[0])
+            self.trained.write(content[1])
+            self.hash.update(b"%d " % len(ids) + b"".join(content))
             self.borders.append(self.borders[-1] + len(ids))
         self.source.extend((file, record))
         self.keys.append(group_key(group))
@@ -87,7 +90,7 @@ class Writer:
         np.save(self.folder / "source.npy", np.array(self.source, np.int64).reshape(-1, 2))
         np.save(self.folder / "keys.npy", np.array(self.keys, np.uint64))
         np.save(self.folder / "divisors.npy", np.array(self.divisors, np.int64))
-        self.meta |= {"tokens": self.borders[-1], "report": report}
+        self.meta |= {"tokens": self.borders[-1], "report": report, "sha256": self.hash.hexdigest()}
         (self.folder / "meta.json").write_text(json.dumps(self.meta, ensure_ascii=False, indent=2))
 
 

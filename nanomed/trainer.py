@@ -1,62 +1,74 @@
 """fit(): the training loop of every stage."""
 
-import math
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.nn.utils import clip_grad_norm_
+from torch import nn
 from tqdm import tqdm
 
 from nanomed import checkpoint
-from nanomed.config import Run
-from nanomed.distributed import sum_over_ranks
+from nanomed.checkpoint import SaveFailed
+from nanomed.config import InputError, Run
+from nanomed.distributed import from_main
+from nanomed.faults import Signals, Spikes, note_bad, note_spike
 from nanomed.loader import Loader
 from nanomed.log import Meter, RunFolder, is_terminal, step_line
 from nanomed.optim import adamw, lr_at
-from nanomed.packing import Row
-
-# (nll[T], row) -> (this row's summed loss, {metric: this row's sum}); fit() divides both.
-Loss = Callable[[Tensor, Row], tuple[Tensor, dict[str, Tensor]]]
+from nanomed.step import Loss, Step, evaluate, reduced, train_step
 
 
 def fit(config: Run, model: nn.Module, loader: Loader, loss: Loss, run: RunFolder) -> None:
     """Trains the sharded model in place, from run.resume_from if there is one. The best
-    checkpoint by validation loss is run.checkpoints/best. Every rank calls it."""
+    checkpoint by validation loss is run.checkpoints/best. Every rank calls it.
+
+    Raises SystemExit if a signal asked it to end (it has saved then), and InputError after
+    config.max_bad steps in a row that could not be applied, or if the last save failed."""
     optimizer = adamw(model, config.weight_decay)  # before the first forward: see shard()
+    checkpoint.check_space(run.checkpoints, model, _most_checkpoints(config, loader))
     start = 0
     if run.resume_from:
         start = checkpoint.load(run.resume_from, model, optimizer)["step"]
         run.print(f"resumed from {run.resume_from} after step {start}")
-        if _due(config.eval_every, loader, start) and not checkpoint.is_validated(run.resume_from):
+        validated = from_main(checkpoint.is_validated(run.resume_from))
+        if _due(config.eval_every, loader, start) and not validated:
             _validate(model, loader, loss, run, start, run.resume_from)
     else:
         evaluate(model, loader, loss, run, step=0)
 
-    meter = Meter(model.config, run.world.size)
+    meter, spikes = Meter(model.config, run.world.size), Spikes()
+    n_bad, saved = 0, run.resume_from
     shown = run.world.is_main and is_terminal()
-    with tqdm(total=loader.n_steps, initial=start, unit="step", disable=not shown) as bar:
+    bar = tqdm(total=loader.n_steps, initial=start, unit="step", disable=not shown)
+    with Signals() as signals, bar:
         for step in range(start, loader.n_steps):
             lr = lr_at(step, loader.n_steps, config.lr, config.warmup_ratio, config.min_lr_ratio)
-            sums = train_step(config, model, optimizer, loader, loss, step, lr, meter)
+            stop = bool(signals.received)
+            result = train_step(config, model, optimizer, loader, loss, step, lr, meter, stop)
             done = step + 1
             bar.update()
-            if done % config.log_every == 0 or done in (1, loader.n_steps):
-                values = {"step": done, "lr": lr, **_reduced(sums, loader.divisor(step), meter)}
-                run.metrics(**values)
-                run.print(step_line(done, loader.n_steps, values))
-                bar.set_postfix_str(
-                    f"loss {values['loss']:.3f}, lr {lr:.1e}, {values['tokens_per_s']:,.0f} tok/s"
-                )
-            evaluates = _due(config.eval_every, loader, done)
-            if evaluates or _due(config.save_every, loader, done):
-                saved = checkpoint.save(run.checkpoints, model, optimizer, {"step": done})
+            n_bad = 0 if result.applied else n_bad + 1
+            if not result.applied:
+                note_bad(run, loader, step, lr, result)
+            elif done % config.log_every == 0 or done in (1, loader.n_steps):
+                _log(run, loader, meter, bar, step, lr, result)
+            if result.applied and spikes.is_spike(result.loss):
+                note_spike(run, loader, step, result.loss)
+
+            ends = result.stop or n_bad == config.max_bad
+            evaluates = _due(config.eval_every, loader, done) and not ends
+            if evaluates or ends or _due(config.save_every, loader, done):
+                saved = _save(config, model, optimizer, run, done)  # before what may fail
                 if evaluates:
                     _validate(model, loader, loss, run, done, saved)
-                checkpoint.keep(run.checkpoints, config.keep_last)
+                _delete_old(config, run)
                 meter.restart()
+            if ends:
+                _end(config, run, signals, done, saved, n_bad)
+    if saved is None:
+        raise InputError(
+            f"the last checkpoint could not be saved; make room and go on with --out {run.path} "
+            "--resume"
+        )
 
 
 def _due(every: int, loader: Loader, done: int) -> bool:
@@ -65,97 +77,68 @@ def _due(every: int, loader: Loader, done: int) -> bool:
     return done % (every or loader.steps_per_epoch) == 0 or done == loader.n_steps
 
 
+def _most_checkpoints(config: Run, loader: Loader) -> int:
+    """That are on the disk at once: those kept, the best one, and the one being written."""
+    every = [config.save_every, config.eval_every or loader.steps_per_epoch]
+    return min(config.keep_last + 2, -(-loader.n_steps // min(filter(None, every))))
+
+
+def _log(
+    run: RunFolder, loader: Loader, meter: Meter, bar: tqdm, step: int, lr: float, result: Step
+) -> None:
+    values = {"step": step + 1, "lr": lr, **reduced(result, loader.divisor(step), meter)}
+    run.metrics(**values)
+    run.print(step_line(step + 1, loader.n_steps, values))
+    bar.set_postfix_str(
+        f"loss {values['loss']:.3f}, lr {lr:.1e}, {values['tokens_per_s']:,.0f} tok/s"
+    )
+
+
+def _save(
+    config: Run, model: nn.Module, optimizer: torch.optim.Optimizer, run: RunFolder, done: int
+) -> Path | None:
+    """The checkpoint's folder; None if it could not be written: the run goes on without."""
+    try:
+        state = {"step": done, "identity": run.identity}
+        return checkpoint.save(run.checkpoints, model, optimizer, state)
+    except SaveFailed as error:
+        run.print(
+            f"WARNING: step {done} IS NOT SAVED: {error}. Earlier checkpoints are as they were; "
+            "the next save will try again"
+        )
+        return None
+
+
 def _validate(
-    model: nn.Module, loader: Loader, loss: Loss, run: RunFolder, step: int, saved: Path
+    model: nn.Module, loader: Loader, loss: Loss, run: RunFolder, step: int, saved: Path | None
 ) -> None:
     """Evaluates what was just saved and, if it is the best so far, points `best` to it."""
     val_loss = evaluate(model, loader, loss, run, step)
-    if val_loss is not None:
+    if val_loss is None or saved is None:
+        return
+    try:
         checkpoint.mark_validated(saved, val_loss)
+    except SaveFailed as error:
+        run.print(f"WARNING: {saved} cannot become the best checkpoint: {error}")
 
 
-def train_step(
-    config: Run,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    loader: Loader,
-    loss: Loss,
-    step: int,
-    lr: float,
-    meter: Meter,
-) -> dict[str, Tensor]:
-    """One optimizer update. Returns this rank's sums and, under grad_norm, the global norm."""
-    device = next(model.parameters()).device
-    # The same dropout after a resume, other masks on every rank; a tuple of integers has the same
-    # hash in every process.
-    torch.manual_seed(hash((config.seed, step, loader.rank)))
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    model.train()
-    divisor = loader.divisor(step)
-    sums: dict[str, Tensor] = {}
-    for row in loader.step(step):
-        n_tokens = meter.count(row)
-        row = row.to(device)
-        row_loss, metrics = loss(model(row), row)
-        metrics |= {"tokens": n_tokens, "trained_tokens": (row.labels >= 0).sum()}
-        # A sum divided by what the whole step trains on: the gradient does not depend on how the
-        # examples were packed, accumulated and distributed.
-        (row_loss / divisor).backward()
-        _add(sums, {"loss": row_loss.detach(), **metrics})
-    grad_norm = clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
-    if isinstance(grad_norm, DTensor):
-        grad_norm = grad_norm.full_tensor()
-    if not math.isfinite(grad_norm):
-        raise FloatingPointError(
-            f"the gradient norm of step {step + 1} is {grad_norm.item()}; the examples of this "
-            f"step are {loader.examples(step).tolist()}; nothing of this step was applied"
+def _delete_old(config: Run, run: RunFolder) -> None:
+    try:
+        checkpoint.keep(run.checkpoints, config.keep_last)
+    except SaveFailed as error:
+        run.print(f"WARNING: old checkpoints are still there: {error}")
+
+
+def _end(
+    config: Run, run: RunFolder, signals: Signals, done: int, saved: Path | None, n_bad: int
+) -> None:
+    where = f"saved in {saved}" if saved else "NOT saved"
+    again = f"go on with the same command and --out {run.path} --resume"
+    if n_bad == config.max_bad:
+        raise InputError(
+            f"{n_bad} steps in a row (--max_bad), the last of them {done}, had a loss or gradient "
+            f"that is not finite; look into {run.path / 'bad_batches'}. The weights before them "
+            f"are {where}; {again}, or start again with a lower --lr"
         )
-    optimizer.step()
-    optimizer.zero_grad()
-    return {**sums, "grad_norm": grad_norm}
-
-
-@torch.no_grad()
-def evaluate(
-    model: nn.Module, loader: Loader, loss: Loss, run: RunFolder, step: int
-) -> float | None:
-    """The validation loss, every held-out example counted once whatever the number of ranks;
-    None if nothing is held out."""
-    if len(loader.val) == 0:
-        return None
-    model.eval()
-    sums: dict[str, Tensor] = {}
-    for row in loader.validation():
-        row = row.to(run.world.device)
-        row_loss, metrics = loss(model(row), row)
-        _add(sums, {"loss": row_loss, **metrics})
-    totals = _over_ranks(sums)
-    values = {f"val_{name}": total / loader.val_divisor() for name, total in totals.items()}
-    run.metrics(step=step, **values)
-    shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
-    run.print(f"after step {step}: {shown} ({len(loader.val)} held-out examples)")
-    return values["val_loss"]
-
-
-def _reduced(sums: dict[str, Tensor], divisor: int, meter: Meter) -> dict[str, float]:
-    """What a logged step shows: its sums over all ranks, and the rates since the last one."""
-    grad_norm = sums.pop("grad_norm").item()
-    counts = {"all_tokens": meter.tokens, "squares": meter.squares}
-    device = sums["loss"].device
-    totals = _over_ranks(sums | {k: torch.tensor(v, device=device) for k, v in counts.items()})
-    rates = meter.read(totals.pop("all_tokens"), totals.pop("squares"))
-    share = totals.pop("trained_tokens") / totals.pop("tokens")
-    means = {name: total / divisor for name, total in totals.items()}
-    return {**means, "grad_norm": grad_norm, "trained_share": share, **rates}
-
-
-def _over_ranks(sums: dict[str, Tensor]) -> dict[str, float]:
-    """The sums of all ranks, in float64, in one exchange."""
-    totals = sum_over_ranks(torch.stack([value.double() for value in sums.values()]))
-    return dict(zip(sums, totals.tolist(), strict=True))
-
-
-def _add(sums: dict[str, Tensor], more: dict[str, Tensor]) -> None:
-    for name, value in more.items():
-        sums[name] = sums[name] + value.double() if name in sums else value.double()
+    run.print(f"ended by a signal after step {done}, {where}; {again}")
+    raise SystemExit(128 + (signals.received or Signals.NUMBERS[0]))

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from nanomed import checkpoint, hf, trainer
+from nanomed import checkpoint, hf
 from nanomed.config import SFT
 from nanomed.distributed import World, full, shard
 from nanomed.loader import Loader
@@ -21,7 +21,8 @@ from nanomed.log import Meter, RunFolder
 from nanomed.model import Aquila, init_weights
 from nanomed.optim import adamw
 from nanomed.packing import row_from
-from nanomed.trainer import evaluate, fit, train_step
+from nanomed.step import evaluate, reduced, train_step
+from nanomed.trainer import fit
 from tests.data import ListData
 
 
@@ -87,8 +88,8 @@ def gradients_of_a_step(world, model_config, n, batch_size, micro_tokens, step):
     loader = loader_of(world, n, c)
     recorder = Recorder(model)
     meter = Meter(model_config, world.size)
-    sums = train_step(c, model, recorder, loader, next_token_loss, step, 1e-3, meter)
-    values = trainer._reduced(sums, loader.divisor(step), meter)
+    result = train_step(c, model, recorder, loader, next_token_loss, step, 1e-3, meter)
+    values = reduced(result, loader.divisor(step), meter)
     return recorder.gradients, values, len(loader.step(step)), loader.examples(step)
 
 

@@ -1,0 +1,74 @@
+"""Reading checkpoints that somebody else may have written, without running what is in them.
+
+torch.distributed.checkpoint reads `.metadata`, and every value that is no tensor, with plain
+pickle, which calls whatever function a file names. Here both go through readers that admit only
+what a checkpoint consists of; tensors are read by torch.load(weights_only=True) already.
+"""
+
+import io
+import pickle
+from pathlib import Path
+
+import torch
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+
+from nanomed.config import InputError
+
+_METADATA = "torch.distributed.checkpoint.metadata"
+ADMITTED = {
+    *((_METADATA, name) for name in ("Metadata", "MetadataIndex", "StorageMeta")),
+    *((_METADATA, f"{kind}StorageMetadata") for kind in ("Tensor", "Chunk", "Bytes")),
+    *((_METADATA, name) for name in ("TensorProperties", "_MEM_FORMAT_ENCODING")),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.serialization", "_get_layout"),  # looks a name up in a table
+    ("torch", "Size"),
+    *(("torch", name) for name in ("float32", "float64", "bfloat16", "float16", "int64", "int32")),
+    ("pathlib", "PosixPath"),  # where it was written; never opened
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str):
+        if (module, name) not in ADMITTED:
+            raise InputError(f"it asks for {module}.{name}, which no checkpoint needs")
+        return super().find_class(module, name)
+
+
+class Reader(FileSystemReader):
+    """Reads `files`, the names in the manifest, from a folder and nothing else."""
+
+    def __init__(self, folder: Path, files: set[str]):
+        super().__init__(folder)
+        self.folder, self.files = folder, files
+
+    def read_metadata(self, *_, **__) -> Metadata:
+        path = self.folder / ".metadata"
+        metadata = read_metadata(path)
+        places = {info.relative_path for info in metadata.storage_data.values()}
+        if strangers := places - self.files:
+            raise InputError(f"{path} points to {sorted(strangers)}, not in manifest.json")
+        metadata.storage_meta = StorageMeta(load_id=self.load_id)
+        return metadata
+
+
+def read_metadata(path: Path) -> Metadata:
+    """Raises InputError for a file that is anything but a checkpoint's description of itself."""
+    try:
+        metadata = _Unpickler(io.BytesIO(path.read_bytes())).load()
+        assert isinstance(metadata, Metadata), f"it holds a {type(metadata).__name__}"
+        assert isinstance(metadata.storage_data, dict), "it names no shards"
+        return metadata
+    except Exception as error:  # broken pickles fail in any way there is
+        raise InputError(f"{path} was not written by a save and is not read: {error}") from None
+
+
+class Planner(DefaultLoadPlanner):
+    def load_bytes(self, read_item, value: io.BytesIO) -> None:
+        """What is no tensor (the optimizer's settings): read without the right to call anything,
+        and handed on in the encoding that DefaultLoadPlanner reads."""
+        plain = io.BytesIO()
+        torch.save(torch.load(value, weights_only=True), plain)
+        plain.seek(0)
+        super().load_bytes(read_item, plain)
