@@ -101,9 +101,7 @@ class Run:
     eval_every: int = _flag(0, "steps between two validations; 0: at each epoch's end")
     save_every: int = _flag(0, "steps between two checkpoints; 0: at each validation")
     keep_last: int = _flag(2, "newest checkpoints kept; the best one always is", "best kept")
-    max_bad: int = _flag(
-        5, "steps in a row with a loss or gradient not finite that end the run"
-    )
+    max_bad: int = _flag(5, "steps in a row with a loss or gradient not finite that end the run")
     show_text: bool = _flag(False, "print text of examples though --data is not samples/")
 
     def __post_init__(self) -> None:

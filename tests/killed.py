@@ -1,0 +1,149 @@
+"""The training that the kill matrix kills: 12 steps with dropout, a checkpoint every second step,
+a validation every fourth, where an epoch ends."""
+
+import hashlib
+import json
+import os
+import random
+import signal
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from nanomed import checkpoint, log, optim, trainer
+from nanomed.config import SFT, ModelConfig
+from nanomed.distributed import local, shard
+from nanomed.loader import Loader
+from nanomed.model import Aquila, init_weights
+from tests.data import ListData
+
+SMALL = ModelConfig(97, 2, 128, 2, 1, 96, 512, 1e6, 1e-5, True, dropout=0.2)
+N_STEPS = 12
+
+
+def settings(out: str, **changes) -> SFT:
+    fixed = dict(lr=1e-2, batch_size=16, epochs=3, seq_len=64, micro_tokens=128, warmup_ratio=0.0)
+    return SFT(**{**fixed, "save_every": 2, "eval_every": 4, "out": out, **changes})
+
+
+def build(world) -> Aquila:
+    with torch.device("meta"):
+        model = Aquila(SMALL)
+    shard(model, world, torch.float32)
+    model.to_empty(device="cpu")
+    init_weights(model)
+    return model
+
+
+def loader_of(world, c: SFT) -> Loader:
+    lengths = random.Random(5)
+    data = ListData.of_lengths([lengths.randrange(3, 60) for _ in range(64)])
+    val = ListData.of_lengths([lengths.randrange(3, 60) for _ in range(7)])
+    return Loader(
+        data, np.arange(64), val, np.arange(7), batch_size=16, micro_tokens=c.micro_tokens,
+        epochs=c.epochs, rank=world.rank, world_size=world.size,
+    )  # fmt: skip
+
+
+def train(world, out: str, dies: str = "", **changes) -> None:
+    """Starts or goes on, to the end; at the named point it kills itself instead. Leaves behind
+    what it did (examples-N.jsonl), what it saved (saved.txt) and what became of it (end-N)."""
+    c = settings(out, resume="auto", **changes)
+    run = log.RunFolder(c, world, {"what": "the kill matrix"})
+    loader = loader_of(world, c)
+    if dies:
+        arm(dies, world, run)
+    _note_saves(run, world)
+    examples = loader.examples
+
+    def noted(step: int):
+        with open(run.path / f"examples-{world.rank}.jsonl", "a") as file:
+            file.write(json.dumps([step, examples(step).tolist()]) + "\n")
+        return examples(step)
+
+    loader.examples = noted
+    model = build(world)
+    keep_optimizer = {}
+    adamw = optim.adamw
+    trainer.adamw = lambda *a: keep_optimizer.setdefault("it", adamw(*a))
+    trainer.fit(c, model, loader, lambda nll, row: (nll.sum(), {}), run)
+    (run.path / f"end-{world.rank}").write_text(digest(model, keep_optimizer["it"]))
+    run.close()
+
+
+def digest(model, optimizer) -> str:
+    """Of this rank's weights and optimizer, bit for bit."""
+    found = hashlib.sha256()
+    for param in model.parameters():
+        found.update(local(param.detach()).numpy().tobytes())
+        for name in ("step", "exp_avg", "exp_avg_sq"):
+            found.update(local(optimizer.state[param][name]).numpy().tobytes())
+    return found.hexdigest()
+
+
+def _note_saves(run, world) -> None:
+    save = checkpoint.save
+
+    def noted(*arguments):
+        saved = save(*arguments)
+        if world.is_main:
+            with open(run.path / "saved.txt", "a") as file:
+                file.write(saved.name + "\n")
+        return saved
+
+    checkpoint.save = noted
+
+
+# ---------------------------------------------------------------- named points
+
+
+def _is(name: str):
+    return lambda path, *_: Path(path).name.startswith(name)
+
+
+# name -> (owner, function at whose call it dies, when, rank); the last rank is -1
+POINTS = {
+    "before the shards": (checkpoint, "_write", None, 0),
+    "one rank before its shard": (checkpoint, "_write", None, -1),
+    "while shards are hashed": (checkpoint, "_described", _is("__"), -1),
+    "between shards and manifest": (checkpoint, "_complete", None, 0),
+    "between manifest and rename": (checkpoint, "_fsync", _is("step-000006.unfinished"), 0),
+    "between rename and latest": (checkpoint, "point", _is("latest"), 0),
+    "after the save, before validation": (trainer, "_validate", None, 0),
+    "in the middle of validation": (
+        Loader,
+        "_rows",
+        lambda self, data, _: data is self.val_data,
+        0,
+    ),
+    "between validation and its note": (checkpoint, "mark_validated", None, 0),
+    "between the note and best": (checkpoint, "point_best", None, 0),
+    "while best moves": (checkpoint, "point", _is("best"), 0),
+    "while an old checkpoint is deleted": (checkpoint.shutil, "rmtree", _is("step-000002.old"), 0),
+    "in the middle of accumulation": (torch.Tensor, "backward", "third", -1),
+    "before the update": (torch.optim.AdamW, "step", None, -1),
+    "at an epoch's edge": (trainer, "train_step", lambda *a: a[5] == 8, 0),
+    "while a line is logged": (log.RunFolder, "append", None, 0),
+}
+
+
+def arm(name: str, world, run) -> None:
+    """Makes this process kill itself at the point, once there is a checkpoint of step 4."""
+    owner, attribute, when, rank = POINTS[name]
+    if world.rank != rank % world.size:
+        return
+    original = getattr(owner, attribute)
+    calls = {"n": 0}
+
+    def dying(*arguments, **named):
+        armed = any(path.name >= "step-000004" for path in checkpoint.steps(run.checkpoints))
+        calls["n"] += armed
+        due = calls["n"] == 3 if when == "third" else when is None or when(*arguments)
+        if armed and due:
+            if attribute == "rmtree":  # half of it is gone
+                next(Path(arguments[0]).iterdir()).unlink()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*arguments, **named)
+
+    setattr(owner, attribute, dying)
