@@ -62,10 +62,11 @@ def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state
         shards = f"__{dist.get_rank()}_*.distcp"  # how the writer names this rank's
         hashes = _together(lambda: {p.name: _described(p) for p in unfinished.glob(shards)})
         _on_main(lambda: _complete(unfinished, target, state, hashes))
-    except SaveFailed:
+    except SaveFailed as error:
+        free = _free(folder) / 1e9  # torch's own message does not say "full"
         if dist.get_rank() == 0:  # a full disk needs the room
             shutil.rmtree(unfinished, ignore_errors=True)
-        raise
+        raise SaveFailed(f"{error} ({free:.1f} GB free)") from None
     return target
 
 
@@ -97,9 +98,8 @@ def _prepare(folder: Path, unfinished: Path, size: int) -> None:
     for leftover in folder.glob(f"step-*{UNFINISHED}"):
         shutil.rmtree(leftover)
     unfinished.mkdir(parents=True, mode=0o700)
-    free = shutil.disk_usage(folder).free
-    if free < size:
-        raise SaveFailed(f"{size / 1e9:.1f} GB needed in {folder}, {free / 1e9:.1f} GB free")
+    if _free(folder) < size:
+        raise SaveFailed(f"{size / 1e9:.1f} GB needed in {folder}")
 
 
 def _write(tensors: dict, unfinished: Path) -> None:
@@ -136,13 +136,17 @@ def size_of(model: nn.Module) -> int:
     return BYTES_PER_PARAM * sum(param.numel() for param in model.parameters())
 
 
+def _free(folder: Path) -> int:
+    return shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
+
+
 def check_space(folder: Path, model: nn.Module, n: int) -> None:
     """Raises InputError, on all ranks, unless n checkpoints fit, those already there included."""
     needed, free = n * size_of(model), 0
     if dist.get_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         there = sum(file.stat().st_size for step in steps(folder) for file in step.iterdir())
-        free = shutil.disk_usage(folder).free + there
+        free = _free(folder) + there
     free = from_main(free)
     if free < needed:
         raise InputError(
@@ -196,7 +200,9 @@ def verify(folder: Path) -> dict:
 
 def _manifest(folder: Path) -> dict:
     files = _json(folder / "manifest.json").get("files")
-    if not isinstance(files, dict) or any(Path(name).name != name for name in files):
+    if not isinstance(files, dict) or any(
+        Path(name).name != name or name == ".." for name in files
+    ):
         raise InputError(f"{folder}/manifest.json is damaged: files must be names in its folder")
     return files
 

@@ -1,0 +1,116 @@
+"""Runs the examples of a skipped step again, one by one, and says which of them breaks.
+
+    python -m nanomed.tools.replay runs/sft-001/bad_batches/step-000123.json
+
+Each example goes alone through the weights of the last checkpoint before that step, forward and
+backward, without dropout: its next-token loss and the norm of its gradient. Its text is printed for
+samples/, else with --show_text only.
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from nanomed import checkpoint, stage, template, tokenizer
+from nanomed.config import InputError, ModelConfig, Run
+from nanomed.distributed import World, full, launch, pick_device, shard, start
+from nanomed.model import Aquila
+from nanomed.packing import row_from
+from nanomed.store import Store
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("file", type=Path, help="of a run's bad_batches/")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--show_text", action="store_true", help="though it is not samples/")
+    given = parser.parse_args(argv)
+    with start(pick_device(given.device)) as world:
+        replay(given.file, world, given.show_text)
+
+
+def replay(path: Path, world: World, show_text: bool = False) -> list[int]:
+    """Prints a line for each example of the step; returns those that are not finite."""
+    facts, folder = _json(path), path.parent.parent
+    c = _settings(_json(folder / "config.json"))
+    store = _store(facts)
+    encoder = template.Encoder(
+        template.load(str(folder / "template.json")), tokenizer.load(folder / "tokenizer.model")
+    )
+    model = _model(c, folder, facts, world)
+    print(f"step {facts['step']}: loss {facts['loss']}, gradient norm {facts['grad_norm']}")
+    broken = [name for name, norm in facts["grad_norms"].items() if isinstance(norm, str)]
+    print(f"layers whose gradient was not finite: {', '.join(broken) or 'none'}")
+    found = []
+    for row in facts["rows"]:
+        print(f"rank {row['rank']}, a row with loss {row['loss']}:")
+        for i, record in zip(row["examples"], row["records"], strict=True):
+            loss, norm = run_alone(model, store[i], world.device)
+            mark = "" if math.isfinite(loss + norm) else "   <- NOT FINITE"
+            where = f"{record['file']}, record {record['record']}"
+            print(f"  {where}: loss {loss:.4f} per trained token, gradient norm {norm:.4f}{mark}")
+            if mark:
+                found.append(i)
+            if show_text or stage.may_show_text(c):
+                print("    " + " | ".join(encoder.tokenizer.decode(list(s)) for s, _ in store[i]))
+    if not found:
+        print(
+            "each of them alone is finite with these weights: they are of a checkpoint before the "
+            "step, and dropout is off; compare the losses and the gradient norms"
+        )
+    return found
+
+
+def run_alone(model: nn.Module, segments: list, device: torch.device) -> tuple[float, float]:
+    """(next-token loss per trained token, gradient norm) of one example."""
+    row = row_from(*zip(*segments, strict=True)).to(device)
+    loss = model(row).sum() / (row.labels >= 0).sum()
+    loss.backward()
+    squares = sum(full(param.grad.norm() ** 2).item() for param in model.parameters())
+    model.zero_grad()
+    return loss.item(), math.sqrt(squares)
+
+
+def _model(c: Run, folder: Path, facts: dict, world: World) -> Aquila:
+    config = ModelConfig(**{**_json(folder / "model.json"), "dropout": 0.0})
+    saved = facts["checkpoint"] and folder / "checkpoints" / Path(facts["checkpoint"]).name
+    if saved and not saved.exists():
+        gone, saved = saved.name, checkpoint.newest(folder / "checkpoints")
+        print(f"{gone} is no longer kept; the weights are those of {saved and saved.name}")
+    if not saved:
+        print("there is no checkpoint from before the step: the weights are the run's first ones")
+        return stage.build_model(c, config, world)
+    with torch.device("meta"):
+        model = Aquila(config, c.recompute)
+    shard(model, world, stage.compute_dtype(c, world.device))
+    model.to_empty(device=world.device)
+    checkpoint.load_weights(saved, model)
+    print(f"weights of {saved}")
+    return model
+
+
+def _settings(saved: dict) -> Run:
+    stages = {cls.stage: cls for cls in Run.__subclasses__()}
+    return stages[saved.pop("stage")](**saved)
+
+
+def _store(facts: dict) -> Store:
+    folder = Path(facts["store"] or "none")
+    if not folder.exists():
+        raise InputError(f"the token store {folder} is gone; the run's own command makes it again")
+    return Store(folder)
+
+
+def _json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+if __name__ == "__main__":
+    launch(main)
