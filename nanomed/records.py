@@ -1,54 +1,89 @@
 """Records in files and what they become: the readers of every format.
 
-A file is a JSON array, JSON lines, or either as .gz; it is streamed, never held whole. A format is
-recognised record by record, by its fields, in the order of CHAT_FORMATS: adding one is a line
-there and a function that turns the record into turns.
+A format is recognised record by record, by its fields, in the order of FORMATS. Adding one is a
+line there and a function in chats.py or pairs.py that turns the record into its shape.
 """
 
-import gzip
-import io
-import json
-import re
-import unicodedata
-import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any, TextIO
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
+from nanomed import chats, pairs
 from nanomed.config import InputError, nearest
+from nanomed.files import holds_json, read_json, read_lines, read_records
+from nanomed.shapes import (
+    BadField,
+    Chat,
+    Document,
+    PreferencePair,
+    excerpt,
+    group_of,
+    language,
+    source_of,
+    text_of,
+)
 
-CHUNK = 1 << 20  # characters read at a time
-MAX_RECORD = 64 << 20  # characters; a larger record is a broken file
-ROLES = {
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-    "system": "system",
+__all__ = [
+    "BadField", "Chat", "Document", "PreferencePair", "chats_of", "document_of", "pair_of",
+    "read_chats", "read_documents", "read_json", "read_pairs", "read_records",
+]  # fmt: skip
+
+CHAT, PAIR, DOCUMENT, UNPAIRED, EXAM = "chat", "pair", "document", "unpaired", "exam question"
+DESCRIBED = {
+    CHAT: "a chat; train_sft.py reads those",
+    PAIR: "a preference pair; train_dpo.py reads those",
+    DOCUMENT: "a document; train_cpt.py reads those",
+    UNPAIRED: "an unpaired preference; nanomed needs a chosen and a rejected answer to each prompt",
+    EXAM: "an exam question; it is for evaluation, not for training",
 }
 
 
-class BadField(Exception):
-    """A record's field cannot be used; the reader adds file and record number."""
+@dataclass(frozen=True)
+class Format:
+    shape: str
+    fields: str  # names of which a record has all; `a|b` is either
+    convert: Callable[[dict], Any] | None = None
+    fits: Callable[[dict], bool] = lambda record: True  # what the names alone do not tell
 
-    def __init__(self, name: str, problem: str):
-        super().__init__(f"field {name!r}: {problem}")
+    def matches(self, record: dict) -> bool:
+        groups = (names.split("|") for names in self.fields.split())
+        has_all = all(any(record.get(n) is not None for n in names) for names in groups)
+        return has_all and self.fits(record)
 
 
-@dataclass
-class Chat:
-    """Turns alternate freely between user and assistant; the first is a user's, the last an
-    assistant's."""
+def _is_pair(record: dict) -> bool:
+    """Not so in Huatuo, where the questions are a list too."""
+    return isinstance(record["output"], list) and not isinstance(record.get("instruction"), list)
 
-    turns: list[tuple[str, str]]  # (role, text)
-    system: str = ""  # "" takes the template's own
-    group: str = ""  # all chats of a group stand on the same side of the validation split
-    notes: list[str] = field(default_factory=list)  # what reading it changed, for the report
-    dropped: str = ""  # why it cannot be trained on, "" if it can
+
+def _is_unpaired(record: dict) -> bool:
+    return record.get("label") in (0, 1)  # also False and True
+
+
+FORMATS = [
+    Format(CHAT, "messages", chats.messages),
+    Format(CHAT, "conversations", chats.sharegpt),
+    Format(PAIR, "chosen rejected", pairs.chosen_rejected),
+    Format(PAIR, "response_chosen response_rejected", pairs.response_pair),
+    Format(PAIR, "instruction|input output", pairs.output_pair, _is_pair),
+    Format(CHAT, "instruction output", chats.alpaca, lambda r: not _is_pair(r)),
+    Format(EXAM, "question options answer"),
+    Format(
+        CHAT,
+        "questions|question|问 answers|answer|答",
+        chats.question_answer,
+        lambda r: r.get("options") is None,
+    ),
+    Format(CHAT, "ask answer", chats.toyhom),
+    Format(CHAT, "data", chats.question_list, lambda r: isinstance(r["data"], list)),
+    Format(UNPAIRED, "prompt completion label", fits=_is_unpaired),
+    Format(CHAT, "prompt completion", chats.prompt_completion, lambda r: not _is_unpaired(r)),
+    Format(DOCUMENT, "text", lambda r: _document(r, "text")),
+    Format(DOCUMENT, "content", lambda r: _document(r, "content")),
+]
+
+
+# ---------------------------------------------------------------- readers
 
 
 def read_chats(path: str) -> Iterator[tuple[int, Chat, int]]:
@@ -57,244 +92,92 @@ def read_chats(path: str) -> Iterator[tuple[int, Chat, int]]:
 
     Raises InputError naming file, record and field at the first record that cannot be read.
     """
-    for number, record, n_bytes in read_json(path):
-        try:
-            for chat in chats_of(record):
-                yield number, chat, n_bytes
-        except BadField as bad:
-            raise InputError(f"{path}, record {number}: {bad}") from None
+    for number, record, n_bytes in read_records(path):
+        for chat in _naming_record(path, number, chats_of, record):
+            yield number, chat, n_bytes
+
+
+def read_pairs(path: str) -> Iterator[tuple[int, PreferencePair, int]]:
+    """(record number from 1, pair, bytes read so far) for every preference pair in a file; raises
+    as read_chats does."""
+    for number, record, n_bytes in read_records(path):
+        yield number, _naming_record(path, number, pair_of, record), n_bytes
+
+
+def read_documents(path: str, text_key: str | None = None) -> Iterator[tuple[int, Document, int]]:
+    """(record number from 1, document, bytes read so far) for every document in a file. A .txt
+    file has one document on each line, unless it holds JSON. `text_key` names the field with the
+    text (None: `text`, else `content`). Raises as read_chats does."""
+    if path.removesuffix(".gz").endswith(".txt") and not holds_json(path):
+        for number, line, n_bytes in read_lines(path):
+            yield number, _naming_record(path, number, document_of, {"text": line}), n_bytes
+        return
+    for number, record, n_bytes in read_records(path):
+        yield number, _naming_record(path, number, document_of, record, text_key), n_bytes
+
+
+def _naming_record(path: str, number: int, convert: Callable, *arguments: Any) -> Any:
+    try:
+        return convert(*arguments)
+    except BadField as bad:
+        raise InputError(f"{path}, record {number}: {bad}") from None
 
 
 def chats_of(record: Any) -> list[Chat]:
     """The chats in one record of any format. Raises BadField."""
-    if not isinstance(record, dict):
-        raise BadField("(record)", f"expected an object, found {_excerpt(record)}")
-    for fields, convert in CHAT_FORMATS:
-        if all(record.get(name) is not None for name in fields):
-            group = record.get("group", "")
-            return [_checked(chat, group) for chat in convert(record)]
-    raise BadField("(record)", _unknown_format(record))
+    return [chats.checked(chat, record) for chat in _format_of(record, CHAT).convert(record)]
 
 
-# ---------------------------------------------------------------- formats
+def pair_of(record: Any) -> PreferencePair:
+    """The preference pair in one record of any format. Raises BadField."""
+    return pairs.checked(_format_of(record, PAIR).convert(record), record)
 
 
-def _messages(record: dict) -> list[Chat]:
-    """OpenAI: {"messages": [{"role": ..., "content": text or parts}, ...]}."""
-    return [_from_turns(record, "messages", "role", "content")]
+def document_of(record: Any, text_key: str | None = None) -> Document:
+    """The document in one record. Raises BadField."""
+    if not text_key:
+        return _format_of(record, DOCUMENT).convert(record)
+    if not isinstance(record, dict) or text_key not in record:
+        raise BadField(text_key, f"not in this record, which is {excerpt(record)}")
+    return _document(record, text_key)
 
 
-def _sharegpt(record: dict) -> list[Chat]:
-    """ShareGPT: {"conversations": [{"from": "human", "value": ...}, ...], "system": ...}."""
-    return [_from_turns(record, "conversations", "from", "value")]
-
-
-def _alpaca(record: dict) -> list[Chat]:
-    """Alpaca with optional history; question and answer may be lists (Huatuo): every wording of
-    the question with the first answer."""
-    turns = []
-    for i, pair in enumerate(record.get("history") or []):
-        name = f"history[{i}]"
-        if not isinstance(pair, list) or len(pair) != 2:
-            raise BadField(name, f"expected [question, answer], found {_excerpt(pair)}")
-        turns += [("user", _text(pair[0], name)), ("assistant", _text(pair[1], name))]
-    extra = _text(record.get("input") or "", "input")
-    answers = _texts(record["output"], "output")
-    if isinstance(record["output"], list) and isinstance(record["instruction"], str):
-        raise BadField("output", "a list of answers is a preference pair: train_dpo.py reads those")
-    system = _text(record.get("system") or "", "system")
-    questions = [
-        f"{question}\n{extra}" if extra else question
-        for question in _texts(record["instruction"], "instruction")
-    ]
-    return [Chat([*turns, ("user", q), ("assistant", answers[0])], system) for q in questions]
-
-
-def _question_answer(question: str, answer: str):
-    def convert(record: dict) -> list[Chat]:
-        answers = _texts(record[answer], answer)
-        questions = _texts(record[question], question)
-        return [Chat([("user", q), ("assistant", answers[0])]) for q in questions]
-
-    return convert
-
-
-CHAT_FORMATS = [
-    (("messages",), _messages),
-    (("conversations",), _sharegpt),
-    (("instruction", "output"), _alpaca),
-    (("questions", "answers"), _question_answer("questions", "answers")),
-    (("question", "answer"), _question_answer("question", "answer")),
-    (("问", "答"), _question_answer("问", "答")),
-]
-
-
-def _from_turns(record: dict, name: str, role_key: str, text_key: str) -> Chat:
-    entries = record[name]
-    if not isinstance(entries, list):
-        raise BadField(name, f"expected a list of turns, found {_excerpt(entries)}")
-    chat = Chat([], _text(record.get("system") or "", "system"))
-    for i, entry in enumerate(entries):
-        where = f"{name}[{i}]"
-        if not isinstance(entry, dict) or role_key not in entry or text_key not in entry:
-            raise BadField(
-                where, f"expected {role_key!r} and {text_key!r}, found {_excerpt(entry)}"
-            )
-        role = ROLES.get(entry[role_key]) if isinstance(entry[role_key], str) else None
-        if role is None:
-            raise BadField(
-                f"{where}.{role_key}",
-                f"unknown role {_excerpt(entry[role_key])}; known: {', '.join(ROLES)}"
-                + nearest(entry[role_key], ROLES),
-            )
-        text = _text(entry[text_key], f"{where}.{text_key}")
-        if role != "system":
-            chat.turns.append((role, text))
-        elif i == 0:
-            chat.system = text
-        else:
-            raise BadField(f"{where}.{role_key}", "a system turn can only be the first")
-    return chat
-
-
-def _checked(chat: Chat, group: Any) -> Chat:
-    """Drops what frames no answer, and says so; decides whether the chat can be trained on."""
-    if not any(role == "assistant" for role, _ in chat.turns):
-        raise BadField("(turns)", "no assistant turn, so there is nothing to train on")
-    while chat.turns[0][0] == "assistant":
-        chat.turns.pop(0)
-        chat.notes.append("assistant turn before the first question dropped")
-        if not chat.turns:
-            raise BadField("(turns)", "no user turn, so there is nothing to answer")
-    while chat.turns[-1][0] == "user":
-        chat.turns.pop()
-        chat.notes.append("user turn after the last answer dropped")
-        if not chat.turns:
-            raise BadField("(turns)", "no answer follows a question")
-    empty = {role for role, text in chat.turns if not text.strip()}
-    chat.dropped = "empty answer" if "assistant" in empty else "empty question" if empty else ""
-    chat.group = _text(group, "group") if group else _bare(chat.turns[0][1])
-    return chat
-
-
-def _bare(text: str) -> str:
-    """A question without spaces and punctuation: rewritten copies still share a group."""
-    return "".join(c for c in text if unicodedata.category(c)[0] not in "ZPC")
-
-
-def _texts(value: Any, name: str) -> list[str]:
-    """A text, or the texts of a list, nested or not."""
-    if not isinstance(value, list):
-        return [_text(value, name)]
-    texts = [text for item in value for text in _texts(item, name)]
-    if not texts:
-        raise BadField(name, "an empty list")
-    return texts
-
-
-def _text(value: Any, name: str) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, list):  # OpenAI parts
-        parts = [p.get("text") for p in value if isinstance(p, dict) and p.get("type") == "text"]
-        if len(parts) != len(value):
-            raise BadField(name, f"only parts of type text can be trained on: {_excerpt(value)}")
-        value = "".join(_text(part, name) for part in parts)
-    if not isinstance(value, str):
-        raise BadField(name, f"expected text, found {_excerpt(value)}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise BadField(
-            name,
-            f"a lone surrogate {value[error.start]!a} at character {error.start} is not text: "
-            "the file was cut inside an emoji; mend or remove it",
-        ) from None
-    return value
-
-
-def _unknown_format(record: dict) -> str:
-    found = ", ".join(map(repr, record)) or "none"
-    by_overlap = sorted(
-        (" + ".join(fields) for fields, _ in CHAT_FORMATS),
-        key=lambda names: -sum(bool(nearest(n, record)) for n in names.split(" + ")),
+def _document(record: dict, key: str) -> Document:
+    text = text_of(record[key], key)
+    named = record.get("lang")
+    plain = {k: v for k, v in record.items() if isinstance(v, str | int | float) and k != key}
+    return Document(
+        text,
+        source_of(record),
+        named if isinstance(named, str) else language(text),
+        group_of(record, text),
+        labels=plain,
+        dropped="" if text.strip() else "empty text",
     )
-    known = "; ".join(by_overlap)
+
+
+# ---------------------------------------------------------------- recognising
+
+
+def _format_of(record: Any, wanted: str) -> Format:
+    """The first format of the wanted shape. Raises BadField, saying what the record is instead."""
+    if not isinstance(record, dict):
+        raise BadField("(record)", f"expected an object, found {excerpt(record)}")
+    found = [known for known in FORMATS if known.matches(record)]
+    for known in found:
+        if known.shape == wanted:
+            return known
+    if found:
+        raise BadField("(record)", f"no {wanted}, this is {DESCRIBED[found[0].shape]}")
+    raise BadField("(record)", _unknown_format(record, wanted))
+
+
+def _unknown_format(record: dict, wanted: str) -> str:
+    names = [name[:40] for name in record]
+    found = ", ".join(map(repr, names[:12])) or "none"
+    if len(names) > 12:
+        found += f" and {len(names) - 12} more"
+    fields = [known.fields for known in FORMATS if known.shape == wanted]
+    fields.sort(key=lambda f: -sum(bool(nearest(n, names[:50])) for n in f.split()))
+    known = "; ".join(f.replace(" ", " + ") for f in fields)
     return f"unknown fields; found {found}; known, the nearest first: {known}"
-
-
-def _excerpt(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=True, default=str)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-# ---------------------------------------------------------------- files
-
-
-def read_json(path: str) -> Iterator[tuple[int, Any, int]]:
-    """(number from 1, value, bytes read so far) for each element of a JSON array, or each of the
-    JSON values that follow one another in a file (JSON lines). Raises InputError."""
-    number = 0
-    try:
-        with open(path, "rb") as raw:
-            binary = gzip.GzipFile(fileobj=raw) if path.endswith(".gz") else raw
-            text = io.TextIOWrapper(binary, encoding="utf-8-sig")
-            for number, value in enumerate(_values(path, text), 1):
-                yield number, value, raw.tell()
-    except (gzip.BadGzipFile, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise InputError(f"{path}, after record {number}: {error}") from None
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror or error}") from None
-    if number == 0:
-        raise InputError(f"{path} holds no record: the file is empty")
-
-
-def _values(path: str, file: TextIO) -> Iterator[Any]:
-    decode = json.JSONDecoder().raw_decode
-    buffer = file.read(CHUNK)
-    position = len(buffer) - len(buffer.lstrip())
-    array = buffer[position : position + 1] == "["
-    position += array
-    number, closed, comma_due = 1, False, False
-    while not closed:
-        position = _NOT_SPACE.search(buffer, position).start()
-        if position == len(buffer):
-            buffer, position = file.read(CHUNK), 0
-            if buffer:
-                continue
-            break
-        if array and buffer[position] == "]":
-            closed = True
-        elif array and comma_due:
-            if buffer[position] != ",":
-                raise InputError(f"{path}, after record {number - 1}: expected ',' or ']'")
-            position, comma_due = position + 1, False
-        else:
-            try:
-                value, position = decode(buffer, position)
-            except RecursionError:
-                raise InputError(f"{path}, record {number}: nested too deep") from None
-            except json.JSONDecodeError as error:
-                more = _may_go_on(error, buffer, position) and file.read(CHUNK + len(buffer))
-                if not more:
-                    near = buffer[max(position, error.pos - 30) : error.pos + 30]
-                    problem = f"broken JSON: {error.msg} near {near!r}"
-                    raise InputError(f"{path}, record {number}: {problem}") from None
-                buffer, position = buffer[position:] + more, 0
-                continue
-            yield value
-            number, comma_due = number + 1, array
-    if array and not closed:
-        raise InputError(f"{path}, after record {number - 1}: the array is cut off, no ']'")
-    if (buffer[position + 1 :] + file.read(CHUNK)).strip():
-        raise InputError(f"{path}: text after the array's end")
-
-
-_NOT_SPACE = re.compile(r"[^ \t\r\n]|\Z")
-
-
-def _may_go_on(error: json.JSONDecodeError, buffer: str, position: int) -> bool:
-    """Whether the value may be whole once more of the file is read: then the decoder fails at the
-    buffer's end, or in a string without one."""
-    at_end = error.pos > len(buffer) - 16 or error.msg.startswith("Unterminated")
-    return at_end and len(buffer) - position <= MAX_RECORD

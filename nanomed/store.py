@@ -25,7 +25,8 @@ from nanomed.records import read_chats
 from nanomed.template import Encoder
 
 CACHE = Path("runs/cache")
-FORMATTER = ("records", "template", "tokenizer", "store")  # the code that turns files into ids
+# The code that turns files into ids.
+FORMATTER = ("files", "shapes", "chats", "records", "template", "tokenizer", "store")
 
 
 class Store:

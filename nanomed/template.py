@@ -78,8 +78,12 @@ class Encoder:
     def chat(self, chat: Chat, max_tokens: int) -> tuple[list[int], list[bool], int]:
         """(ids, trained, turns dropped): the whole chat, or without its oldest turns, as many as
         it takes to fit max_tokens. Empty if even its last question and answer do not fit."""
+        if chat.raw:
+            return self._continuation(chat, max_tokens)
         head = self._system(chat)
         turns = [self._turn(role, text) for role, text in chat.turns]
+        for _, trained in turns[: chat.context]:
+            trained[:] = [False] * len(trained)
         first, room = 0, max_tokens - len(head[0])
         length = sum(len(ids) for ids, _ in turns)
         while length > room:
@@ -98,6 +102,14 @@ class Encoder:
         """The ids up to where the assistant's next answer starts; chat.turns ends with a user."""
         turns = [self._turn(role, text)[0] for role, text in chat.turns]
         return [*chain(self._system(chat)[0], *turns, self._before["assistant"])]
+
+    def _continuation(self, chat: Chat, max_tokens: int) -> tuple[list[int], list[bool], int]:
+        """A text and what follows it, up to the document's end; nothing of it can be left out."""
+        prompt, answer = (self.tokenizer.encode(text) for _, text in chat.turns)
+        ids = [*prompt, *answer, self.document_end]
+        if len(ids) > max_tokens:
+            return [], [], 0
+        return ids, [False] * len(prompt) + [True] * (len(answer) + 1), 0
 
     def _system(self, chat: Chat) -> tuple[list[int], list[bool]]:
         text = chat.system or self.template.system
