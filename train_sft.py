@@ -12,6 +12,7 @@ from torch import Tensor
 from nanomed import config, stage, store
 from nanomed.answers import show_answers
 from nanomed.distributed import launch, pick_device, start
+from nanomed.exam import show_exam
 from nanomed.loader import Loader, split
 from nanomed.log import RunFolder
 from nanomed.packing import Row
@@ -56,6 +57,7 @@ def main() -> None:
         stage.load_best(model, run)
         if stage.may_show_text(c):
             show_answers(model, encoder, loader, run)
+            show_exam(model, encoder, loader, run)
         stage.export(c, model, encoder, run)
 
 

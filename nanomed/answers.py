@@ -7,7 +7,7 @@ from torch import nn
 from nanomed.generate import greedy_in_lockstep
 from nanomed.loader import Loader
 from nanomed.log import RunFolder
-from nanomed.records import Chat, chats_of, read_json
+from nanomed.records import Chat, chats_of, read_records
 from nanomed.store import Store
 from nanomed.template import Encoder
 
@@ -35,11 +35,10 @@ def pick_questions(loader: Loader, n_seen: int = 4, n_unseen: int = 2) -> list[t
     """(chat, mark) of held-out chats: where records name their facts, some whose facts training
     states in another form, each of another kind as far as possible, and some it does not state;
     elsewhere simply the first ones, without a mark."""
-    held_out = _records(loader.val_data, loader.val)
+    held_out = records_of(loader.val_data, loader.val)
     if not all("facts" in record for record in held_out):
         return [(chats_of(record)[0], "") for record in held_out[: n_seen + n_unseen]]
-    train = _records(loader.data, loader.train)
-    taught = {fact for record in train for fact in record.get("facts", [])}
+    taught = taught_facts(loader)
     marked = [
         (record, SEEN if taught.issuperset(record["facts"]) else UNSEEN) for record in held_out
     ]
@@ -52,11 +51,17 @@ def pick_questions(loader: Loader, n_seen: int = 4, n_unseen: int = 2) -> list[t
     return picked
 
 
+def taught_facts(loader: Loader) -> set[str]:
+    """The facts of the sample world that a record on the training side states."""
+    train = records_of(loader.data, loader.train)
+    return {fact for record in train for fact in record.get("facts", [])}
+
+
 def _distinct(records: list[dict]) -> list[dict]:
     return list({id(record): record for record in records}.values())
 
 
-def _records(store: Store, examples: Iterable[int]) -> list[dict]:
+def records_of(store: Store, examples: Iterable[int]) -> list[dict]:
     """The records, as they stand in their files, that these examples were read from."""
     wanted: dict[str, set[int]] = {}
     for i in examples:
@@ -65,6 +70,6 @@ def _records(store: Store, examples: Iterable[int]) -> list[dict]:
     return [
         record
         for file, numbers in wanted.items()
-        for number, record, _ in read_json(file)
+        for number, record, _ in read_records(file)
         if number in numbers
     ]

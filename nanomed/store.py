@@ -12,7 +12,7 @@ import os
 import shutil
 import time
 from array import array
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,11 +22,12 @@ from tqdm import tqdm
 from nanomed.config import InputError
 from nanomed.distributed import rank_from_env
 from nanomed.records import read_chats
+from nanomed.tally import Tally
 from nanomed.template import Encoder
 
 CACHE = Path("runs/cache")
 # The code that turns files into ids.
-FORMATTER = ("files", "shapes", "chats", "records", "template", "tokenizer", "store")
+FORMATTER = ("files", "shapes", "chats", "records", "tally", "template", "tokenizer", "store")
 
 
 class Store:
@@ -130,52 +131,34 @@ def _check_drops(report: dict, seq_len: int, allow_drop: float) -> None:
 
 def _write_chats(folder: Path, files: list[str], encoder: Encoder, seq_len: int) -> None:
     writer = Writer(folder, files)
-    reports = {}
+    tallies: dict[tuple[str, str], Tally] = defaultdict(Tally)  # (file, source)
     total = sum(os.path.getsize(path) for path in files)
     with tqdm(total=total, unit="B", unit_scale=True, desc="tokenising", leave=False) as bar:
         for number, path in enumerate(files):
-            counts = {"chats": 0, "kept": 0, "shortened": 0, "turns_cut": 0}
-            dropped, notes, start = Counter(), Counter(), bar.n
+            start = bar.n
             for record, chat, n_bytes in read_chats(path):
-                counts["chats"] += 1
-                notes.update(chat.notes)
-                ids, trained, cut = ([], [], 0)
-                if not chat.dropped:
-                    ids, trained, cut = encoder.chat(chat, seq_len)
+                ids, trained, cut = ([], [], 0) if chat.dropped else encoder.chat(chat, seq_len)
                 if ids:
                     writer.add([(ids, trained)], number, record, chat.group)
-                    counts["kept"] += 1
-                    counts["shortened"] += cut > 0
-                    counts["turns_cut"] += cut
-                else:
-                    dropped[chat.dropped or "longer than seq_len"] += 1
+                tallies[path, chat.source].count(chat, len(ids), sum(trained[1:]), cut)
                 bar.update(start + n_bytes - bar.n)
-            reports[path] = {**counts, "dropped": dict(dropped), "changed": dict(notes)}
-    report = _total(reports, writer)
+    report = _report(files, tallies)
     _check_drops(report, seq_len, allow_drop=1.0)  # an empty store is of no use to anybody
     writer.close(report)
 
 
-def _total(files: dict[str, dict], writer: Writer) -> dict:
-    """The report of all files together, with each file's own below it."""
-    dropped, changed = Counter(), Counter()
-    for report in files.values():
-        dropped.update(report["dropped"])
-        changed.update(report["changed"])
-    names = ("chats", "kept", "shortened", "turns_cut")
-    lengths = np.diff(np.array(writer.borders))
-    percentiles = (0, 5, 25, 50, 75, 95, 100)
-    values = (
-        np.percentile(lengths, percentiles).round().astype(int).tolist() if len(lengths) else []
-    )
+def _report(files: list[str], tallies: dict[tuple[str, str], Tally]) -> dict:
+    """What reading did with all chats, with each file's and in it with each source's."""
+    by_file = {path: {s: t for (p, s), t in tallies.items() if p == path} for path in files}
     return {
-        **{name: sum(report[name] for report in files.values()) for name in names},
-        "dropped": dict(dropped),
-        "changed": dict(changed),
-        "tokens": writer.borders[-1],
-        "trained_tokens": sum(writer.divisors),
-        "length_percentiles": {f"p{p}": v for p, v in zip(percentiles, values, strict=False)},
-        "files": files,
+        **Tally.of(tallies.values()).report(),
+        "files": {
+            path: {
+                **Tally.of(sources.values()).report(),
+                "sources": {name or "(none named)": t.report() for name, t in sources.items()},
+            }
+            for path, sources in by_file.items()
+        },
     }
 
 

@@ -100,6 +100,29 @@ def test_the_report_counts_by_cause(tmp_path, encoder):
     assert report["trained_tokens"] == built.divisors.sum()
 
 
+def test_the_report_has_every_file_and_source(tmp_path, encoder):
+    rows = [{"instruction": f"问题{i}", "output": "答", "source": "甲"} for i in range(3)]
+    rows += [{"instruction": "what is it", "output": "an answer", "source": "乙"}]
+    rows += [{"instruction": "问", "output": "", "source": "乙"}]
+    paths = [str(tmp_path / name) for name in ("a.json", "b.json")]
+    for path, part in zip(paths, (rows, [{"question": "问", "answer": "答" * 20}]), strict=True):
+        with open(path, "w") as file:
+            json.dump(part, file)
+    report = store.chats(paths, encoder, 256, 0.5).meta["report"]
+    first, second = (report["files"][path] for path in paths)
+    assert (report["chats"], first["chats"], second["chats"]) == (6, 5, 1)
+    assert {name: s["kept"] for name, s in first["sources"].items()} == {"甲": 3, "乙": 1}
+    assert first["sources"]["乙"]["dropped"] == {"empty answer": 1}
+    assert list(second["sources"]) == ["(none named)"]
+    assert first["language_share"] == {"en": 0.25, "zh": 0.75}
+    assert first["sources"]["乙"]["language_share"] == {"en": 1.0}
+    assert report["tokens"] == first["tokens"] + second["tokens"]
+    for part in (report, first, second):
+        assert part["trained_share"] == round(part["trained_tokens"] / part["tokens"], 4)
+        assert part["length_percentiles"]["p50"] <= part["length_percentiles"]["p100"]
+    assert second["trained_share"] > first["trained_share"]  # its answers are longer
+
+
 def test_one_process_tokenises_and_the_others_wait_without_a_collective(file, encoder, monkeypatch):
     """pitfalls 24. Threads stand in for the other ranks; there is no process group here."""
     passes, opened = [], []

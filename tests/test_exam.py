@@ -1,0 +1,69 @@
+import json
+
+import pytest
+import torch
+
+from nanomed import exam, store
+from nanomed.loader import Loader, split
+from nanomed.records import Chat
+from tests.conftest import ROOT
+
+QUESTION = "下列哪项正确？\nA. 甲\nB. 乙\nC. 丙\nD. 丁"
+
+
+@pytest.mark.parametrize(
+    "question, answer, letter",
+    [
+        (QUESTION, "B。乙。", "B"),
+        (QUESTION, "D", "D"),
+        (QUESTION, "C. 丙", "C"),
+        (QUESTION, "A fever is common", None),  # an article, not a letter
+        (QUESTION, "乙", None),
+        ("头痛怎么办？", "B。", None),
+    ],
+)
+def test_what_is_an_exam_question(question, answer, letter):
+    item = exam.as_item(Chat([("user", question), ("assistant", answer)]))
+    assert (item.letter if item else None) == letter
+    if item:
+        assert item.n_options == 4 and item.chat.turns == [("user", question)]
+
+
+class Always(torch.nn.Module):
+    """Answers every question with one token."""
+
+    def __init__(self, token: int, vocab_size: int):
+        super().__init__()
+        self.token, self.vocab_size = token, vocab_size
+
+    def forward(self, row, logits):
+        out = torch.zeros(len(row.tokens), self.vocab_size)
+        out[:, self.token] = 1
+        return out
+
+
+class Screen:
+    def __init__(self, world):
+        self.world, self.lines = world, []
+
+    def print(self, text=""):
+        self.lines.append(text)
+
+
+def test_shares_stand_beside_chance(encoder, world, monkeypatch):
+    """Letters are balanced, so whoever always says B is right in a quarter."""
+    monkeypatch.chdir(ROOT)
+    data = store.chats(["samples/sft.jsonl"], encoder, 512, 0.0)
+    train, val = split(data, data, 0.1)
+    loader = Loader(data, train, data, val, batch_size=32, micro_tokens=512, epochs=1)
+    (letter,) = encoder.tokenizer.encode("B")
+    screen = Screen(world)
+    exam.show_exam(Always(letter, encoder.tokenizer.vocab_size), encoder, loader, screen)
+    held_out, seen, unseen = screen.lines[1:4]
+    items = [json.loads(line) for line in open("samples/exam.jsonl", encoding="utf-8")]
+    right = sum(item["answer"] == "B" for item in items)
+    counts = [int(line.split(": ")[1].split(" of ")[0]) for line in (seen, unseen)]
+    assert sum(counts) == right and abs(right / len(items) - 0.25) < 0.01
+    for line in (held_out, seen, unseen):
+        assert "chance is 25%" in line
+    assert "held-out option questions" in held_out and "never stated" in unseen
