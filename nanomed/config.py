@@ -41,7 +41,7 @@ class ModelConfig:
 
 # Four generations of Aquila share one name; these are three of them and a small sibling.
 MODELS = {
-    "tiny": ModelConfig(6144, 4, 256, 4, 2, 704, 4096, 1e6, 1e-5, True),
+    "tiny": ModelConfig(6144, 3, 256, 4, 2, 704, 4096, 1e6, 1e-5, True),
     "aquila-7b": ModelConfig(100_008, 32, 4096, 32, 32, 11_008, 2048, 1e4, 1e-6, False),
     "aquila2-7b": ModelConfig(143_973, 32, 4096, 32, 32, 11_008, 4096, 1e6, 1e-5, False),
     "aquilamed-7b": ModelConfig(151_851, 32, 4096, 32, 8, 14_336, 4096, 1e6, 1e-5, True),
@@ -136,8 +136,8 @@ class SFT(Run):
     stage: ClassVar[str] = "sft"
     FRESH: ClassVar[dict[str, Any]] = {
         "lr": 2e-3,
-        "epochs": 8,
-        "batch_size": 32,
+        "epochs": 7,
+        "batch_size": 16,
         "dropout": 0.0,
         "seq_len": 1024,
         "min_lr_ratio": 0.1,

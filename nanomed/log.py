@@ -44,6 +44,11 @@ class RunFolder:
             step = checkpoint.read_state(self.resume_from)["step"] if self.resume_from else -1
             _cut_back(self.path / "metrics.jsonl", step)
 
+    def close(self) -> None:
+        """Lets another run have the folder."""
+        if self.world.is_main:
+            self._lock.close()
+
     def write_json(self, name: str, value: Any) -> None:
         if self.world.is_main:
             (self.path / name).write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n")

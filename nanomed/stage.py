@@ -22,6 +22,8 @@ def model_and_encoder(c: Run) -> tuple[ModelConfig, template.Encoder]:
     """The model's shape, tokenizer and template, checked against one another. Allocates nothing."""
     if c.init and c.model:
         raise InputError(f"--init {c.init} fixes the model; leave out --model {c.model}")
+    if c.init and not Path(c.init).is_dir():
+        raise InputError(f"--init {c.init}: no such folder")
     encoder = template.Encoder(
         template.load(c.template or _beside(c.init, "template.json") or "chatml"),
         tokenizer.load(c.tokenizer or c.init or OUR_TOKENIZER),
@@ -42,8 +44,6 @@ def model_and_encoder(c: Run) -> tuple[ModelConfig, template.Encoder]:
 
 def _init_config(init: str) -> ModelConfig:
     """Of a run folder or a Hugging Face folder."""
-    if not Path(init).is_dir():
-        raise InputError(f"--init {init}: no such folder")
     if saved := _beside(init, "model.json"):
         return ModelConfig(**json.loads(Path(saved).read_text()))
     return hf.read_config(init)

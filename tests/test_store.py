@@ -65,7 +65,7 @@ def test_the_key_covers_all_that_the_ids_depend_on(file, encoder, tmp_path, monk
 
 
 def test_too_many_dropped_chats_stop_the_run(tmp_path, encoder):
-    """pitfalls 7: nothing is dropped silently, and no run goes on with the little that is left."""
+    """pitfalls 7: nothing is dropped silently, nor does a run go on with what little is left."""
     file = write_chats(tmp_path / "x.jsonl", n=20, length=20)
     shortest = len(encoder.chat(next(chat for _, chat, _ in read_chats(file)), 999)[0])
     with pytest.raises(InputError, match=r"of 20 chats in .*x.jsonl cannot be kept .*longer than"):

@@ -1,0 +1,316 @@
+"""What may not change a run: the number of processes, packing, accumulation, a stop in between.
+
+Everything goes through the code that the scripts run: shard(), Loader, train_step(), fit().
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from nanomed import checkpoint, hf, trainer
+from nanomed.config import SFT
+from nanomed.distributed import World, full, shard
+from nanomed.loader import Loader
+from nanomed.log import Meter, RunFolder
+from nanomed.model import Aquila, init_weights
+from nanomed.optim import adamw
+from nanomed.packing import row_from
+from nanomed.trainer import evaluate, fit, train_step
+from tests.data import ListData
+
+
+def next_token_loss(nll, row):
+    return nll.sum(), {}
+
+
+def settings(**changes) -> SFT:
+    defaults = dict(lr=1e-2, dropout=0.0, warmup_ratio=0.0, grad_clip=1.0, seq_len=64)
+    return SFT(**{**defaults, "micro_tokens": 64, "log_every": 1, **changes})
+
+
+def sharded(world: World, model_config, seed=0, recompute="none") -> Aquila:
+    with torch.device("meta"):
+        model = Aquila(model_config, recompute)
+    shard(model, world, torch.float32)
+    model.to_empty(device=world.device)
+    init_weights(model, seed)
+    return model
+
+
+def loader_of(world: World, n: int, c: SFT, max_steps=0) -> Loader:
+    """n chats of different lengths to train on, and 7 others held out."""
+    rng = np.random.default_rng(5)
+    data = ListData.of_lengths(rng.integers(3, 60, n).tolist())
+    val = ListData.of_lengths(rng.integers(3, 60, 7).tolist())
+    return Loader(
+        data,
+        np.arange(n),
+        val,
+        np.arange(7),
+        batch_size=c.batch_size,
+        micro_tokens=c.micro_tokens,
+        epochs=c.epochs,
+        max_steps=max_steps,
+        seed=c.seed,
+        rank=world.rank,
+        world_size=world.size,
+    )
+
+
+class Recorder:
+    """Stands in for the optimizer: keeps the whole gradients that it was given."""
+
+    def __init__(self, model):
+        self.model, self.param_groups = model, [{}]
+
+    def step(self):
+        grads = [full(p.grad).clone() for p in self.model.parameters()]
+        self.gradients = grads
+
+    def zero_grad(self):
+        self.model.zero_grad()
+
+
+# ---------------------------------------------------------------- gradients and losses
+
+
+def gradients_of_a_step(world, model_config, n, batch_size, micro_tokens, step):
+    """(gradients, loss, number of rows on this rank) of one step, as train_step makes them."""
+    c = settings(batch_size=batch_size, micro_tokens=micro_tokens, grad_clip=0.0)
+    model = sharded(world, model_config)
+    loader = loader_of(world, n, c)
+    recorder = Recorder(model)
+    meter = Meter(model_config, world.size)
+    sums = train_step(c, model, recorder, loader, next_token_loss, step, 1e-3, meter)
+    values = trainer._reduced(sums, loader.divisor(step), meter)
+    return recorder.gradients, values, len(loader.step(step)), loader.examples(step)
+
+
+def reference_gradients(model_config, n, examples):
+    """One example after another through an unsharded model in float64; divided at the end."""
+    model = Aquila(model_config).double()
+    rng = np.random.default_rng(5)
+    data = ListData.of_lengths(rng.integers(3, 60, n).tolist())
+    total, n_trained = 0.0, 0
+    for i in examples:
+        row = row_from(*zip(*data[i], strict=True))
+        logp = model(row, logits=True).log_softmax(-1)
+        picked = logp.gather(1, row.labels.clamp(min=0)[:, None])[:, 0]
+        nll = -(picked * (row.labels >= 0)).sum()
+        nll.backward()
+        total += nll.item()
+        n_trained += (row.labels >= 0).sum().item()
+    return [p.grad / n_trained for p in model.parameters()], total / n_trained
+
+
+def assert_same_gradients(ours, theirs):
+    for a, b in zip(ours, theirs, strict=True):  # norm-wise per tensor: traps 10
+        assert (a.double() - b.double()).norm() <= 1e-5 * b.double().norm()
+
+
+@pytest.mark.parametrize("n, batch_size, step", [(64, 64, 0), (61, 16, 3)])
+def test_gradients_do_not_depend_on_processes_packing_or_accumulation(
+    pool, small, n, batch_size, step
+):
+    """pitfalls 1 and 2: 64 chats of different lengths as (1 process, 1 row), (1, 8 or more), (2,
+    several), (4, several); then the short last step of an epoch that nothing divides evenly. All
+    equal a plain float64 computation; the logged loss is the sum of nll over the trained tokens."""
+    layouts = [(1, 4096), (1, 256), (2, 300), (4, 128), (4, 64)]
+    n_rows = []
+    for n_ranks, micro_tokens in layouts:
+        arguments = (small, n, batch_size, micro_tokens, step)
+        results = pool(n_ranks, gradients_of_a_step, *arguments)
+        _, values, rows, examples = results[0]
+        wanted, loss = reference_gradients(small, n, examples)
+        for other, *_ in results:
+            assert_same_gradients(other, wanted)
+        assert values["loss"] == pytest.approx(loss, rel=1e-6)
+        n_rows.append(n_ranks * rows)
+    assert n_rows[0] == 1 and (batch_size < 64 or n_rows[1] >= 8)
+    assert len(examples) == (64 if step == 0 else 13)
+
+
+def test_a_mean_of_means_is_seen(pool, small, monkeypatch):
+    """The bug of pitfalls 1, planted: each row's loss divided by its own tokens."""
+
+    def planted(n, batch_size, step):
+        c = settings(batch_size=n, micro_tokens=256)
+        model = Aquila(small)
+        data = loader_of(World(0, 1, torch.device("cpu"), None), n, c)
+        rows = data.step(0)
+        for row in rows:
+            (model(row).sum() / (row.labels >= 0).sum() / len(rows)).backward()
+        return [p.grad for p in model.parameters()]
+
+    wanted, _ = reference_gradients(small, 64, range(64))
+    with pytest.raises(AssertionError):
+        assert_same_gradients(planted(64, 64, 0), wanted)
+
+
+def validation_losses(world, model_config, sizes):
+    model = sharded(world, model_config)
+    losses = []
+    for n in sizes:
+        loader = loader_of(world, 9, settings(batch_size=4))
+        loader.val = np.arange(n)
+        run = Silent(world)
+        losses.append((evaluate(model, loader, next_token_loss, run, step=0), run.last))
+    return losses
+
+
+class Silent:
+    """A run folder that keeps the last values instead of writing them."""
+
+    def __init__(self, world):
+        self.world, self.last = world, {}
+
+    def metrics(self, **values):
+        self.last = values
+
+    def print(self, text=""):
+        pass
+
+
+def test_validation_counts_each_example_once_on_any_number_of_ranks(pool, small):
+    """pitfalls 21: 1 to 7 examples on 1, 2 and 4 ranks; none hangs, all agree."""
+    sizes = range(1, 8)
+    alone = pool(1, validation_losses, small, sizes)[0]
+    for n_ranks in (2, 4):
+        for losses in pool(n_ranks, validation_losses, small, sizes):
+            for (loss, _), (wanted, _) in zip(losses, alone, strict=True):
+                assert loss == pytest.approx(wanted, rel=1e-6)
+    model = Aquila(small)
+    val = loader_of(World(0, 1, torch.device("cpu"), None), 9, settings(batch_size=4)).val_data
+    row = row_from(*zip(*[val[i][0] for i in range(7)], strict=True))
+    with torch.no_grad():
+        nll = model(row)
+    assert alone[-1][0] == pytest.approx((nll.sum() / (row.labels >= 0).sum()).item(), rel=1e-6)
+
+
+# ---------------------------------------------------------------- every parameter moves
+
+
+def moved_after(world, model_config, before: str, folder: str) -> list[str]:
+    """Names of the parameters that three steps did not change, after a forward without gradient
+    or after a load."""
+    c = settings(batch_size=8)
+    model = sharded(world, model_config)
+    optimizer = adamw(model, c.weight_decay)
+    loader = loader_of(world, 40, c)
+    if before == "forward":
+        evaluate(model, loader, next_token_loss, Silent(world), step=0)
+    elif before == "load":
+        checkpoint.save(Path(folder), model, optimizer, {"step": 0})
+        evaluate(model, loader, next_token_loss, Silent(world), step=0)
+        checkpoint.load(Path(folder) / "latest", model, optimizer)
+    start = {name: full(p.detach()).clone() for name, p in model.named_parameters()}
+    meter = Meter(model_config, world.size)
+    for step in range(3):
+        train_step(c, model, optimizer, loader, next_token_loss, step, 1e-2, meter)
+    now = {name: full(p.detach()) for name, p in model.named_parameters()}
+    with torch.no_grad():  # what was trained is what the model computes with
+        row = row_from([[1, 2, 3, 4]])
+        plain = Aquila(model_config)
+        plain.load_state_dict(now)
+        assert torch.allclose(model(row), plain(row), atol=1e-6)
+    return [name for name in start if torch.equal(start[name], now[name])]
+
+
+@pytest.mark.parametrize("n_ranks", [1, 2])
+@pytest.mark.parametrize("before", ["nothing", "forward", "load"])
+def test_every_parameter_moves(pool, small, tmp_path, n_ranks, before):
+    """traps 1: a root that owns parameters would silently leave some of them behind."""
+    for still in pool(n_ranks, moved_after, small, before, str(tmp_path)):
+        assert still == []
+
+
+# ---------------------------------------------------------------- resume
+
+
+def train(world, model_config, out, max_steps, changes):
+    """fit() up to max_steps of a 20-step run, in the folder `out`; what it leaves behind."""
+    c = settings(batch_size=16, epochs=5, save_every=5, eval_every=10, out=out, **changes)
+    model = sharded(world, model_config)
+    run = RunFolder(c, world)
+    loader = loader_of(world, 61, c, max_steps=20)
+    stop = loader.n_steps
+    if max_steps < stop:  # as if killed right after the checkpoint of this step
+        original = checkpoint.keep
+
+        def keep(folder, n):
+            original(folder, n)
+            if (folder / f"step-{max_steps:06d}").exists():
+                raise KeyboardInterrupt
+
+        checkpoint.keep = keep
+    try:
+        fit(c, model, loader, next_token_loss, run)
+    except KeyboardInterrupt:
+        pass
+    finally:
+        if max_steps < stop:
+            checkpoint.keep = original
+        run.close()
+    return [full(p.detach()).clone() for p in model.parameters()]
+
+
+def metrics_of(folder: Path) -> list[dict]:
+    """Without what depends on the clock and the machine."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {k: v for k, v in m.items() if k not in ("tokens_per_s", "peak_memory_gb")} for m in lines
+    ]
+
+
+@pytest.mark.parametrize("n_ranks", [1, 2])
+def test_twenty_steps_are_ten_and_a_resume_and_ten(pool, small, tmp_path, n_ranks):
+    """pitfalls 14, with dropout: weights, losses, learning rates and validation, bit for bit."""
+    with_dropout = dataclasses.replace(small, dropout=0.2)
+    straight, halves = str(tmp_path / "straight"), str(tmp_path / "halves")
+    wanted = pool(n_ranks, train, with_dropout, straight, 20, {})
+    pool(n_ranks, train, with_dropout, halves, 10, {})
+    assert len(metrics_of(tmp_path / "halves")) < len(metrics_of(tmp_path / "straight"))
+    got = pool(n_ranks, train, with_dropout, halves, 20, {"resume": "latest"})
+    for a, b in zip(got[0], wanted[0], strict=True):
+        assert torch.equal(a, b)
+    assert metrics_of(tmp_path / "halves") == metrics_of(tmp_path / "straight")
+
+
+def test_early_losses_do_not_depend_on_the_number_of_processes(pool, small, tmp_path):
+    """Dropout 0: the first 20 steps within 1e-5, on 1, 2 and 4 processes; also after a resume on
+    another number of them."""
+    for n_ranks in (1, 2, 4):
+        pool(n_ranks, train, small, str(tmp_path / f"on{n_ranks}"), 20, {"lr": 1e-3})
+    pool(2, train, small, str(tmp_path / "moved"), 10, {"lr": 1e-3})
+    pool(1, train, small, str(tmp_path / "moved"), 20, {"lr": 1e-3, "resume": "latest"})
+    alone = metrics_of(tmp_path / "on1")
+    assert len([m for m in alone if "loss" in m]) == 20
+    for name in ("on2", "on4", "moved"):
+        for ours, wanted in zip(metrics_of(tmp_path / name), alone, strict=True):
+            assert ours == pytest.approx(wanted, rel=1e-5)
+
+
+# ---------------------------------------------------------------- export
+
+
+def export_sharded(world, model_config, tokenizer, folder):
+    model = sharded(world, model_config, seed=3)
+    hf.export(model, tokenizer, folder, torch.float32)
+    dist.barrier()
+
+
+@pytest.mark.parametrize("n_ranks", [1, 3])
+def test_an_export_holds_the_same_tensors_from_any_number_of_ranks(
+    pool, small, encoder, tmp_path, n_ranks
+):
+    config = dataclasses.replace(small, vocab_size=encoder.tokenizer.vocab_size)
+    pool(n_ranks, export_sharded, config, encoder.tokenizer, str(tmp_path / "x"))
+    loaded, wanted = hf.load(tmp_path / "x"), Aquila(config)
+    init_weights(wanted, seed=3)
+    for (name, a), b in zip(loaded.named_parameters(), wanted.parameters(), strict=True):
+        assert torch.equal(a, b), name

@@ -1,0 +1,75 @@
+"""The house: who may import whom, and how large a file may grow."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+CORE = {"torch", "sentencepiece", "numpy", "safetensors", "tqdm"}
+OPTIONAL = {"tiktoken", "tokenizers", "triton", "matplotlib"}  # imported where used
+SOURCES = sorted([*ROOT.glob("*.py"), *ROOT.glob("nanomed/**/*.py"), *ROOT.glob("kernels/*.py")])
+
+
+def imports(path: Path) -> set[str]:
+    """Modules imported anywhere in a file, `from nanomed import x` as nanomed.x."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module)
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=module_of)
+def test_scripts_use_nanomed_nanomed_uses_kernels_kernels_use_torch(path):
+    tops = {name.split(".")[0] for name in imports(path)} - set(sys.stdlib_module_names)
+    allowed = {
+        "kernels": {"torch", "triton", "kernels"},
+        "nanomed": {*CORE, *OPTIONAL, "nanomed", "kernels"},
+    }.get(module_of(path).split(".")[0], {*CORE, "nanomed"})
+    assert tops <= allowed
+
+
+def test_no_import_runs_in_a_circle():
+    modules = {module_of(path): path for path in SOURCES}
+    uses = {name: {m for m in imports(path) if m in modules} for name, path in modules.items()}
+
+    def reaches(name: str, target: str, seen: set[str]) -> bool:
+        for other in uses[name] - seen:
+            seen.add(other)
+            if other == target or reaches(other, target, seen):
+                return True
+        return False
+
+    circles = [name for name in modules if name != "nanomed" and reaches(name, name, {"nanomed"})]
+    assert circles == []
+
+
+def test_every_file_is_short_and_has_its_reason_on_top():
+    python = [*SOURCES, *ROOT.glob("tests/*.py"), *ROOT.glob("samples/*.py")]
+    long = [p.name for p in python if len(p.read_text().splitlines()) > 350]
+    silent = [module_of(p) for p in SOURCES if not ast.get_docstring(ast.parse(p.read_text()))]
+    assert long == [] and silent == []
+
+
+def test_importing_does_nothing():
+    """It prints nothing, touches no process group and no thread setting, and needs no optional
+    package; and our `kernels` has no __version__ that others would take for theirs."""
+    code = (
+        "import sys, torch; n = torch.get_num_threads(); import train_sft, kernels;"
+        "assert n == torch.get_num_threads() and not torch.distributed.is_initialized();"
+        "assert not hasattr(kernels, '__version__');"
+        f"assert not {OPTIONAL | {'transformers'}!r} & set(sys.modules) - {{'triton'}}"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (run.returncode, run.stdout, run.stderr) == (0, "", "")

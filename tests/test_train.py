@@ -1,0 +1,250 @@
+"""train_sft.py as a user meets it: what it refuses, what it prints, what it leaves behind."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import train_sft
+from nanomed import hf, stage, store
+from nanomed.config import SFT, InputError
+from nanomed.distributed import shard
+from nanomed.generate import greedy_in_lockstep
+from nanomed.loader import Loader
+from nanomed.model import Aquila, init_weights
+from nanomed.records import Chat, chats_of
+from nanomed.trainer import fit
+from tests.conftest import ROOT
+
+CHAT = {"messages": [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}]}
+
+
+def write(path, *records) -> str:
+    path.write_text("\n".join(json.dumps(record) for record in records))
+    return str(path)
+
+
+# ---------------------------------------------------------------- refused before the first step
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--data", "none.jsonl"], "none.jsonl: No such file"),
+        (["--data", "EMPTY"], "holds no record: the file is empty"),
+        (["--data", "BROKEN"], "record 2: broken JSON"),
+        (
+            ["--data", "UNKNOWN"],
+            "record 1: .*unknown fields; found 'foo'; known, the nearest first",
+        ),
+        (["--data", "NO_ANSWER"], "record 1: .*no assistant turn"),
+        (["--data", "SURROGATE"], r"record 1: field 'messages\[0\].content': a lone surrogate"),
+        (["--data", "ONE"], "leaves 0 held out and 1 to train on|leaves 1 held out and 0"),
+        (["--lr", "abc"], "--lr: invalid float value"),
+        (["--batch_sise", "8"], "did you mean --batch_size"),
+        (["--seq_len", "8192", "--micro_tokens", "8192"], "over the model's maximum 4096"),
+        (["--seq_len", "64", "--micro_tokens", "32"], "--micro_tokens is 32; it must be at least"),
+        (["--out", "USED"], "already holds a run; go on with it by --resume"),
+        (["--out", "FRESH", "--resume"], "FRESH holds no checkpoint"),
+        (["--init", "none"], "--init none: no such folder"),
+        (["--init", "FRESH", "--model", "tiny"], "--init .* fixes the model"),
+        (["--init", "FRESH", "--tokenizer", "TOKENIZER"], "config.json: .*No such file"),
+        (["--tokenizer", "none"], "no tokenizer at none"),
+        (["--device", "cuda"], "cannot use this machine's GPU.*--device cpu"),
+    ],
+)
+def test_bad_input_is_met_before_the_first_step(tmp_path, monkeypatch, flags, message):
+    if "cuda" in flags and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    (tmp_path / "FRESH").mkdir()
+    (tmp_path / "USED").mkdir()
+    (tmp_path / "USED/config.json").write_text("{}")
+    files = {
+        "EMPTY": (tmp_path / "EMPTY").write_text("") and "",
+        "BROKEN": (tmp_path / "BROKEN").write_text(json.dumps(CHAT) + '\n{"messages": ['),
+        "UNKNOWN": write(tmp_path / "UNKNOWN", {"foo": 1}),
+        "NO_ANSWER": write(tmp_path / "NO_ANSWER", {"messages": CHAT["messages"][:1]}),
+        "SURROGATE": write(
+            tmp_path / "SURROGATE",
+            {"messages": [{"role": "user", "content": "a\ud83d"}, CHAT["messages"][1]]},
+        ),
+        "ONE": write(tmp_path / "ONE", CHAT),
+    }
+    places = {name: str(tmp_path / name) for name in (*files, "FRESH", "USED")}
+    places["TOKENIZER"] = str(ROOT / "samples/tokenizer.model")
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["train_sft.py", *(places.get(flag, flag) for flag in flags)])
+    monkeypatch.setattr(train_sft, "fit", lambda *_: pytest.fail("a step was reached"))
+    with pytest.raises(InputError, match=message):
+        train_sft.main()
+
+
+# ---------------------------------------------------------------- a run, from outside
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A short run of the script on samples/ and two processes: its screen and its folder."""
+    folder = tmp_path_factory.mktemp("run") / "out"
+    return subprocess_run(f"--out {folder} --steps 5 --log_every 2", n_ranks=2), folder
+
+
+def subprocess_run(flags: str, n_ranks: int) -> subprocess.CompletedProcess:
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        str(n_ranks),
+    ]
+    command = [*torchrun, str(ROOT / "train_sft.py"), *flags.split()]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_what_a_run_prints(finished):
+    run, folder = finished
+    assert run.returncode == 0, run.stderr[-3000:]
+    lines = run.stdout.splitlines()
+    assert lines[-1] == f"run folder: {folder}"
+    assert "configs/sft.toml" in lines[0]  # how to run the paper's setting
+    assert sum(line.startswith("step 1/5 ") for line in lines) == 1  # rank 0 alone prints
+    assert [line.split()[1] for line in lines if line.startswith("step ")] == [
+        "1/5",
+        "2/5",
+        "4/5",
+        "5/5",
+    ]
+    assert len([line for line in lines if line.startswith("  answer")]) == 6
+    for mark in ("fact seen in training, in another form", "fact not stated in training"):
+        assert mark in run.stdout
+
+
+def test_what_a_run_leaves_behind(finished):
+    _, folder = finished
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [m for m in metrics if "loss" in m]
+    assert [m["step"] for m in steps] == [1, 2, 4, 5]
+    for name in ("lr", "grad_norm", "tokens_per_s", "trained_share", "peak_memory_gb"):
+        assert all(m[name] > 0 for m in steps)
+    assert [m["step"] for m in metrics if "val_loss" in m] == [0, 5]
+    assert json.loads((folder / "config.json").read_text())["steps"] == 5
+    assert json.loads((folder / "data_report.json").read_text())["chats"] == 1200
+    assert (folder / "checkpoints/best").resolve().name == "step-000005"
+    assert folder.stat().st_mode & 0o777 == 0o700  # the data may be patients'
+
+
+def test_the_export_loads_in_transformers(finished, encoder):
+    """With no custom code: equal logits, equal ids, and it stops where a turn ends."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = finished[1] / "export"
+    theirs = AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ours = hf.load(folder)
+    prompt = encoder.prompt(Chat([("user", "什么是高血压？")]))
+    messages = [{"role": "user", "content": "什么是高血压？"}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert tokenizer(text)["input_ids"] == prompt
+    from nanomed.packing import row_from
+
+    with torch.no_grad():
+        difference = theirs(torch.tensor([prompt])).logits[0] - ours(
+            row_from([prompt]), logits=True
+        )
+    assert difference.abs().max() < 1e-4
+    assert encoder.turn_end in theirs.generation_config.eos_token_id
+
+
+def test_a_run_folder_or_its_export_starts_another_run(finished, world):
+    """--init takes either; the model, the tokenizer and the template come with it."""
+    _, folder = finished
+    weights = []
+    for init in (folder, folder / "export"):
+        c = SFT(init=str(init), seq_len=512)
+        config, encoder = stage.model_and_encoder(c)
+        assert config.dropout == c.dropout and encoder.template.name == "chatml"
+        weights.append([p.full_tensor() for p in stage.build_model(c, config, world).parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+
+
+def test_a_folder_that_is_written_to_is_left_alone(tmp_path, world):
+    from nanomed.log import RunFolder
+
+    first = RunFolder(SFT(out=str(tmp_path / "x")), world)
+    (tmp_path / "x/config.json").unlink()
+    with pytest.raises(InputError, match="another run is writing"):
+        RunFolder(SFT(out=str(tmp_path / "x")), world)
+    first.close()
+
+
+def test_without_out_the_next_free_folder(tmp_path, world, monkeypatch):
+    from nanomed.log import RunFolder
+
+    monkeypatch.chdir(tmp_path)
+    paths = [RunFolder(SFT(), world).path.as_posix() for _ in range(2)]
+    assert paths == ["runs/sft-001", "runs/sft-002"]
+    assert (tmp_path / "runs/sft").resolve().name == "sft-002"  # so that DPO finds the newest
+
+
+# ---------------------------------------------------------------- it learns, and stops
+
+
+def test_sixteen_chats_are_learned_by_heart_and_every_answer_ends(tmp_path, encoder, world):
+    """pitfalls 4: greedy generation gives all 16 last answers of multi-turn chats, and stops by
+    itself on all 16."""
+    chats = long_chats(encoder, 16)
+    data_file = write(tmp_path / "chats.jsonl", *chats)
+    data = store.chats([data_file], encoder, 1024, 0.0)
+    c = SFT(batch_size=16, micro_tokens=4096, lr=5e-3, dropout=0.0, seq_len=1024, epochs=90,
+            warmup_ratio=0.1, min_lr_ratio=0.05, log_every=90, save_every=90, eval_every=90,
+            out=str(tmp_path / "run"))  # fmt: skip
+    config = dataclasses.replace(
+        stage.MODELS["tiny"],
+        vocab_size=encoder.tokenizer.vocab_size,
+        n_layers=2,
+        d_model=128,
+        n_heads=2,
+        n_kv_heads=1,
+        d_ff=384,
+    )
+    with torch.device("meta"):
+        model = Aquila(config)
+    shard(model, world, torch.float32)
+    model.to_empty(device="cpu")
+    init_weights(model)
+    loader = Loader(
+        data, np.arange(16), data, np.arange(0), batch_size=16, micro_tokens=4096, epochs=90
+    )
+    run = train_sft.RunFolder(c, world)
+    fit(c, model, loader, train_sft.next_token_loss, run)
+    run.close()
+
+    parsed = [chats_of(chat)[0] for chat in chats]
+    prompts = [encoder.prompt(Chat(chat.turns[:-1])) for chat in parsed]
+    answers = greedy_in_lockstep(model, prompts, {encoder.turn_end}, 120, world.device)
+    assert all(len(ids) < 120 for ids in answers)  # stopped by itself
+    assert [encoder.tokenizer.decode(ids) for ids in answers] == [c.turns[-1][1] for c in parsed]
+
+
+def long_chats(encoder, n: int) -> list[dict]:
+    """The n shortest multi-turn chats of samples/ whose answers all have 20 tokens or more, no
+    two alike."""
+    chats, seen = [], set()
+    for line in sorted((ROOT / "samples/sft.jsonl").read_text().splitlines(), key=len):
+        record = json.loads(line)
+        answers = [m["content"] for m in record["messages"] if m["role"] == "assistant"]
+        long = all(len(encoder.tokenizer.encode(answer)) >= 20 for answer in answers)
+        if len(answers) > 1 and long and not seen & set(answers):
+            seen |= set(answers)
+            chats.append(record)
+    assert len(chats) >= n
+    return chats[:n]
