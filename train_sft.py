@@ -9,13 +9,14 @@ loss is the negative log-likelihood of their tokens, averaged over all of them i
 
 from torch import Tensor
 
-from nanomed import config, stage, store
+from nanomed import config, dry_run, stage, store
 from nanomed.answers import show_answers
 from nanomed.distributed import launch, pick_device, start
 from nanomed.exam import show_exam
 from nanomed.loader import Loader, split
 from nanomed.log import RunFolder
 from nanomed.packing import Row
+from nanomed.template import Encoder
 from nanomed.trainer import fit
 
 
@@ -24,14 +25,24 @@ def next_token_loss(nll: Tensor, row: Row) -> tuple[Tensor, dict[str, Tensor]]:
     return nll.sum(), {}
 
 
+def read(c: config.Run, encoder: Encoder) -> tuple[store.Store, store.Store]:
+    """(training data, data to hold out from): the same unless --val_data names other files."""
+    data = store.chats(c.data, encoder, c.seq_len, c.allow_drop)
+    if not c.val_data:
+        return data, data
+    return data, store.chats(c.val_data, encoder, c.seq_len, c.allow_drop)
+
+
 def main() -> None:
     c = config.parse(config.SFT)
     device = pick_device(c.device)
     model_config, encoder = stage.model_and_encoder(c)
 
+    if c.dry_run:
+        return dry_run.show(c, model_config, lambda: read(c, encoder))
+
     # Before the processes join: one of them tokenises, however long it takes, the others wait.
-    data = store.chats(c.data, encoder, c.seq_len, c.allow_drop)
-    val_data = store.chats(c.val_data, encoder, c.seq_len, c.allow_drop) if c.val_data else data
+    data, val_data = read(c, encoder)
     train, val = split(data, val_data, c.val_fraction)
 
     with start(device) as world:
