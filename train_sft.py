@@ -10,7 +10,7 @@ loss is the negative log-likelihood of their tokens, averaged over all of them i
 from torch import Tensor
 
 from nanomed import config, dry_run, stage, store
-from nanomed.answers import show_answers
+from nanomed.answers import show_answers, show_example
 from nanomed.distributed import launch, pick_device, start
 from nanomed.exam import show_exam
 from nanomed.loader import Loader, split
@@ -61,6 +61,8 @@ def main() -> None:
             world_size=world.size,
         )
         stage.begin(c, model_config, encoder, loader, run)
+        if stage.may_show_text(c):
+            show_example(encoder, loader, run)
         model = stage.build_model(c, model_config, world)
 
         fit(c, model, loader, next_token_loss, run)

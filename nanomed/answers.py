@@ -1,6 +1,8 @@
-"""A few held-out questions answered by the model, beside their reference answers."""
+"""What a run shows of its text: an example with its mask, and a few held-out questions answered by
+the model beside their reference answers."""
 
 from collections.abc import Iterable
+from itertools import groupby
 
 from torch import nn
 
@@ -12,6 +14,22 @@ from nanomed.store import Store
 from nanomed.template import Encoder
 
 SEEN, UNSEEN = "fact seen in training, in another form", "fact not stated in training"
+
+
+def show_example(encoder: Encoder, loader: Loader, run: RunFolder) -> None:
+    """Prints the first training example as the model gets it."""
+    i = int(loader.train[0])
+    run.print(f"example {i}, what is learned between ⟦ and ⟧ (nanomed.tools.show draws more):")
+    for ids, trained in loader.data[i]:
+        run.print("  " + marked(encoder, ids, trained).replace("\n", "\n  ").rstrip())
+
+
+def marked(encoder: Encoder, ids: Iterable[int], trained: Iterable[bool]) -> str:
+    text = ""
+    for learned, run_of in groupby(zip(ids, trained, strict=True), key=lambda pair: pair[1]):
+        part = encoder.tokenizer.decode([int(i) for i, _ in run_of])
+        text += f"⟦{part}⟧" if learned else part
+    return text
 
 
 def show_answers(

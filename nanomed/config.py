@@ -247,9 +247,9 @@ class DPO(Run):
             )
 
 
-def parse(cls: type[Run], argv: list[str] | None = None) -> Run:
-    """Settings from, in rising order: the class's defaults, FRESH (if neither --init nor --config
-    is given), the TOML file, the command line. Raises InputError."""
+def parse(cls: type[Run], argv: list[str] | None = None, base: dict[str, Any] | None = None) -> Run:
+    """Settings from, in rising order: the class's defaults, `base` (None: FRESH, if neither --init
+    nor --config is given), the TOML file, the command line. Raises InputError."""
     parser = _parser(cls)
     flags, unknown = parser.parse_known_args(argv)
     given = vars(flags)
@@ -257,8 +257,9 @@ def parse(cls: type[Run], argv: list[str] | None = None) -> Run:
         names = [f"--{f.name}" for f in dataclasses.fields(cls)]
         raise InputError(f"unknown argument {unknown[0]!r}" + nearest(unknown[0], names))
     from_file = _read_toml(cls, given["config"]) if "config" in given else {}
-    fresh = {} if "init" in {**from_file, **given} or "config" in given else cls.FRESH
-    return cls(**{**fresh, **from_file, **given})
+    if base is None:
+        base = {} if "init" in {**from_file, **given} or "config" in given else cls.FRESH
+    return cls(**{**base, **from_file, **given})
 
 
 class _Parser(argparse.ArgumentParser):

@@ -103,6 +103,15 @@ class Encoder:
         turns = [self._turn(role, text)[0] for role, text in chat.turns]
         return [*chain(self._system(chat)[0], *turns, self._before["assistant"])]
 
+    def borders(self, chat: Chat, first: int) -> list[tuple[str, int]]:
+        """(role, tokens) of each turn that chat() renders when it drops the first `first` ones."""
+        if chat.raw:
+            lengths = [len(self.tokenizer.encode(text)) for _, text in chat.turns]
+            return [("text", lengths[0]), ("continuation", lengths[1] + 1)]
+        turns = [(role, len(self._turn(role, text)[0])) for role, text in chat.turns[first:]]
+        system = len(self._system(chat)[0])
+        return [("system", system), *turns] if system else turns
+
     def _continuation(self, chat: Chat, max_tokens: int) -> tuple[list[int], list[bool], int]:
         """A text and what follows it, up to the document's end; nothing of it can be left out."""
         prompt, answer = (self.tokenizer.encode(text) for _, text in chat.turns)

@@ -1,11 +1,13 @@
 import json
+from itertools import islice
 
+import numpy as np
 import pytest
 import torch
 
-from nanomed import exam, store
+from nanomed import answers, exam, store
 from nanomed.loader import Loader, split
-from nanomed.records import Chat
+from nanomed.records import Chat, read_chats
 from tests.conftest import ROOT
 
 QUESTION = "下列哪项正确？\nA. 甲\nB. 乙\nC. 丙\nD. 丁"
@@ -67,3 +69,20 @@ def test_shares_stand_beside_chance(encoder, world, monkeypatch):
     for line in (held_out, seen, unseen):
         assert "chance is 25%" in line
     assert "held-out option questions" in held_out and "never stated" in unseen
+
+
+def test_a_run_shows_one_example_with_its_mask(encoder, world, monkeypatch):
+    """pitfalls 5: each run prints one sample with its targets marked."""
+    monkeypatch.chdir(ROOT)
+    data = store.chats(["samples/sft.jsonl"], encoder, 512, 0.0)
+    loader = Loader(
+        data, np.arange(5, 9), data, np.arange(3), batch_size=2, micro_tokens=512, epochs=1
+    )
+    screen = Screen(world)
+    answers.show_example(encoder, loader, screen)
+    ((_, chat, _),) = islice(read_chats("samples/sft.jsonl"), 5, 6)
+    text = "\n".join(screen.lines)
+    for role, said in chat.turns:
+        assert (f"⟦{said}<|im_end|>⟧" in text) == (role == "assistant")
+        assert said.splitlines()[0] in text
+    assert text.count("⟦") == 1 + sum(role == "assistant" for role, _ in chat.turns)
