@@ -1,11 +1,12 @@
 import json
 from itertools import islice
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from nanomed import answers, exam, store
+from nanomed import answers, exam, generate, store
 from nanomed.loader import Loader, split
 from nanomed.records import Chat, read_chats
 from tests.conftest import ROOT
@@ -45,21 +46,24 @@ class Always(torch.nn.Module):
 
 
 class Screen:
-    def __init__(self, world):
-        self.world, self.lines = world, []
+    world = SimpleNamespace(device=torch.device("cpu"))
+
+    def __init__(self):
+        self.lines = []
 
     def print(self, text=""):
         self.lines.append(text)
 
 
-def test_shares_stand_beside_chance(encoder, world, monkeypatch):
+def test_shares_stand_beside_chance(encoder, monkeypatch):
     """Letters are balanced, so whoever always says B is right in a quarter."""
     monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(generate, "from_main", lambda value: value)  # this process is alone
     data = store.chats(["samples/sft.jsonl"], encoder, 512, 0.0)
     train, val = split(data, data, 0.1)
     loader = Loader(data, train, data, val, batch_size=32, micro_tokens=512, epochs=1)
     (letter,) = encoder.tokenizer.encode("B")
-    screen = Screen(world)
+    screen = Screen()
     exam.show_exam(Always(letter, encoder.tokenizer.vocab_size), encoder, loader, screen)
     held_out, seen, unseen = screen.lines[1:4]
     items = [json.loads(line) for line in open("samples/exam.jsonl", encoding="utf-8")]
@@ -71,14 +75,14 @@ def test_shares_stand_beside_chance(encoder, world, monkeypatch):
     assert "held-out option questions" in held_out and "never stated" in unseen
 
 
-def test_a_run_shows_one_example_with_its_mask(encoder, world, monkeypatch):
+def test_a_run_shows_one_example_with_its_mask(encoder, monkeypatch):
     """pitfalls 5: each run prints one sample with its targets marked."""
     monkeypatch.chdir(ROOT)
     data = store.chats(["samples/sft.jsonl"], encoder, 512, 0.0)
     loader = Loader(
         data, np.arange(5, 9), data, np.arange(3), batch_size=2, micro_tokens=512, epochs=1
     )
-    screen = Screen(world)
+    screen = Screen()
     answers.show_example(encoder, loader, screen)
     ((_, chat, _),) = islice(read_chats("samples/sft.jsonl"), 5, 6)
     text = "\n".join(screen.lines)

@@ -1,15 +1,19 @@
 """The X-ray draws what the model gets: checked against the template, the Row and the losses."""
 
+import dataclasses
 import json
 import re
+import shutil
+from contextlib import nullcontext
 
 import pytest
 import torch
 
-from nanomed import config, stage
+from nanomed import config
 from nanomed.config import InputError
-from nanomed.log import RunFolder
-from nanomed.tools import show
+from nanomed.model import Aquila
+from nanomed.packing import row_from
+from nanomed.tools import show, show_html, show_text
 from tests.conftest import ROOT
 from tests.formats import gpt
 
@@ -93,22 +97,18 @@ def test_rows_of_several_processes_share_the_step(file):
 
 
 @pytest.fixture
-def run_folder(file, tmp_path, world, encoder):
-    """A run's folder with an untrained model, as a Hugging Face export beside its settings."""
-    from nanomed import hf
-
-    c = config.parse(config.SFT, ["--data", file, "--batch_size", "2", "--val_fraction", "0"])
-    c = config.dataclasses.replace(c, out=str(tmp_path / "run"), allow_drop=0.5, seq_len=200)
-    folder = RunFolder(c, world).path
-    model_config, _ = stage.model_and_encoder(c)
-    model_config = config.dataclasses.replace(model_config, n_layers=1, d_ff=64)
-    model = show.Aquila(model_config)
-    hf.export(model, encoder.tokenizer, tmp_path / "hf", torch.float32)
-    for path in (tmp_path / "hf").iterdir():
-        if path.name != "config.json":
-            path.rename(folder / path.name)
-    (folder / "model.json").write_text(json.dumps(config.dataclasses.asdict(model_config)))
-    return folder, model.eval()
+def run_folder(file, tmp_path, encoder):
+    """What a run leaves behind for --init, and an untrained model that its weights shall be."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    flags = ["--data", file, "--batch_size", "2", "--val_fraction", "0", "--seq_len", "200"]
+    c = config.parse(config.SFT, [*flags, "--allow_drop", "0.5", "--out", str(folder)])
+    shape = dict(n_layers=1, d_ff=64, vocab_size=encoder.tokenizer.vocab_size)
+    model_config = dataclasses.replace(config.MODELS["tiny"], **shape)
+    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(c)))
+    (folder / "model.json").write_text(json.dumps(dataclasses.asdict(model_config)))
+    shutil.copy(ROOT / "samples/tokenizer.model", folder)
+    return folder, Aquila(model_config).eval()
 
 
 def test_a_runs_own_settings_are_the_defaults(file, run_folder):
@@ -117,18 +117,16 @@ def test_a_runs_own_settings_are_the_defaults(file, run_folder):
     assert c.lr == config.SFT.FRESH["lr"] and c.out == "" and c.data == [file]
 
 
-def test_losses_stand_at_the_tokens_they_are_of(file, run_folder, encoder, monkeypatch, world):
-    from contextlib import contextmanager
-
+def test_losses_stand_at_the_tokens_they_are_of(file, run_folder, encoder, monkeypatch):
     folder, model = run_folder
-    monkeypatch.setattr(show, "start", contextmanager(lambda device: iter([world])))
+    monkeypatch.setattr(show, "start", lambda device: nullcontext(None))
     monkeypatch.setattr(show.stage, "build_model", lambda *_: model)
     (view,) = views_of(file, "--init", str(folder), "--batch_size", "1", step=0)
     (segment,) = view.segments
     tokens = [token for _, turn in segment.turns for token in turn]
     ids = [token.id for token in tokens]
     with torch.no_grad():
-        logits = model(show.row_from([ids]), logits=True).log_softmax(1)
+        logits = model(row_from([ids]), logits=True).log_softmax(1)
     assert any(token.trained for token in tokens)
     for t, token in enumerate(tokens):
         assert (token.loss is None) == (not token.trained)
@@ -150,9 +148,7 @@ def test_the_page_is_whole_and_escapes_what_users_typed(file, tmp_path, capsys):
     assert text.count("class='row'") == 2 and "DROPPED, empty answer" in text
 
 
-def test_colours_show_the_loss(monkeypatch):
-    from nanomed.tools import show_html, show_text
-
+def test_colours_show_the_loss():
     low, high = (show.Token("x", 1, 0, True, loss) for loss in (0.01, 9.0))
     rest = show.Token("x", 1, 0, False, None)
     view = show.RowView("r", [show.Segment("s", [("assistant", [low, high, rest])])])
