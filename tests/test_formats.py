@@ -15,6 +15,7 @@ from nanomed.records import (
     read_documents,
     read_pairs,
 )
+from tests.conftest import ROOT
 from tests.formats import CHATS, DOCUMENTS, PAIRS, gpt, jsonl
 
 
@@ -128,3 +129,10 @@ def test_a_named_text_key(file):
 def test_files_that_cannot_be_read(file, name, content, message):
     with pytest.raises(InputError, match=message):
         list(read_chats(file(name, content)))
+
+
+def test_every_format_is_documented():
+    text = (ROOT / "docs/formats.md").read_text(encoding="utf-8").replace("\\|", "|")
+    for known in FORMATS:
+        if known.convert:
+            assert "| " + " + ".join(f"`{f}`" for f in known.fields.split()) + " |" in text

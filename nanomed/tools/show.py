@@ -85,7 +85,8 @@ def view(
         assert at == len(part), "the turns' borders are not those of the segment"
         where = f"tokens {borders[k]} to {borders[k + 1] - 1}"
         segments.append(Segment(f"{title}; {where}{_summary(part)}", turns))
-    title = f"{name}: {len(tokens)} tokens in {len(segments)} segments{_summary(tokens)}"
+    many = "segment" if len(segments) == 1 else "segments"
+    title = f"{name}: {len(tokens)} tokens in {len(segments)} {many}{_summary(tokens)}"
     return RowView(title, segments)
 
 

@@ -10,7 +10,7 @@ body { font: 15px/2.3 system-ui, "Noto Sans CJK SC", sans-serif; margin: 2em aut
 h1 { font-size: 1.4em; line-height: 1.3 } h2 { font-size: 1.1em; line-height: 1.3 }
 p, h3 { line-height: 1.5 } h3 { font-size: .9em; color: #555; font-weight: 600; margin: 0 0 .3em }
 .row { border: 3px solid #444; border-radius: 6px; padding: .5em 1em; margin: 1.5em 0 }
-.segment { border-top: 2px dashed #888; padding: .7em 0 } .segment:first-of-type { border: 0 }
+.segment { border-top: 2px dashed #888; padding: .7em 0 } .bar + .segment { border: 0 }
 .bar { display: flex; height: 16px; gap: 2px; margin: .5em 0 }
 .bar div { background: #e4e4e4; min-width: 2px } .bar i { display: block; height: 100%;
        background: #7ac78a }
@@ -31,8 +31,8 @@ def page(views: list) -> str:
     body = "\n".join(_dropped(v) if isinstance(v, str) else _row(v) for v in views)
     legend = (
         f"{_span('learned', 'on')} tokens are labels, {_span('grey', '')} ones only context. "
-        "Numbers below are losses in nats, redder is higher. A solid frame is a packed row, a "
-        "dashed line the border of a segment, where positions restart; a bar shows the row's "
+        "Numbers below are losses in nats (a dot: below 0.05), redder is higher. A solid frame is "
+        "a packed row, a dashed line the border of a segment, where positions restart; a bar shows the row's "
         "segments to scale, the learned share in green."
     )
     return (
@@ -81,7 +81,8 @@ def _token(token) -> str:
     # From green (0) through yellow (1.5 nats) to red (5 nats and more).
     hue = max(0, 120 - 40 * min(token.loss, 1.5) - 17 * max(0, min(token.loss, 5) - 1.5))
     span = _span(token.text, "on", f"{hint}, loss {token.loss:.4f}", f"hsl({hue:.0f} 75% 80%)")
-    return f"<ruby>{span}<rt>{token.loss:.1f}</rt></ruby>"
+    number = f"{token.loss:.1f}" if token.loss >= 0.05 else "·"  # else a well learned line is 0.0s
+    return f"<ruby>{span}<rt>{number}</rt></ruby>"
 
 
 def _span(text: str, css: str, hint: str = "", background: str = "") -> str:
