@@ -27,7 +27,17 @@ from nanomed.template import Encoder
 
 CACHE = Path("runs/cache")
 # The code that turns files into ids.
-FORMATTER = ("files", "shapes", "chats", "records", "tally", "template", "tokenizer", "store")
+FORMATTER = (
+    "files",
+    "shapes",
+    "chats",
+    "pairs",
+    "records",
+    "tally",
+    "template",
+    "tokenizer",
+    "store",
+)
 
 
 class Store:

@@ -140,10 +140,12 @@ CHATS = {
         jsonl(
             {"prompt": "天是", "completion": "蓝的"},
             {"prompt": openai("一", "二", "问"), "completion": [{"role": A, "content": "答"}]},
+            {"prompt": [{"role": A, "content": "迎"}, *openai("问")], "completion": "答"},
         ),
         [
             (turns("天是", "蓝的"), {"raw": True}),
             (turns("一", "二", "问", "答"), {"context": 3}),
+            (QA, {"context": 1, "notes": ["assistant turn before the first question dropped"]}),
         ],
     ),
     "Aquila2 / FlagAI": (

@@ -32,8 +32,8 @@ def page(views: list) -> str:
     legend = (
         f"{_span('learned', 'on')} tokens are labels, {_span('grey', '')} ones only context. "
         "Numbers below are losses in nats (a dot: below 0.05), redder is higher. A solid frame is "
-        "a packed row, a dashed line the border of a segment, where positions restart; a bar shows the row's "
-        "segments to scale, the learned share in green."
+        "a packed row, a dashed line the border of a segment, where positions restart; a bar shows "
+        "the row's segments to scale, the learned share in green."
     )
     return (
         f"<!doctype html>\n<html lang='zh'><meta charset='utf-8'><title>nanomed: what is "
