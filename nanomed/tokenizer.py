@@ -71,7 +71,7 @@ class SentencePieceTokenizer:
         return self.model.encode(text)
 
     def decode(self, ids: list[int]) -> str:
-        return _decode(ids, self.special, self.model.decode)
+        return _decode(self, ids, self.model.decode)
 
     def fingerprint(self) -> str:
         return _fingerprint(self.files)
@@ -103,7 +103,7 @@ class RankTokenizer:
         return self.model.encode_ordinary(unicodedata.normalize("NFC", text))
 
     def decode(self, ids: list[int]) -> str:
-        return _decode(ids, self.special, self.model.decode)
+        return _decode(self, ids, self.model.decode)
 
     def fingerprint(self) -> str:
         return _fingerprint(self.files)
@@ -133,9 +133,7 @@ class JsonTokenizer:
         return self.model.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:
-        return _decode(
-            ids, self.special, lambda plain: self.model.decode(plain, skip_special_tokens=False)
-        )
+        return _decode(self, ids, lambda plain: self.model.decode(plain, skip_special_tokens=False))
 
     def fingerprint(self) -> str:
         return _fingerprint(self.files)
@@ -186,9 +184,12 @@ def same(a: Tokenizer, b: Tokenizer) -> bool:
     return alike and all(a.encode(text) == b.encode(text) for text in PROBES)
 
 
-def _decode(ids: list[int], special: dict[str, int], decode: Callable[[list[int]], str]) -> str:
-    """Special tokens are written out, as they would be in a template."""
-    text, plain, names = "", [], {i: name for name, i in special.items()}
+def _decode(tokenizer: Tokenizer, ids: list[int], decode: Callable[[list[int]], str]) -> str:
+    """Special tokens are written out, as they would be in a template. A model may have more rows
+    than its tokenizer has ids: those come out as U+FFFD."""
+    text, plain = "", []
+    names = {i: name for name, i in tokenizer.special.items()}
+    names |= {i: "\ufffd" for i in ids if i >= tokenizer.vocab_size}
     for i in ids:
         if i in names:
             text += decode(plain) + names[i]

@@ -71,6 +71,11 @@ def test_special_tokens_come_out_of_decode_as_they_are_written(made):
         assert tok.decode([*tok.encode("好"), i, *tok.encode("好")]) == f"好{name}好"
 
 
+def test_spare_rows_of_a_model_do_not_break_decoding(made):
+    for tok in made.values():
+        assert tok.decode([*tok.encode("好"), tok.vocab_size + 5]) == "好\ufffd"
+
+
 def test_ranks_and_their_rebuilt_merges_give_the_same_ids(made):
     assert [made["ranks"].encode(t) for t in ALL_TEXTS] == [
         made["json"].encode(t) for t in ALL_TEXTS
