@@ -6,6 +6,7 @@ tokenizer and template come from one place and fit one another.
 
 import dataclasses
 import json
+import warnings
 from pathlib import Path
 
 import torch
@@ -49,7 +50,9 @@ def config_of(folder: str | Path) -> ModelConfig:
 def load_weights(model: nn.Module, folder: str | Path) -> None:
     """Fills a model, sharded or not."""
     if (_home(folder) / "model.json").exists():
-        checkpoint.load_weights(_checkpoint(folder), model)
+        with warnings.catch_warnings():  # that one process loads what several have saved
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            checkpoint.load_weights(_checkpoint(folder), model)
     else:
         hf_import.load_weights(model, folder)
 

@@ -1,10 +1,12 @@
 """Small folders of every published kind, written by transformers itself, and texts to try."""
 
 import base64
+import json
 import random
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from nanomed import tokenizer
@@ -114,3 +116,34 @@ def write_model(folder: Path, kind: str, vocab_size: int = 900, seed: int = 0, *
                 param.normal_(std=0.15)
     model.save_pretrained(folder, **save)
     return model
+
+
+# ---------------------------------------------------------------- looking into them
+
+
+def all_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {k: v for path in folder.glob("*.safetensors") for k, v in load_file(path).items()}
+
+
+def edit_config(folder: Path, drop=(), **changes) -> None:
+    path = folder / "config.json"
+    raw = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({k: v for k, v in raw.items() if k not in drop}))
+
+
+def shard_with(folder: Path, name: str) -> Path:
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    return folder / index["weight_map"][name]
+
+
+def edit_index(folder: Path, **changes) -> None:
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"] |= changes
+    path.write_text(json.dumps(index))
+
+
+def edit_tensor(folder: Path, name: str, change) -> None:
+    path = shard_with(folder, name)
+    tensors = load_file(path)
+    save_file({k: change(v) if k == name else v for k, v in tensors.items()}, path)
