@@ -17,10 +17,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from nanomed import hf_config, hf_convert, pretrained
 from nanomed.config import InputError
-from nanomed.distributed import full, launch
+from nanomed.distributed import launch
 from nanomed.hf_card import model_card
 from nanomed.hf_import import hf_name, load_weights, read_config
 from nanomed.hf_tensors import Spec, plan, write_file, write_index, write_json
@@ -65,9 +66,9 @@ def export(
     shards = plan(specs)
     for name, members in shards:
         if main:
-            write_file(unfinished / name, members, _tensors(model, members))
-        else:  # takes part in the gathering, keeps nothing
-            for _ in _tensors(model, members):
+            write_file(unfinished / name, members, _pieces(model, members))
+        else:  # takes part, keeps nothing
+            for _ in _pieces(model, members):
                 pass
     if main:
         if len(shards) > 1:
@@ -92,14 +93,32 @@ def _specs(model: Aquila, dtype: torch.dtype, is_qwen2: bool) -> list[Spec]:
     return specs
 
 
-def _tensors(model: Aquila, specs: list[Spec]) -> Iterator[Tensor]:
-    """The whole tensors, one at a time; every rank must ask for all of them, in this order."""
-    params = {hf_name(name): param for name, param in model.named_parameters()}
+def _pieces(model: Aquila, specs: list[Spec]) -> Iterator[tuple[Spec, Tensor]]:
+    """The tensors' values in order, a piece at a time: the rows of one rank, on every rank. Every
+    rank must ask for all of them."""
+    params = {hf_name(name): param.detach() for name, param in model.named_parameters()}
     for spec in specs:
-        if spec.name in params:
-            yield full(params[spec.name].detach())
+        param = params.get(spec.name)
+        if param is None:
+            yield spec, torch.zeros(spec.shape, dtype=spec.dtype)
+        elif isinstance(param, DTensor):
+            yield from ((spec, rows) for rows in _rows_of_each_rank(param, spec.dtype))
         else:
-            yield torch.zeros(spec.shape)
+            yield spec, param.to(spec.dtype)
+
+
+def _rows_of_each_rank(param: DTensor, dtype: torch.dtype) -> Iterator[Tensor]:
+    """full_tensor() would need the tensor twice, on every rank."""
+    (sharded,) = [i for i, p in enumerate(param.placements) if p.is_shard()]
+    group = param.device_mesh.get_group(sharded)
+    size = dist.get_world_size(group)
+    for rank, like in enumerate(torch.empty(len(param), device="meta").chunk(size)):
+        if rank == dist.get_rank(group):
+            rows = param.to_local().to(dtype).contiguous()
+        else:
+            rows = torch.empty(len(like), *param.shape[1:], dtype=dtype, device=param.device)
+        dist.broadcast(rows, group=group, group_src=rank)
+        yield rows
 
 
 def _check(model: Aquila, tokenizer: Tokenizer, folder: Path, n_bytes: int, replace: bool) -> None:

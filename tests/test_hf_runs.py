@@ -124,9 +124,8 @@ def test_memory_of_import_and_export(tmp_path):
     write_model(folder, "qwen2", dtype=torch.bfloat16, max_shard_size="200MB", **big)
     write_rank_file(folder)
     (reports,) = sharded(tmp_path, folder)
-    for rank, r in enumerate(reports):
+    for r in reports:
         print({name: f"{value / 1e6:.0f} MB" for name, value in r.items()})
         assert r["import"] <= 1.3 * r["share"] + r["largest"]
-        # Rank 0 writes at most one shard; gathering a tensor takes that tensor and its parts.
-        assert r["export"] <= (250e6 if rank == 0 else 0) + 2 * r["largest"]
+        assert r["export"] <= r["largest"] < 250e6  # a shard of the export
     assert all_tensors(tmp_path / "in-out").keys() == all_tensors(folder).keys()
