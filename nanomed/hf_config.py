@@ -78,7 +78,7 @@ def _refuse_what_is_unknown(path: Path, raw: dict) -> None:
             raise InputError(f"{path}: {name} {raw[name]!r} is not something nanomed can do")
     for name in ("rope_scaling", "rope_parameters"):
         rope = raw.get(name) or {}
-        kind = rope.get("rope_type", rope.get("type", "default"))
+        kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else ""
         if kind != "default" or rope.get("partial_rotary_factor", 1) != 1:
             raise InputError(f"{path}: {name} {rope} is not something nanomed can do")
 

@@ -102,6 +102,12 @@ def begin(
         f"computing in {str(dtype).removeprefix('torch.')} on {run.world.size} x "
         f"{_device_name(run.world.device)}, kernels: reference"
     )
+    spare = model.vocab_size - encoder.tokenizer.vocab_size
+    run.print(
+        f"vocabulary: {encoder.tokenizer.vocab_size:,} ids of {encoder.tokenizer.path}"
+        + (f", {spare:,} spare rows in the model" if spare else "")
+        + f"; template {encoder.template.name}"
+    )
     run.print(
         f"data: {report['chats']:,} chats, {_changes(report)}; {len(loader.train):,} to train on, "
         f"{len(loader.val):,} held out; {report['tokens']:,} tokens, "

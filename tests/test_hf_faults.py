@@ -74,6 +74,10 @@ FAULTS = {
         lambda f: edit_config(f, rope_scaling={"type": "yarn", "factor": 4.0}),
         "rope_scaling.*yarn.*not something nanomed can do",
     ),
+    "rope_scaling is no object": (
+        lambda f: edit_config(f, rope_scaling="dynamic"),
+        "rope_scaling dynamic",
+    ),
     "new rope_type": (
         lambda f: edit_config(f, rope_parameters={"rope_type": "llama3", "rope_theta": 1e4}),
         "rope_parameters.*llama3",

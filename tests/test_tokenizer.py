@@ -4,6 +4,7 @@ text to a special token."""
 import importlib
 import json
 import unicodedata
+from pathlib import Path
 
 import pytest
 from folders import AQUILA, SPECIAL_TEXTS, TEXTS, random_texts, write_rank_file, write_sentencepiece
@@ -12,6 +13,7 @@ from nanomed import tokenizer
 from nanomed.config import InputError
 from nanomed.records import Chat
 from nanomed.template import AQUILA_V1, CHATML, Encoder, fitting
+from nanomed.template import load as load_template
 
 needs_aquila = pytest.mark.skipif(not AQUILA.is_dir(), reason="the real tokenizer is not here")
 ALL_TEXTS = TEXTS + random_texts(1000)
@@ -129,6 +131,18 @@ def test_template_is_chosen_by_special_tokens(made):
             fitting(made["ranks"])
     finally:
         made["ranks"].special = kept
+
+
+def test_the_template_that_the_docs_show_can_be_used(made, tmp_path, monkeypatch):
+    docs = (Path(__file__).parents[1] / "docs/aquilamed.md").read_text()
+    (tmp_path / "mine.json").write_text(docs.split("```json\n")[1].split("```")[0])
+    tok = made["ranks"]
+    monkeypatch.setattr(tok, "special", {"<s>": tok.vocab_size, "</s>": tok.vocab_size + 1})
+    monkeypatch.setattr(tok, "vocab_size", tok.vocab_size + 2)
+    encoder = Encoder(load_template(str(tmp_path / "mine.json")), tok)
+    ids, trained, _ = encoder.chat(Chat([("user", "问"), ("assistant", "答")], "系"), 100)
+    assert tok.decode(ids) == "<s>系\n<s>Q: 问\nA: 答</s>"
+    assert tok.decode([i for i, flag in zip(ids, trained, strict=True) if flag]) == "答</s>"
 
 
 @pytest.mark.parametrize("package", ["tiktoken", "tokenizers"])
