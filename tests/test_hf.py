@@ -44,6 +44,18 @@ def write_tokenizer(folder: Path, kind: str) -> None:
     elif kind == "json":
         content = tokenizer_json(tokenizer.load(path := write_rank_file(folder)))
         path.unlink()
+        # As many published files do: a begin token in front of every text. It is the template's
+        # to put one there, so an export must not.
+        begin = {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}
+        text = {"Sequence": {"id": "A", "type_id": 0}}
+        i = content["model"]["vocab"]["<|endoftext|>"]
+        one = {"id": "<|endoftext|>", "ids": [i], "tokens": ["<|endoftext|>"]}
+        content["post_processor"] = {
+            "type": "TemplateProcessing",
+            "single": [begin, text],
+            "pair": [begin, text, text],
+            "special_tokens": {"<|endoftext|>": one},
+        }
         (folder / "tokenizer.json").write_text(json.dumps(content))
     elif kind == "sentencepiece":
         write_sentencepiece(folder)
@@ -131,6 +143,7 @@ def test_aquilas_own_types_and_both_spellings(model_type, spelling, tmp_path):
         ("ranks", True),
         ("ranks", False),
         ("json", True),
+        ("json", False),
         ("sentencepiece", True),
         ("sentencepiece", False),
         ("aquila", True),
