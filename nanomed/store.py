@@ -25,7 +25,13 @@ from nanomed.records import read_chats
 from nanomed.template import Encoder
 
 CACHE = Path("runs/cache")
-FORMATTER = ("records", "template", "tokenizer", "store")  # the code that turns files into ids
+FORMATTER = (
+    "records",
+    "template",
+    "tokenizer",
+    "tokenizer_files",
+    "store",
+)  # the code that turns files into ids
 
 
 class Store:

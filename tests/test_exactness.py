@@ -25,6 +25,9 @@ from nanomed.trainer import evaluate, fit, train_step
 from tests.data import ListData
 
 
+ALONE = World(0, 1, torch.device("cpu"), mesh=None)
+
+
 def next_token_loss(nll, row):
     return nll.sum(), {}
 
@@ -123,11 +126,13 @@ def test_gradients_do_not_depend_on_processes_packing_or_accumulation(
     equal a plain float64 computation; the logged loss is the sum of nll over the trained tokens."""
     layouts = [(1, 4096), (1, 256), (2, 300), (4, 128), (4, 64)]
     n_rows = []
+    alone = loader_of(ALONE, n, settings(batch_size=batch_size))
+    wanted, loss = reference_gradients(small, n, alone.examples(step))
     for n_ranks, micro_tokens in layouts:
         arguments = (small, n, batch_size, micro_tokens, step)
         results = pool(n_ranks, gradients_of_a_step, *arguments)
         _, values, rows, examples = results[0]
-        wanted, loss = reference_gradients(small, n, examples)
+        assert examples.tolist() == alone.examples(step).tolist()
         for other, *_ in results:
             assert_same_gradients(other, wanted)
         assert values["loss"] == pytest.approx(loss, rel=1e-6)
@@ -142,7 +147,7 @@ def test_a_mean_of_means_is_seen(pool, small, monkeypatch):
     def planted(n, batch_size, step):
         c = settings(batch_size=n, micro_tokens=256)
         model = Aquila(small)
-        data = loader_of(World(0, 1, torch.device("cpu"), None), n, c)
+        data = loader_of(ALONE, n, c)
         rows = data.step(0)
         for row in rows:
             (model(row).sum() / (row.labels >= 0).sum() / len(rows)).backward()
@@ -186,7 +191,7 @@ def test_validation_counts_each_example_once_on_any_number_of_ranks(pool, small)
             for (loss, _), (wanted, _) in zip(losses, alone, strict=True):
                 assert loss == pytest.approx(wanted, rel=1e-6)
     model = Aquila(small)
-    val = loader_of(World(0, 1, torch.device("cpu"), None), 9, settings(batch_size=4)).val_data
+    val = loader_of(ALONE, 9, settings(batch_size=4)).val_data
     row = row_from(*zip(*[val[i][0] for i in range(7)], strict=True))
     with torch.no_grad():
         nll = model(row)
