@@ -68,7 +68,7 @@ def main() -> None:
         fit(c, model, loader, next_token_loss, run)
 
         stage.load_best(model, run)
-        if stage.may_show_text(c):
+        if stage.may_show_text(c) and len(val):
             show_answers(model, encoder, loader, run)
             show_exam(model, encoder, loader, run)
         stage.export(c, model, encoder, run)

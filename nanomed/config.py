@@ -82,7 +82,7 @@ class Run:
     )
     out: str = _flag("", "run folder; default: the next free runs/STAGE-NNN")
     resume: str = _flag("", "go on from a checkpoint: its folder, or nothing for the newest")
-    steps: int = _flag(0, "stop after this many optimizer steps; 0: after --epochs")
+    steps: int = _flag(0, "optimizer steps, as many epochs as they take; 0: --epochs decides")
     epochs: int = _flag(2, "passes over the training data", ("1", "1", "2", "2"))
     batch_size: int = _flag(
         128, "examples per optimizer step, over all GPUs", ("768", "384", "128", "64")

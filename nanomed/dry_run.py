@@ -136,8 +136,7 @@ def counted_work(data: Store, val_data: Store, fraction: float) -> tuple[Work, W
 
 
 def n_steps(c: Run, train: Work) -> int:
-    steps = math.ceil(train.examples / c.batch_size) * c.epochs
-    return min(steps, c.steps) if c.steps else steps
+    return c.steps or math.ceil(train.examples / c.batch_size) * c.epochs
 
 
 def n_validations(c: Run, train: Work) -> int:

@@ -1,30 +1,41 @@
 """Hugging Face folders in and out: safetensors, config.json and tokenizer files that transformers
-loads with no custom code.
+and vLLM load with no custom code.
 
-The tensors' names are ours with `model.` before all but lm_head. The architecture is
-LlamaForCausalLM: its attention_bias also asks for an o_proj.bias, which is written as zeros.
+    python -m nanomed.hf export RUN_OR_CHECKPOINT NEW_FOLDER      a trained model, after the fact
+    python -m nanomed.hf convert FOLDER NEW_FOLDER                .bin shards into safetensors
+
+The tensors' names are ours with `model.` before all but lm_head. The architecture follows the
+tokenizer, because transformers builds Qwen's for every qwen2 and another for no llama: Qwen2 where
+the tokenizer is Qwen's and q, k and v have their bias, else Llama.
 """
 
-import json
+import argparse
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from nanomed.config import InputError, ModelConfig
-from nanomed.distributed import full, local_rows
-from nanomed.hf_tokenizer import write_tokenizer
+from nanomed import hf_config, hf_convert, pretrained
+from nanomed.config import InputError
+from nanomed.distributed import launch
+from nanomed.hf_card import model_card
+from nanomed.hf_import import hf_name, load_weights, read_config
+from nanomed.hf_tensors import Spec, plan, write_file, write_index, write_json
+from nanomed.hf_tokenizer import is_qwen, write_tokenizer
 from nanomed.model import Aquila
-from nanomed.template import CHATML, Template
+from nanomed.template import Template, fitting
 from nanomed.tokenizer import Tokenizer
 
-SHARD_BYTES = 5 * 10**9
+__all__ = ["export", "load", "load_weights", "read_config"]
+
+
+def load(folder: str | Path) -> Aquila:
+    """The model in a Hugging Face folder: one process, float32, on the CPU."""
+    return pretrained.load(folder, torch.device("cpu"), torch.float32)
 
 
 def export(
@@ -32,191 +43,161 @@ def export(
     tokenizer: Tokenizer,
     folder: str | Path,
     dtype: torch.dtype = torch.bfloat16,
-    template: Template = CHATML,
+    template: Template | None = None,
     replace: bool = False,
+    about: dict | None = None,
 ) -> None:
     """Writes the model to a new folder, tensor by tensor: no rank ever holds all of it. Every
-    rank of a sharded model calls it. Raises InputError if the folder is not empty, unless
-    `replace` says that it is an older export of the same run."""
-    folder = Path(folder)
-    main = not dist.is_initialized() or dist.get_rank() == 0
-    if not replace and folder.exists() and any(folder.iterdir()):
-        raise InputError(f"{folder} is not empty; export to a new folder")
+    rank of a sharded model calls it.
+
+    `template` defaults to the one that fits the tokenizer's special tokens; `about` is the run's
+    configuration, for the model card. Raises InputError before anything is written: if the folder
+    is not empty (unless `replace` says that it is an older export of the same run), the disk is
+    too full, or the tokenizer does not belong to the model."""
+    folder, template = Path(folder), template or fitting(tokenizer)
+    specs = _specs(model, dtype, _is_qwen2(model, tokenizer))
+    _check(model, tokenizer, folder, sum(spec.n_bytes for spec in specs), replace)
     unfinished = folder.with_name(folder.name + ".unfinished")
+    main = not dist.is_initialized() or dist.get_rank() == 0
     if main:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
-        _write_json(
-            unfinished / "config.json", to_hf_config(model.config, dtype, tokenizer, template)
-        )
-        write_tokenizer(unfinished, tokenizer, template, model.config.max_seq_len)
-    index, n_shards = {}, 0
-    for shard in _shards(model, dtype):
-        n_shards += 1
+        _write_small_files(unfinished, model, tokenizer, template, dtype, about)
+    shards = plan(specs)
+    for name, members in shards:
         if main:
-            name = f"model-{n_shards:05d}.safetensors"
-            save_file(shard, unfinished / name, metadata={"format": "pt"})
-            index |= dict.fromkeys(shard, name)
+            write_file(unfinished / name, members, _pieces(model, members))
+        else:  # takes part, keeps nothing
+            for _ in _pieces(model, members):
+                pass
     if main:
-        _name_shards(unfinished, index, n_shards)
-        if folder.exists():
-            shutil.rmtree(folder)
-        unfinished.rename(folder)
+        if len(shards) > 1:
+            write_index(unfinished, shards)
+        _put_in_place(unfinished, folder)
     if dist.is_initialized():
         dist.barrier()
 
 
-def _shards(model: Aquila, dtype: torch.dtype) -> Iterator[dict[str, Tensor]]:
-    """Whole tensors by Hugging Face name, in groups of at most SHARD_BYTES."""
-    shard: dict[str, Tensor] = {}
-    size = 0
-    for name, tensor in _tensors(model):
-        tensor = tensor.to(dtype).cpu().contiguous()
-        if shard and size + tensor.nbytes > SHARD_BYTES:
-            yield shard
-            shard, size = {}, 0
-        shard[name] = tensor
-        size += tensor.nbytes
-    yield shard
+def _is_qwen2(model: Aquila, tokenizer: Tokenizer) -> bool:
+    return is_qwen(tokenizer) and model.config.qkv_bias
 
 
-def _tensors(model: Aquila) -> Iterator[tuple[str, Tensor]]:
+def _specs(model: Aquila, dtype: torch.dtype, is_qwen2: bool) -> list[Spec]:
+    """What will be written, in the model's order; a Llama with bias has one in o_proj too."""
+    specs = []
     for name, param in model.named_parameters():
-        yield _hf_name(name), full(param.detach())
-        if name.endswith("v_proj.bias"):
-            o_bias = _hf_name(name).replace("v_proj", "o_proj")
-            yield o_bias, torch.zeros(model.config.d_model)
+        specs.append(Spec(hf_name(name), dtype, tuple(param.shape)))
+        if name.endswith("v_proj.bias") and not is_qwen2:
+            o_bias = hf_name(name).replace("v_proj", "o_proj")
+            specs.append(Spec(o_bias, dtype, (model.config.d_model,)))
+    return specs
 
 
-def _hf_name(name: str) -> str:
-    return name if name.startswith("lm_head.") else f"model.{name}"
+def _pieces(model: Aquila, specs: list[Spec]) -> Iterator[tuple[Spec, Tensor]]:
+    """The tensors' values in order, a piece at a time: the rows of one rank, on every rank. Every
+    rank must ask for all of them."""
+    params = {hf_name(name): param.detach() for name, param in model.named_parameters()}
+    for spec in specs:
+        param = params.get(spec.name)
+        if param is None:
+            yield spec, torch.zeros(spec.shape, dtype=spec.dtype)
+        elif isinstance(param, DTensor):
+            yield from ((spec, rows) for rows in _rows_of_each_rank(param, spec.dtype))
+        else:
+            yield spec, param.to(spec.dtype)
 
 
-def _name_shards(folder: Path, index: dict[str, str], n_shards: int) -> None:
-    """The names that transformers expects, now that the number of shards is known."""
-    final = {
-        f"model-{i:05d}.safetensors": f"model-{i:05d}-of-{n_shards:05d}.safetensors"
-        for i in range(1, n_shards + 1)
-    }
-    if n_shards == 1:
-        final = {"model-00001.safetensors": "model.safetensors"}
-    for old, new in final.items():
-        (folder / old).rename(folder / new)
-    if n_shards > 1:
-        size = sum((folder / name).stat().st_size for name in final.values())
-        weight_map = {name: final[file] for name, file in index.items()}
-        _write_json(
-            folder / "model.safetensors.index.json",
-            {"metadata": {"total_size": size}, "weight_map": weight_map},
-        )
+def _rows_of_each_rank(param: DTensor, dtype: torch.dtype) -> Iterator[Tensor]:
+    """full_tensor() would need the tensor twice, on every rank."""
+    (sharded,) = [i for i, p in enumerate(param.placements) if p.is_shard()]
+    group = param.device_mesh.get_group(sharded)
+    size = dist.get_world_size(group)
+    for rank, like in enumerate(torch.empty(len(param), device="meta").chunk(size)):
+        if rank == dist.get_rank(group):
+            rows = param.to_local().to(dtype).contiguous()
+        else:
+            rows = torch.empty(len(like), *param.shape[1:], dtype=dtype, device=param.device)
+        dist.broadcast(rows, group=group, group_src=rank)
+        yield rows
 
 
-def to_hf_config(
-    config: ModelConfig, dtype: torch.dtype, tokenizer: Tokenizer, template: Template
-) -> dict:
-    """config.json; theta and dtype in the spelling of transformers 5 and in the older one."""
-    dtype_name = str(dtype).removeprefix("torch.")
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.d_model,
-        "intermediate_size": config.d_ff,
-        "num_hidden_layers": config.n_layers,
-        "num_attention_heads": config.n_heads,
-        "num_key_value_heads": config.n_kv_heads,
-        "head_dim": config.head_size,
-        "max_position_embeddings": config.max_seq_len,
-        "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "attention_bias": config.qkv_bias,
-        "mlp_bias": False,
-        "hidden_act": "silu",
-        "tie_word_embeddings": False,
-        "bos_token_id": None,
-        "eos_token_id": [tokenizer.special[template.turn_end]],
-        "pad_token_id": tokenizer.special[template.document_end],
-        "torch_dtype": dtype_name,
-        "dtype": dtype_name,
-    }
-
-
-def _write_json(path: Path, value: dict) -> None:
-    path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-
-
-# ---------------------------------------------------------------- in
-
-
-def load(folder: str | Path) -> Aquila:
-    """The model in a Hugging Face folder: one process, float32, on the CPU."""
-    with torch.device("meta"):
-        model = Aquila(read_config(folder))
-    model.to_empty(device="cpu")
-    load_weights(model, folder)
-    return model
-
-
-def read_config(folder: str | Path) -> ModelConfig:
-    """The shape in a folder's config.json. Raises InputError for what nanomed cannot represent."""
-    path = Path(folder) / "config.json"
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: {error}") from None
-    try:
-        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-        if rope.get("rope_type", rope.get("type", "default")) != "default":
-            raise InputError(f"{path}: rope type {rope} is not supported")
-        theta = raw.get("rope_theta", rope.get("rope_theta"))
-        if theta is None:
-            raise InputError(f"{path}: no rope_theta; nanomed does not guess it")
-        if raw["model_type"] not in ("llama", "qwen2"):
-            raise InputError(f"{path}: model_type {raw['model_type']!r}; known are llama and qwen2")
-        if raw.get("tie_word_embeddings", False):
-            raise InputError(f"{path}: tied embeddings are not supported")
-        return ModelConfig(
-            vocab_size=raw["vocab_size"],
-            n_layers=raw["num_hidden_layers"],
-            d_model=raw["hidden_size"],
-            n_heads=raw["num_attention_heads"],
-            n_kv_heads=raw.get("num_key_value_heads", raw["num_attention_heads"]),
-            d_ff=raw["intermediate_size"],
-            max_seq_len=raw["max_position_embeddings"],
-            rope_theta=float(theta),
-            norm_eps=raw["rms_norm_eps"],
-            qkv_bias=raw.get("attention_bias", raw["model_type"] == "qwen2"),
-        )
-    except KeyError as error:
-        raise InputError(f"{path}: the field {error} is missing") from None
-
-
-def load_weights(model: nn.Module, folder: str | Path) -> None:
-    """Fills a model, sharded or not, from a folder's safetensors; each rank reads its own rows.
-    Raises InputError unless every tensor is used and every parameter filled."""
-    files = sorted(Path(folder).glob("*.safetensors"))
-    if not files:
-        raise InputError(f"{folder} holds no .safetensors file")
-    missing = {_hf_name(name): param for name, param in model.named_parameters()}
-    for path in files:
-        with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118 - safe_open is no dict
-                if name.endswith("o_proj.bias") and not file.get_tensor(name).any():
-                    continue
-                if name not in missing:
-                    raise InputError(f"{path}: tensor {name} has no place in the model")
-                _fill_slice(path, name, missing.pop(name), file.get_slice(name))
-    if missing:
-        raise InputError(f"{folder} lacks {len(missing)} tensors: {', '.join(missing)}")
-
-
-def _fill_slice(path: Path, name: str, param: Tensor, stored) -> None:
-    if list(stored.get_shape()) != list(param.shape):
+def _check(model: Aquila, tokenizer: Tokenizer, folder: Path, n_bytes: int, replace: bool) -> None:
+    if not replace and folder.exists() and (folder.is_file() or any(folder.iterdir())):
+        raise InputError(f"{folder} is not empty; export to a new folder")
+    if tokenizer.vocab_size > model.config.vocab_size:
         raise InputError(
-            f"{path}: {name} has shape {stored.get_shape()}, config.json says {list(param.shape)}"
+            f"the tokenizer {tokenizer.path} has {tokenizer.vocab_size} ids, the model only "
+            f"{model.config.vocab_size} rows: they do not belong together"
         )
-    rows = local_rows(param) if isinstance(param, DTensor) else slice(None)
-    local = param.to_local() if isinstance(param, DTensor) else param
-    with torch.no_grad():
-        local.copy_(stored[rows])
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if (free := shutil.disk_usage(there).free) < n_bytes + 2**27:  # tokenizer files are small
+        raise InputError(
+            f"{folder} needs {n_bytes / 1e9:.1f} GB, {there} has {free / 1e9:.1f} GB free"
+        )
+
+
+def _write_small_files(
+    folder: Path,
+    model: Aquila,
+    tokenizer: Tokenizer,
+    template: Template,
+    dtype: torch.dtype,
+    about: dict | None,
+) -> None:
+    turn_end = tokenizer.special[template.turn_end]
+    document_end = tokenizer.special[template.document_end]
+    # Whoever serves the model stops at the end of a turn, and of a document.
+    stop = list(dict.fromkeys((turn_end, document_end)))
+    is_qwen2 = _is_qwen2(model, tokenizer)
+    config = hf_config.render(model.config, dtype, is_qwen2, stop, document_end)
+    write_json(folder / "config.json", config)
+    generation = {"eos_token_id": stop, "pad_token_id": document_end}
+    write_json(folder / "generation_config.json", generation)
+    write_tokenizer(folder, tokenizer, template, model.config.max_seq_len, is_qwen2)
+    card = model_card(model.config, dtype, config["architectures"][0], about or {})
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _put_in_place(unfinished: Path, folder: Path) -> None:
+    """At no moment is there neither the older export nor this one."""
+    old = folder.with_name(folder.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    unfinished.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+# ---------------------------------------------------------------- commands
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("export", help="a run or checkpoint to a Hugging Face folder")
+    command.add_argument("source", help="run folder (its best checkpoint) or checkpoint folder")
+    command.add_argument("folder", help="a new folder")
+    command.add_argument("--dtype", choices=DTYPES, help="default: bf16, or as in a source folder")
+    command = commands.add_parser("convert", help=".bin shards to safetensors")
+    command.add_argument("source", help="folder with pytorch_model.bin or its shards")
+    command.add_argument("folder", help="a new folder")
+    c = parser.parse_args()
+    if c.command == "convert":
+        hf_convert.convert(Path(c.source), Path(c.folder))
+    else:
+        _export_command(c)
+    print(f"{c.command}: {c.source} -> {c.folder}")
+
+
+def _export_command(c: argparse.Namespace) -> None:
+    dtype = DTYPES[c.dtype] if c.dtype else pretrained.dtype_of(c.source)
+    _, encoder = pretrained.describe(c.source)
+    model = pretrained.load(c.source, torch.device("cpu"), dtype)
+    about = pretrained.settings_of(c.source)
+    export(model, encoder.tokenizer, c.folder, dtype, encoder.template, about=about)
+
+
+if __name__ == "__main__":
+    launch(main)

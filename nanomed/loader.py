@@ -65,9 +65,7 @@ class Loader:
         self.batch_size, self.micro_tokens, self.seed = batch_size, micro_tokens, seed
         self.rank, self.world_size = rank, world_size
         self.steps_per_epoch = -(-len(train) // batch_size)  # the last one may be short
-        self.n_steps = self.steps_per_epoch * epochs
-        if max_steps:
-            self.n_steps = min(self.n_steps, max_steps)
+        self.n_steps = max_steps or self.steps_per_epoch * epochs
 
     def examples(self, step: int) -> np.ndarray:
         """The indices of the examples of a step, the same on every rank."""

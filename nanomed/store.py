@@ -27,17 +27,8 @@ from nanomed.template import Encoder
 
 CACHE = Path("runs/cache")
 # The code that turns files into ids.
-FORMATTER = (
-    "files",
-    "shapes",
-    "chats",
-    "pairs",
-    "records",
-    "tally",
-    "template",
-    "tokenizer",
-    "store",
-)
+READERS = ("files", "shapes", "chats", "pairs", "records", "tally")
+FORMATTER = (*READERS, "template", "tokenizer", "tokenizer_files", "store")
 
 
 class Store:
@@ -143,15 +134,17 @@ def _write_chats(folder: Path, files: list[str], encoder: Encoder, seq_len: int)
     writer = Writer(folder, files)
     tallies: dict[tuple[str, str], Tally] = defaultdict(Tally)  # (file, source)
     total = sum(os.path.getsize(path) for path in files)
-    with tqdm(total=total, unit="B", unit_scale=True, desc="tokenising", leave=False) as bar:
+    hidden = None if rank_from_env()[0] == 0 else True  # None: shown on a terminal only
+    with tqdm(total=total, unit="B", unit_scale=True, desc="tokenising", disable=hidden) as bar:
         for number, path in enumerate(files):
-            start = bar.n
+            before = 0
             for record, chat, n_bytes in read_chats(path):
                 ids, trained, cut = ([], [], 0) if chat.dropped else encoder.chat(chat, seq_len)
                 if ids:
                     writer.add([(ids, trained)], number, record, chat.group)
                 tallies[path, chat.source].count(chat, len(ids), sum(trained[1:]), cut)
-                bar.update(start + n_bytes - bar.n)
+                bar.update(n_bytes - before)
+                before = n_bytes
     report = _report(files, tallies)
     _check_drops(report, seq_len, allow_drop=1.0)  # an empty store is of no use to anybody
     writer.close(report)

@@ -26,6 +26,11 @@ class Template:
     turn_end: str  # ends an assistant's turn; trained on, and generation stops at it
     document_end: str  # ends a document; generation stops at it too
 
+    def missing(self, tokenizer: Tokenizer) -> list[str]:
+        """The special tokens that it needs and the tokenizer does not have."""
+        used = (*self.special, self.turn_end, self.document_end)
+        return [name for name in used if name not in tokenizer.special]
+
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), ensure_ascii=False, indent=2)
 
@@ -40,7 +45,18 @@ CHATML = Template(
     turn_end="<|im_end|>",
     document_end="<|endoftext|>",
 )
-TEMPLATES = {t.name: t for t in (CHATML,)}
+# As AquilaChat2-7B is served (FlagAI, flagai/model/aquila2/conversation.py): no begin token, no
+# line breaks, the system text as plain words in front. FlagScale's Aquila ends a document so too.
+AQUILA_V1 = Template(
+    name="aquila-v1",
+    special=("<|startofpiece|>", "<|endofpiece|>", "</s>"),
+    system="",
+    before={"system": "", "user": "<|startofpiece|>", "assistant": "<|endofpiece|>"},
+    after={"system": "", "user": "", "assistant": "</s>"},
+    turn_end="</s>",
+    document_end="</s>",
+)
+TEMPLATES = {t.name: t for t in (CHATML, AQUILA_V1)}
 
 
 def load(name: str) -> Template:
@@ -58,17 +74,33 @@ def load(name: str) -> Template:
     return dataclasses.replace(template, special=tuple(template.special))
 
 
+def fitting(tokenizer: Tokenizer) -> Template:
+    """The first of TEMPLATES whose special tokens the tokenizer has: which template a folder that
+    names none was made for. Raises InputError if there is none."""
+    for template in TEMPLATES.values():
+        if not template.missing(tokenizer):
+            return template
+    raise InputError(
+        f"no template for {tokenizer.path}: its special tokens are {_few(tokenizer.special)}, and "
+        + "; ".join(f"{t.name} needs {', '.join(t.special)}" for t in TEMPLATES.values())
+        + "; give --template a JSON file (docs/aquilamed.md shows one)"
+    )
+
+
+def _few(names, n: int = 12) -> str:
+    names = list(names)
+    return ", ".join(names[:n]) + (f" and {len(names) - n} more" if len(names) > n else "")
+
+
 class Encoder:
     """A template with a tokenizer: chat -> (ids, trained)."""
 
     def __init__(self, template: Template, tokenizer: Tokenizer):
         self.template, self.tokenizer = template, tokenizer
-        used = (*template.special, template.turn_end, template.document_end)
-        missing = [name for name in used if name not in tokenizer.special]
-        if missing:
+        if missing := template.missing(tokenizer):
             raise InputError(
                 f"template {template.name!r} needs the special tokens {', '.join(missing)}, which "
-                f"{tokenizer.path} does not have; it has {', '.join(tokenizer.special)}"
+                f"{tokenizer.path} does not have; it has {_few(tokenizer.special)}"
             )
         self.turn_end = tokenizer.special[template.turn_end]
         self.document_end = tokenizer.special[template.document_end]

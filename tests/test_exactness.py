@@ -5,6 +5,7 @@ Everything goes through the code that the scripts run: shard(), Loader, train_st
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,9 @@ from nanomed.optim import adamw
 from nanomed.packing import row_from
 from nanomed.trainer import evaluate, fit, train_step
 from tests.data import ListData
+
+
+ALONE = World(0, 1, torch.device("cpu"), mesh=None)
 
 
 def next_token_loss(nll, row):
@@ -122,11 +126,13 @@ def test_gradients_do_not_depend_on_processes_packing_or_accumulation(
     equal a plain float64 computation; the logged loss is the sum of nll over the trained tokens."""
     layouts = [(1, 4096), (1, 256), (2, 300), (4, 128), (4, 64)]
     n_rows = []
+    alone = loader_of(ALONE, n, settings(batch_size=batch_size))
+    wanted, loss = reference_gradients(small, n, alone.examples(step))
     for n_ranks, micro_tokens in layouts:
         arguments = (small, n, batch_size, micro_tokens, step)
         results = pool(n_ranks, gradients_of_a_step, *arguments)
         _, values, rows, examples = results[0]
-        wanted, loss = reference_gradients(small, n, examples)
+        assert examples.tolist() == alone.examples(step).tolist()
         for other, *_ in results:
             assert_same_gradients(other, wanted)
         assert values["loss"] == pytest.approx(loss, rel=1e-6)
@@ -141,7 +147,7 @@ def test_a_mean_of_means_is_seen(pool, small, monkeypatch):
     def planted(n, batch_size, step):
         c = settings(batch_size=n, micro_tokens=256)
         model = Aquila(small)
-        data = loader_of(World(0, 1, torch.device("cpu"), None), n, c)
+        data = loader_of(ALONE, n, c)
         rows = data.step(0)
         for row in rows:
             (model(row).sum() / (row.labels >= 0).sum() / len(rows)).backward()
@@ -185,7 +191,7 @@ def test_validation_counts_each_example_once_on_any_number_of_ranks(pool, small)
             for (loss, _), (wanted, _) in zip(losses, alone, strict=True):
                 assert loss == pytest.approx(wanted, rel=1e-6)
     model = Aquila(small)
-    val = loader_of(World(0, 1, torch.device("cpu"), None), 9, settings(batch_size=4)).val_data
+    val = loader_of(ALONE, 9, settings(batch_size=4)).val_data
     row = row_from(*zip(*[val[i][0] for i in range(7)], strict=True))
     with torch.no_grad():
         nll = model(row)
@@ -195,67 +201,73 @@ def test_validation_counts_each_example_once_on_any_number_of_ranks(pool, small)
 # ---------------------------------------------------------------- every parameter moves
 
 
-def moved_after(world, model_config, before: str, folder: str) -> list[str]:
-    """Names of the parameters that three steps did not change, after a forward without gradient
-    or after a load."""
+def still_after(world, model_config, before: str, folder: str) -> list[str]:
+    """Names of the parameters that three steps did not change, after nothing, a forward without
+    gradient, or a load; having seen that the model computes with what its parameters hold."""
     c = settings(batch_size=8)
     model = sharded(world, model_config)
-    optimizer = adamw(model, c.weight_decay)
     loader = loader_of(world, 40, c)
     if before == "forward":
         evaluate(model, loader, next_token_loss, Silent(world), step=0)
-    elif before == "load":
+    optimizer = adamw(model, c.weight_decay)
+    meter = Meter(model_config, world.size)
+    step = lambda k: train_step(c, model, optimizer, loader, next_token_loss, k, 1e-2, meter)  # noqa: E731
+    if before == "load":
         checkpoint.save(Path(folder), model, optimizer, {"step": 0})
+        step(0)
         evaluate(model, loader, next_token_loss, Silent(world), step=0)
         checkpoint.load(Path(folder) / "latest", model, optimizer)
-    start = {name: full(p.detach()).clone() for name, p in model.named_parameters()}
-    meter = Meter(model_config, world.size)
-    for step in range(3):
-        train_step(c, model, optimizer, loader, next_token_loss, step, 1e-2, meter)
-    now = {name: full(p.detach()) for name, p in model.named_parameters()}
-    with torch.no_grad():  # what was trained is what the model computes with
-        row = row_from([[1, 2, 3, 4]])
-        plain = Aquila(model_config)
-        plain.load_state_dict(now)
-        assert torch.allclose(model(row), plain(row), atol=1e-6)
+    start = weights_in_use(model)
+    for k in range(3):
+        step(k)
+    now = weights_in_use(model)
     return [name for name in start if torch.equal(start[name], now[name])]
+
+
+def weights_in_use(model) -> dict[str, torch.Tensor]:
+    """The whole parameters; a plain model with them must give what the sharded one gives."""
+    weights = {name: full(p.detach()).clone() for name, p in model.named_parameters()}
+    plain = Aquila(model.config)
+    plain.load_state_dict(weights)
+    row = row_from([[1, 2, 3, 4]])
+    with torch.no_grad():
+        assert torch.allclose(model(row), plain(row), atol=1e-6)
+    return weights
 
 
 @pytest.mark.parametrize("n_ranks", [1, 2])
 @pytest.mark.parametrize("before", ["nothing", "forward", "load"])
 def test_every_parameter_moves(pool, small, tmp_path, n_ranks, before):
     """traps 1: a root that owns parameters would silently leave some of them behind."""
-    for still in pool(n_ranks, moved_after, small, before, str(tmp_path)):
+    for still in pool(n_ranks, still_after, small, before, str(tmp_path)):
         assert still == []
 
 
 # ---------------------------------------------------------------- resume
 
 
-def train(world, model_config, out, max_steps, changes):
-    """fit() up to max_steps of a 20-step run, in the folder `out`; what it leaves behind."""
+def train(world, model_config, out, changes, dies=()):
+    """A 20-step run in the folder `out`; `dies` (module, name) is a function that ends it at step
+    10 instead. What it leaves behind."""
     c = settings(batch_size=16, epochs=5, save_every=5, eval_every=10, out=out, **changes)
     model = sharded(world, model_config)
     run = RunFolder(c, world)
     loader = loader_of(world, 61, c, max_steps=20)
-    stop = loader.n_steps
-    if max_steps < stop:  # as if killed right after the checkpoint of this step
-        original = checkpoint.keep
+    if dies:
+        module, name = sys.modules[dies[0]], dies[1]
+        original = getattr(module, name)
 
-        def keep(folder, n):
-            original(folder, n)
-            if (folder / f"step-{max_steps:06d}").exists():
+        def dying(*arguments):
+            if (run.checkpoints / "step-000010").exists():
                 raise KeyboardInterrupt
+            return original(*arguments)
 
-        checkpoint.keep = keep
+        setattr(module, name, dying)
     try:
         fit(c, model, loader, next_token_loss, run)
     except KeyboardInterrupt:
-        pass
-    finally:
-        if max_steps < stop:
-            checkpoint.keep = original
-        run.close()
+        setattr(module, name, original)
+    run.close()
     return [full(p.detach()).clone() for p in model.parameters()]
 
 
@@ -267,27 +279,36 @@ def metrics_of(folder: Path) -> list[dict]:
     ]
 
 
-@pytest.mark.parametrize("n_ranks", [1, 2])
-def test_twenty_steps_are_ten_and_a_resume_and_ten(pool, small, tmp_path, n_ranks):
-    """pitfalls 14, with dropout: weights, losses, learning rates and validation, bit for bit."""
+RIGHT_AFTER_THE_SAVE = ("nanomed.trainer", "_validate")
+AFTER_VALIDATION = ("nanomed.checkpoint", "keep")
+
+
+@pytest.mark.parametrize(
+    "n_ranks, dies", [(1, RIGHT_AFTER_THE_SAVE), (1, AFTER_VALIDATION), (2, AFTER_VALIDATION)]
+)
+def test_twenty_steps_are_ten_and_a_resume_and_ten(pool, small, tmp_path, n_ranks, dies):
+    """pitfalls 14, with dropout: weights, losses, learning rates, validation and the choice of
+    the best checkpoint, bit for bit."""
     with_dropout = dataclasses.replace(small, dropout=0.2)
-    straight, halves = str(tmp_path / "straight"), str(tmp_path / "halves")
-    wanted = pool(n_ranks, train, with_dropout, straight, 20, {})
-    pool(n_ranks, train, with_dropout, halves, 10, {})
-    assert len(metrics_of(tmp_path / "halves")) < len(metrics_of(tmp_path / "straight"))
-    got = pool(n_ranks, train, with_dropout, halves, 20, {"resume": "latest"})
+    straight, halves = tmp_path / "straight", tmp_path / "halves"
+    wanted = pool(n_ranks, train, with_dropout, str(straight), {})
+    pool(n_ranks, train, with_dropout, str(halves), {}, dies)
+    assert metrics_of(halves)[-1]["step"] == 10
+    got = pool(n_ranks, train, with_dropout, str(halves), {"resume": "latest"})
     for a, b in zip(got[0], wanted[0], strict=True):
         assert torch.equal(a, b)
-    assert metrics_of(tmp_path / "halves") == metrics_of(tmp_path / "straight")
+    assert metrics_of(halves) == metrics_of(straight)
+    best = [(folder / "checkpoints/best").resolve().name for folder in (straight, halves)]
+    assert best[0] == best[1]
 
 
 def test_early_losses_do_not_depend_on_the_number_of_processes(pool, small, tmp_path):
     """Dropout 0: the first 20 steps within 1e-5, on 1, 2 and 4 processes; also after a resume on
     another number of them."""
     for n_ranks in (1, 2, 4):
-        pool(n_ranks, train, small, str(tmp_path / f"on{n_ranks}"), 20, {"lr": 1e-3})
-    pool(2, train, small, str(tmp_path / "moved"), 10, {"lr": 1e-3})
-    pool(1, train, small, str(tmp_path / "moved"), 20, {"lr": 1e-3, "resume": "latest"})
+        pool(n_ranks, train, small, str(tmp_path / f"on{n_ranks}"), {"lr": 1e-3})
+    pool(2, train, small, str(tmp_path / "moved"), {"lr": 1e-3}, AFTER_VALIDATION)
+    pool(1, train, small, str(tmp_path / "moved"), {"lr": 1e-3, "resume": "latest"})
     alone = metrics_of(tmp_path / "on1")
     assert len([m for m in alone if "loss" in m]) == 20
     for name in ("on2", "on4", "moved"):

@@ -51,7 +51,7 @@ def write(path, *records) -> str:
         (["--seq_len", "64", "--micro_tokens", "32"], "--micro_tokens is 32; it must be at least"),
         (["--out", "USED"], "already holds a run; go on with it by --resume"),
         (["--out", "FRESH", "--resume"], "FRESH holds no checkpoint"),
-        (["--init", "none"], "--init none: no such folder"),
+        (["--init", "none"], "none: no such folder"),
         (["--init", "FRESH", "--model", "tiny"], "--init .* fixes the model"),
         (["--init", "FRESH", "--tokenizer", "TOKENIZER"], "config.json: .*No such file"),
         (["--tokenizer", "none"], "no tokenizer at none"),
