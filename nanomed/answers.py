@@ -39,7 +39,7 @@ def show_answers(
     questions = pick_questions(loader)
     prompts = [encoder.prompt(Chat(chat.turns[:-1], chat.system)) for chat, _ in questions]
     stop = {encoder.turn_end, encoder.document_end}
-    answers = greedy_in_lockstep(model, prompts, stop, max_new, run.world.device)
+    answers = greedy_in_lockstep(model, prompts, stop, max_new)
     run.print("held-out questions, answered by the best checkpoint (greedy):")
     for (chat, mark), ids in zip(questions, answers, strict=True):
         (_, question), (_, reference) = chat.turns[-2:]

@@ -137,3 +137,9 @@ def from_main(value):
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def from_main_tensor(values: Tensor) -> Tensor:
+    """Rank 0's values, on every rank; shape and dtype are the same everywhere."""
+    dist.broadcast(values, src=0)
+    return values

@@ -11,18 +11,18 @@ import argparse
 import dataclasses
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from nanomed import pretrained
 from nanomed.chats import ROLES
 from nanomed.config import InputError
-from nanomed.distributed import from_main, launch, pick_device
+from nanomed.distributed import from_main_tensor, launch, pick_device
 from nanomed.model import Aquila, new_cache
 from nanomed.packing import Row, row_from
 from nanomed.records import Chat, read_json
@@ -59,12 +59,13 @@ def generate(
     stop: set[int],
     sampling: Sampling,
     first: int = 0,
+    agree: Callable[[Tensor], Tensor] = lambda tokens: tokens,
 ) -> list[tuple[list[int], str]]:
     """(ids without the stop token, "stop" or "length") for each prompt, all in one batch. What
     comes out for a prompt depends on its number (first, first + 1, ...), not on its neighbours."""
     answers: list[list[int]] = [[] for _ in prompts]
     ends = ["length"] * len(prompts)
-    for i, token in stream(model, prompts, stop, sampling, first):
+    for i, token in stream(model, prompts, stop, sampling, first, agree):
         if token in stop:
             ends[i] = "stop"
         else:
@@ -79,11 +80,13 @@ def stream(
     stop: set[int],
     sampling: Sampling,
     first: int = 0,
+    agree: Callable[[Tensor], Tensor] = lambda tokens: tokens,
 ) -> Iterator[tuple[int, int]]:
-    """Yields (index of the prompt, its next token) as they come, stop tokens included. Raises
-    InputError for a prompt that leaves no room for an answer."""
+    """Yields (index of the prompt, its next token) as they come, stop tokens included. `agree`
+    makes the ranks of a sharded model choose alike. Raises InputError for a prompt that leaves no
+    room for an answer."""
     limits = _limits(model, prompts, sampling)
-    device = model.embed_tokens.weight.device
+    device = next(model.parameters()).device
     generators = [_generator(sampling.seed, first + i) for i in range(len(prompts))]
     batch = list(range(len(prompts)))  # the prompts that have a place in the cache
     lengths = [len(prompt) for prompt in prompts]
@@ -92,7 +95,7 @@ def stream(
     logits = model(row_from(prompts).to(device), cache=cache)  # [B,V]
     done = set()
     while True:
-        tokens = choose(logits, seen, sampling, [generators[i] for i in batch])
+        tokens = agree(choose(logits, seen, sampling, [generators[i] for i in batch]))
         for i, token in zip(batch, tokens.tolist(), strict=True):
             if i not in done:
                 yield i, token
@@ -176,28 +179,15 @@ def choose(
     return tokens.gather(1, place[:, None])[:, 0]
 
 
-@torch.no_grad()
 def greedy_in_lockstep(
-    model: nn.Module, prompts: list[list[int]], stop: set[int], max_new: int, device: torch.device
+    model: Aquila, prompts: list[list[int]], stop: set[int], max_new: int
 ) -> list[list[int]]:
-    """The most likely continuation of each prompt, up to and without a stop token.
-
-    For a few answers during training: all ranks run the same rows together, since a sharded model
-    hangs if one of them stops alone, and everything is computed again for each token.
-    """
+    """The most likely answer to each prompt, from a sharded model: a rank that stopped alone would
+    hang the others, so all of them run the same batch and rank 0 decides each token (on another
+    GPU a tie could fall the other way)."""
     model.eval()
-    answers: list[list[int]] = [[] for _ in prompts]
-    open_ones = list(range(len(prompts)))
-    for _ in range(max_new):
-        row = row_from([prompts[i] + answers[i] for i in open_ones]).to(device)
-        logits = model(row, logits=True)[row.cu_seqlens[1:] - 1]  # [open, V]: each one's last
-        # Rank 0 decides: on another GPU a tie could fall the other way.
-        for i, token in zip(open_ones, from_main(logits.argmax(-1).tolist()), strict=True):
-            answers[i].append(token)
-        open_ones = [i for i in open_ones if answers[i][-1] not in stop]
-        if not open_ones:
-            break
-    return [ids[:-1] if ids and ids[-1] in stop else ids for ids in answers]
+    answers = generate(model, prompts, stop, Sampling(max_new=max_new), agree=from_main_tensor)
+    return [ids for ids, _ in answers]
 
 
 # ---------------------------------------------------------------- command

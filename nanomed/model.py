@@ -135,12 +135,17 @@ class Aquila(nn.Module):
 
 
 class LayerCache:
-    """One layer's keys and values of B sequences of at most S tokens, for generation."""
+    """One layer's keys and values of B sequences of at most S tokens, for generation. The memory
+    is taken when the first ones come, in their dtype and on their device."""
 
-    def __init__(self, k: Tensor, v: Tensor):
-        self.k, self.v = k, v  # [B,K,S,E]
+    def __init__(self, n_sequences: int, max_tokens: int):
+        self.n_sequences, self.max_tokens = n_sequences, max_tokens
+        self.k = self.v = None  # [B,K,S,E]
 
     def store(self, k: Tensor, v: Tensor, row: Row) -> None:  # k, v[T,K,E]
+        if self.k is None:
+            shape = (self.n_sequences, k.shape[1], self.max_tokens, k.shape[2])
+            self.k, self.v = k.new_zeros(shape), v.new_zeros(shape)
         lengths = row.cu_seqlens.diff().long()
         sequence = torch.arange(len(lengths), device=k.device).repeat_interleave(lengths)
         self.k[sequence, :, row.positions] = k
@@ -164,9 +169,7 @@ class LayerCache:
 
 def new_cache(model: Aquila, n_sequences: int, max_tokens: int) -> list[LayerCache]:
     """Room for the keys and values of n_sequences of at most max_tokens, in every layer."""
-    c, like = model.config, model.embed_tokens.weight
-    shape = (n_sequences, c.n_kv_heads, max_tokens, c.head_size)
-    return [LayerCache(like.new_zeros(shape), like.new_zeros(shape)) for _ in range(c.n_layers)]
+    return [LayerCache(n_sequences, max_tokens) for _ in model.layers]
 
 
 def init_weights(model: Aquila, seed: int = 0) -> None:

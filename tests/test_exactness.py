@@ -24,7 +24,6 @@ from nanomed.packing import row_from
 from nanomed.trainer import evaluate, fit, train_step
 from tests.data import ListData
 
-
 ALONE = World(0, 1, torch.device("cpu"), mesh=None)
 
 

@@ -230,7 +230,7 @@ def test_sixteen_chats_are_learned_by_heart_and_every_answer_ends(tmp_path, enco
 
     parsed = [chats_of(chat)[0] for chat in chats]
     prompts = [encoder.prompt(Chat(chat.turns[:-1])) for chat in parsed]
-    answers = greedy_in_lockstep(model, prompts, {encoder.turn_end}, 120, world.device)
+    answers = greedy_in_lockstep(model, prompts, {encoder.turn_end}, 120)
     assert all(len(ids) < 120 for ids in answers)  # stopped by itself
     assert [encoder.tokenizer.decode(ids) for ids in answers] == [c.turns[-1][1] for c in parsed]
 
