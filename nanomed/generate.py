@@ -20,12 +20,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nanomed import pretrained
-from nanomed.chats import ROLES
 from nanomed.config import InputError
 from nanomed.distributed import from_main_tensor, launch, pick_device
 from nanomed.model import Aquila, new_cache
 from nanomed.packing import Row, row_from
 from nanomed.records import Chat, read_json
+from nanomed.records.chats import ROLES
 from nanomed.template import Encoder
 
 

@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from nanomed import checkpoint, hf_import, template, tokenizer
+from nanomed import checkpoint, template, tokenizer
 from nanomed.config import InputError, ModelConfig
+from nanomed.hf import reading
 from nanomed.model import Aquila
 
 
@@ -40,7 +41,7 @@ def describe(
 def config_of(folder: str | Path) -> ModelConfig:
     saved = _home(folder) / "model.json"
     if not saved.exists():
-        return hf_import.read_config(folder)
+        return reading.read_config(folder)
     try:
         return ModelConfig(**json.loads(saved.read_text()))
     except (TypeError, ValueError) as error:
@@ -54,7 +55,7 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             checkpoint.load_weights(_checkpoint(folder), model)
     else:
-        hf_import.load_weights(model, folder)
+        reading.load_weights(model, folder)
 
 
 def load(folder: str | Path, device: torch.device, dtype: torch.dtype) -> Aquila:
@@ -70,7 +71,7 @@ def load(folder: str | Path, device: torch.device, dtype: torch.dtype) -> Aquila
 def dtype_of(folder: str | Path) -> torch.dtype:
     """What an export has by default: a Hugging Face folder's own, bfloat16 of a run's masters."""
     is_run = (_home(folder) / "model.json").exists()
-    return torch.bfloat16 if is_run else hf_import.read_dtype(folder)
+    return torch.bfloat16 if is_run else reading.read_dtype(folder)
 
 
 def settings_of(folder: str | Path) -> dict:

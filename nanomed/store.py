@@ -27,8 +27,8 @@ from nanomed.template import Encoder
 
 CACHE = Path("runs/cache")
 # The code that turns files into ids.
-READERS = ("files", "shapes", "chats", "pairs", "records", "tally")
-FORMATTER = (*READERS, "template", "tokenizer", "tokenizer_files", "store")
+READERS = tuple(f"records/{name}" for name in ("__init__", "files", "shapes", "chats", "pairs"))
+FORMATTER = (*READERS, "tally", "template", "tokenizer", "tokenizer_files", "store")
 
 
 class Store:
@@ -104,7 +104,7 @@ def chats(files: list[str], encoder: Encoder, seq_len: int, allow_drop: float) -
 
     Raises InputError for a file that cannot be read, and if more than the share `allow_drop` of
     the chats could not be kept."""
-    formatter = [Path(__file__).with_name(f"{name}.py").read_bytes() for name in FORMATTER]
+    formatter = [(Path(__file__).parent / f"{name}.py").read_bytes() for name in FORMATTER]
     parts = [
         "chats",
         *map(_digest, files),

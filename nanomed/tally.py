@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from nanomed.shapes import Chat, language
+from nanomed.records.shapes import Chat, language
 
 PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
 

@@ -16,9 +16,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 
-from nanomed import config, hf, hf_tensors, stage
+from nanomed import config, hf, stage
 from nanomed.config import InputError
 from nanomed.distributed import start
+from nanomed.hf import tensors as hf_tensors
 
 
 def rss_anon() -> int:

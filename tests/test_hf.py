@@ -10,10 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nanomed import hf, hf_convert, hf_tensors, pretrained, tokenizer
+from nanomed import hf, pretrained, tokenizer
 from nanomed.config import InputError
 from nanomed.generate import Sampling, generate
-from nanomed.hf_tokenizer import tokenizer_json
+from nanomed.hf import convert as hf_convert
+from nanomed.hf import reading, writing
+from nanomed.hf import tensors as hf_tensors
+from nanomed.hf.tokenizer import tokenizer_json
 from nanomed.packing import row_from
 from nanomed.records import Chat
 from nanomed.template import Encoder, fitting
@@ -115,7 +118,7 @@ def test_import_is_what_transformers_computes(name, tmp_path):
     assert_same_model(theirs, ours, 900)
     stored = all_tensors(tmp_path)
     for key, param in ours.named_parameters():
-        key = hf.hf_name(key)
+        key = reading.hf_name(key)
         key = "model.embed_tokens.weight" if key not in stored else key
         assert torch.equal(param, stored[key].float()), key
 
@@ -261,7 +264,7 @@ def test_the_whole_aquilamed_has_387_tensors():
 
     with torch.device("meta"):
         model = Aquila(SHAPES["aquilamed-7b"])
-    specs = hf._specs(model, torch.bfloat16, is_qwen2=True)
+    specs = writing._specs(model, torch.bfloat16, is_qwen2=True)
     assert len(specs) == 387 and model.config.n_params() == 8_223_748_096
     shards = hf_tensors.plan(specs)
     assert max(sum(s.n_bytes for s in members) for _, members in shards) <= 5 * 10**9

@@ -13,6 +13,7 @@ import torch
 
 from nanomed import hf, pretrained, stage, tokenizer
 from nanomed.config import SFT
+from nanomed.hf import __main__ as hf_commands
 from tests.folders import TEXTS, all_tensors, edit_tensor, write_model, write_rank_file
 
 HEAD = "lm_head.weight"
@@ -98,7 +99,7 @@ def test_a_run_starts_from_a_folder_and_its_result_is_read_again(folder, tmp_pat
     for source in (run, run / "checkpoints/latest"):
         out = tmp_path / f"out-{source.name}"
         monkeypatch.setattr(sys, "argv", ["hf", "export", str(source), str(out), "--dtype", "fp32"])
-        hf.main()
+        hf_commands.main()
         theirs, ours = all_tensors(out), dict(trained.named_parameters())
         assert all(theirs[hf.hf_name(name)].equal(param) for name, param in ours.items())
         assert dataclasses.replace(config, dropout=0.0) == hf.read_config(out)

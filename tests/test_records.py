@@ -5,9 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanomed import files
 from nanomed.config import InputError
-from nanomed.records import BadField, chats_of, read_chats, read_json
+from nanomed.records import BadField, chats_of, files, read_chats, read_json
 
 QA = [("user", "问"), ("assistant", "答")]
 

@@ -34,7 +34,7 @@ def made(tmp_path_factory):
         (root / kind).mkdir()
     write_rank_file(root / "ranks")
     write_sentencepiece(root / "sentencepiece")
-    from nanomed.hf_tokenizer import tokenizer_json
+    from nanomed.hf.tokenizer import tokenizer_json
 
     content = tokenizer_json(tokenizer.load(root / "ranks"))
     (root / "json/tokenizer.json").write_text(json.dumps(content))

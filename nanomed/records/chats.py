@@ -1,11 +1,20 @@
 """Records of the chat formats, each turned into a Chat. Adding a format is a function here and a
-line in nanomed/records.py."""
+line in nanomed/records/__init__.py."""
 
 from itertools import cycle
 from typing import Any
 
 from nanomed.config import nearest
-from nanomed.shapes import BadField, Chat, Turns, excerpt, group_of, source_of, text_of, texts_of
+from nanomed.records.shapes import (
+    BadField,
+    Chat,
+    Turns,
+    excerpt,
+    group_of,
+    source_of,
+    text_of,
+    texts_of,
+)
 
 # A tool's result is read by the model like a user's turn; calling the tool is the model's turn.
 ROLES = {

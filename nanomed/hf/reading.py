@@ -11,8 +11,8 @@ from torch.distributed.tensor import DTensor
 
 from nanomed.config import InputError, ModelConfig
 from nanomed.distributed import local_rows
-from nanomed.hf_config import parse, read_json
-from nanomed.hf_tensors import Spec, some, stored
+from nanomed.hf.config import parse, read_json
+from nanomed.hf.tensors import Spec, some, stored
 from nanomed.model import Aquila
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -41,6 +41,16 @@ def read_dtype(folder: str | Path) -> torch.dtype:
     """The dtype that most of a folder's tensors have."""
     dtypes = [spec.dtype for _, spec in stored(folder).values()]
     return max(set(dtypes), key=dtypes.count)
+
+
+def load(folder: str | Path) -> Aquila:
+    """The model in a Hugging Face folder: one process, float32, on the CPU, in evaluation mode."""
+    config = read_config(folder)
+    with torch.device("meta"):
+        model = Aquila(config)
+    model.to_empty(device="cpu")
+    load_weights(model, folder)
+    return model.eval()
 
 
 def load_weights(model: nn.Module, folder: str | Path) -> None:

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from nanomed import chats, pairs
 from nanomed.config import InputError, nearest
-from nanomed.files import holds_json, read_json, read_lines, read_records
-from nanomed.shapes import (
+from nanomed.records import chats, pairs
+from nanomed.records.files import holds_json, read_json, read_lines, read_records
+from nanomed.records.shapes import (
     BadField,
     Chat,
     Document,

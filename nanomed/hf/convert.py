@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nanomed.config import InputError
-from nanomed.hf_tensors import DTYPE_NAMES, Spec, index_of, write_file, write_index
+from nanomed.hf.tensors import DTYPE_NAMES, Spec, index_of, write_file, write_index
 
 # What a folder needs beside its weights; custom code is not among it.
 BESIDE = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.md", "LICENSE*", "*.pdf")

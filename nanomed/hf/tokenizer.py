@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from nanomed.config import InputError
-from nanomed.hf_tensors import write_json
+from nanomed.hf.tensors import write_json
 from nanomed.template import Template
 from nanomed.tokenizer import (
     JsonTokenizer,

@@ -1,15 +1,5 @@
-"""Hugging Face folders in and out: safetensors, config.json and tokenizer files that transformers
-and vLLM load with no custom code.
+"""A model out into a Hugging Face folder, tensor by tensor."""
 
-    python -m nanomed.hf export RUN_OR_CHECKPOINT NEW_FOLDER      a trained model, after the fact
-    python -m nanomed.hf convert FOLDER NEW_FOLDER                .bin shards into safetensors
-
-The tensors' names are ours with `model.` before all but lm_head. The architecture follows the
-tokenizer, because transformers builds Qwen's for every qwen2 and another for no llama: Qwen2 where
-the tokenizer is Qwen's and q, k and v have their bias, else Llama.
-"""
-
-import argparse
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,23 +9,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from nanomed import hf_config, hf_convert, pretrained
 from nanomed.config import InputError
-from nanomed.distributed import launch
-from nanomed.hf_card import model_card
-from nanomed.hf_import import hf_name, load_weights, read_config
-from nanomed.hf_tensors import Spec, plan, write_file, write_index, write_json
-from nanomed.hf_tokenizer import is_qwen, write_tokenizer
+from nanomed.hf.card import model_card
+from nanomed.hf.config import render
+from nanomed.hf.reading import hf_name
+from nanomed.hf.tensors import Spec, plan, write_file, write_index, write_json
+from nanomed.hf.tokenizer import is_qwen, write_tokenizer
 from nanomed.model import Aquila
 from nanomed.template import Template, fitting
 from nanomed.tokenizer import Tokenizer
-
-__all__ = ["export", "load", "load_weights", "read_config"]
-
-
-def load(folder: str | Path) -> Aquila:
-    """The model in a Hugging Face folder: one process, float32, on the CPU."""
-    return pretrained.load(folder, torch.device("cpu"), torch.float32)
 
 
 def export(
@@ -149,7 +131,7 @@ def _write_small_files(
     # Whoever serves the model stops at the end of a turn, and of a document.
     stop = list(dict.fromkeys((turn_end, document_end)))
     is_qwen2 = _is_qwen2(model, tokenizer)
-    config = hf_config.render(model.config, dtype, is_qwen2, stop, document_end)
+    config = render(model.config, dtype, is_qwen2, stop, document_end)
     write_json(folder / "config.json", config)
     generation = {"eos_token_id": stop, "pad_token_id": document_end}
     write_json(folder / "generation_config.json", generation)
@@ -166,38 +148,3 @@ def _put_in_place(unfinished: Path, folder: Path) -> None:
         folder.rename(old)
     unfinished.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
-
-
-# ---------------------------------------------------------------- commands
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("export", help="a run or checkpoint to a Hugging Face folder")
-    command.add_argument("source", help="run folder (its best checkpoint) or checkpoint folder")
-    command.add_argument("folder", help="a new folder")
-    command.add_argument("--dtype", choices=DTYPES, help="default: bf16, or as in a source folder")
-    command = commands.add_parser("convert", help=".bin shards to safetensors")
-    command.add_argument("source", help="folder with pytorch_model.bin or its shards")
-    command.add_argument("folder", help="a new folder")
-    c = parser.parse_args()
-    if c.command == "convert":
-        hf_convert.convert(Path(c.source), Path(c.folder))
-    else:
-        _export_command(c)
-    print(f"{c.command}: {c.source} -> {c.folder}")
-
-
-def _export_command(c: argparse.Namespace) -> None:
-    dtype = DTYPES[c.dtype] if c.dtype else pretrained.dtype_of(c.source)
-    _, encoder = pretrained.describe(c.source)
-    model = pretrained.load(c.source, torch.device("cpu"), dtype)
-    about = pretrained.settings_of(c.source)
-    export(model, encoder.tokenizer, c.folder, dtype, encoder.template, about=about)
-
-
-if __name__ == "__main__":
-    launch(main)

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from nanomed.chats import add_turns, as_turns, drop_leading_answers, history, joined
-from nanomed.shapes import (
+from nanomed.records.chats import add_turns, as_turns, drop_leading_answers, history, joined
+from nanomed.records.shapes import (
     BadField,
     Chat,
     PreferencePair,

@@ -1,0 +1,103 @@
+"""Direct preference optimisation, the paper's third stage, on one page.
+
+    torchrun --nproc_per_node 2 train_dpo.py                        a demonstration on samples/
+    torchrun --nproc_per_node 8 train_dpo.py --config configs/dpo.toml --init FOLDER --data FILE
+
+A pair is a prompt with a chosen and a rejected answer, packed as neighbouring segments of one row:
+one forward for both. The model learns to prefer the chosen one, measured from where it started
+(Rafailov et al. 2023).
+"""
+
+from torch import Tensor
+
+from nanomed import config, stage, store
+from nanomed.answers import show_answers
+from nanomed.distributed import launch, pick_device, start
+from nanomed.loader import Loader, split
+from nanomed.log import RunFolder
+from nanomed.losses import dpo_loss, segment_counts, segment_logps
+from nanomed.packing import Row
+from nanomed.reference import check_start, reference_logps
+from nanomed.trainer import Loss, fit
+
+
+def preference_loss(reference: Tensor, kinds: Tensor, names: list[str], beta: float) -> Loss:
+    """The loss of a row, for fit(). reference[pairs,2], kinds[pairs] index names."""
+
+    def loss(nll: Tensor, row: Row) -> tuple[Tensor, dict]:
+        pairs = row.examples[::2]
+        real = (pairs >= 0).float()  # a rank without work runs a filler
+        logps, counts = segment_logps(nll, row).view(-1, 2), segment_counts(row).view(-1, 2)
+        losses, chosen, rejected = dpo_loss(*logps.unbind(1), *reference[pairs].unbind(1), beta)
+
+        right = (chosen > rejected) * real
+        counts = counts.clamp(min=1)  # of a filler 0
+        ratios = (logps.detach() - reference[pairs]) / counts
+        sums = {
+            "rewards/chosen": chosen,
+            "rewards/rejected": rejected,
+            "rewards/margins": chosen - rejected,
+            "rewards/accuracies": right,
+            "logps/chosen": logps[:, 0].detach(),
+            "logps/rejected": logps[:, 1].detach(),
+            "logps_per_token/chosen": logps[:, 0].detach() / counts[:, 0],
+            "logps_per_token/rejected": logps[:, 1].detach() / counts[:, 1],
+            "length/chosen": counts[:, 0],
+            "length/rejected": counts[:, 1],
+            # How far the policy has moved, as the pairs themselves see it. Not the KL divergence:
+            # that would need answers drawn from the policy.
+            "log_ratio_per_token/chosen": ratios[:, 0],
+            "log_ratio_per_token/rejected": ratios[:, 1],
+        }
+        metrics = {name: (value * real).sum() for name, value in sums.items()}
+        for kind, name in enumerate(names):
+            of_kind = (kinds[pairs] == kind) * real
+            metrics[f"rewards/accuracies/{name}"] = (right * of_kind).sum(), of_kind.sum()
+        return (losses * real).sum(), metrics
+
+    return loss
+
+
+def what_happens(values: dict[str, float]) -> str:
+    """One sentence on an evaluation."""
+    chosen = values["val_log_ratio_per_token/chosen"]
+    rejected = values["val_log_ratio_per_token/rejected"]
+    if values["val_rewards/margins"] <= 0:
+        return "the margin has not grown yet"
+    if chosen >= 0:
+        other = "fall" if rejected < 0 else "rise less"
+        return f"the margin grows because chosen answers become more likely; rejected ones {other}"
+    warning = f"warning: chosen answers became less likely, {chosen:.4f} nats per token; "
+    return warning + "the margin grows because the rejected ones fall faster"
+
+
+def main() -> None:
+    c = stage.with_newest_sft(config.parse(config.DPO))
+    device = pick_device(c.device)
+    model_config, encoder = stage.model_and_encoder(c)
+
+    # Before the processes join: one of them tokenises, however long it takes, the others wait.
+    data = store.pairs([*c.data, *c.val_data], encoder, c.seq_len, c.allow_drop)
+    train, val = split(data, c.val_fraction, c.val_data)
+
+    with start(device) as world:
+        run = RunFolder(c, world)
+        loader = Loader(data, train, data, val, c, world)
+        stage.begin(c, model_config, encoder, loader, run)
+        model = stage.build_model(c, model_config, world)
+
+        reference = reference_logps(model, loader, run, stage.key_of_reference(c, data, encoder))
+        kinds, names = data.kinds(device)
+        loss = preference_loss(reference, kinds, names, c.beta)
+        if not run.resume_from:
+            check_start(model, loader, loss, stage.is_exact(c, device), run)
+            show_answers(model, encoder, loader, run)
+        fit(c, model, loader, loss, run, what_happens)
+
+        stage.load_best(model, run)
+        show_answers(model, encoder, loader, run)
+        stage.export(c, model, encoder, run)
+
+
+if __name__ == "__main__":
+    launch(main)
