@@ -5,19 +5,18 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import nn
-
 from nanomed.answers import records_of, taught_facts
 from nanomed.generate import greedy_in_lockstep
 from nanomed.loader import Loader
 from nanomed.log import RunFolder
+from nanomed.model import Aquila
 from nanomed.records import Chat, chats_of, read_json
 from nanomed.template import Encoder
 
 EXAM = Path("samples/exam.jsonl")
 OPTION = re.compile(r"^\s*([A-H])\s*[.．、:：)）]", re.MULTILINE)
 LETTER = re.compile(r"[A-H]([^A-Za-z0-9\s]|\s*$)")  # "B", "B。..." and not "A fever ..."
-AT_ONCE = 16  # questions in one row: whole rows of logits are held
+AT_ONCE = 32  # questions in one batch
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ class Item:
     n_options: int
 
 
-def show_exam(model: nn.Module, encoder: Encoder, loader: Loader, run: RunFolder) -> None:
+def show_exam(model: Aquila, encoder: Encoder, loader: Loader, run: RunFolder) -> None:
     """Prints the shares for held-out option chats and, where the sample world was trained on, its
     exam. Every rank calls it."""
     sets = {"held-out option questions": held_out_items(loader)}
@@ -38,7 +37,7 @@ def show_exam(model: nn.Module, encoder: Encoder, loader: Loader, run: RunFolder
     run.print("share of right letters (greedy, the first letter of the answer):")
     for name, items in sets.items():
         if items:
-            right = n_right(model, encoder, items, run)
+            right = n_right(model, encoder, items)
             run.print(f"  {name}: {summary(right, [item.n_options for item in items])}")
     run.print()
 
@@ -50,12 +49,12 @@ def summary(right: int, options: list[int]) -> str:
     return f"{right} of {n} = {right / n:.0%}; chance is {chance:.0%}, give or take {error:.0%}"
 
 
-def n_right(model: nn.Module, encoder: Encoder, items: list[Item], run: RunFolder) -> int:
+def n_right(model: Aquila, encoder: Encoder, items: list[Item]) -> int:
     right = 0
     for start in range(0, len(items), AT_ONCE):
         part = items[start : start + AT_ONCE]
         prompts = [encoder.prompt(item.chat) for item in part]
-        answers = greedy_in_lockstep(model, prompts, set(), 1, run.world.device)
+        answers = greedy_in_lockstep(model, prompts, set(), max_new=1)
         for item, ids in zip(part, answers, strict=True):
             right += encoder.tokenizer.decode(ids).strip()[:1] == item.letter
     return right

@@ -1,12 +1,10 @@
 import json
 from itertools import islice
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 
-from nanomed import answers, exam, generate, store
+from nanomed import answers, exam, store
 from nanomed.loader import Loader, split
 from nanomed.records import Chat, read_chats
 from tests.conftest import ROOT
@@ -32,22 +30,7 @@ def test_what_is_an_exam_question(question, answer, letter):
         assert item.n_options == 4 and item.chat.turns == [("user", question)]
 
 
-class Always(torch.nn.Module):
-    """Answers every question with one token."""
-
-    def __init__(self, token: int, vocab_size: int):
-        super().__init__()
-        self.token, self.vocab_size = token, vocab_size
-
-    def forward(self, row, logits):
-        out = torch.zeros(len(row.tokens), self.vocab_size)
-        out[:, self.token] = 1
-        return out
-
-
 class Screen:
-    world = SimpleNamespace(device=torch.device("cpu"))
-
     def __init__(self):
         self.lines = []
 
@@ -58,13 +41,17 @@ class Screen:
 def test_shares_stand_beside_chance(encoder, monkeypatch):
     """Letters are balanced, so whoever always says B is right in a quarter."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(generate, "from_main", lambda value: value)  # this process is alone
     data = store.chats(["samples/sft.jsonl"], encoder, 512, 0.0)
     train, val = split(data, data, 0.1)
     loader = Loader(data, train, data, val, batch_size=32, micro_tokens=512, epochs=1)
-    (letter,) = encoder.tokenizer.encode("B")
+
+    def always_b(model, prompts, stop, max_new):
+        assert max_new == 1 and all("assistant\n" in encoder.tokenizer.decode(p) for p in prompts)
+        return [encoder.tokenizer.encode("B") for _ in prompts]
+
+    monkeypatch.setattr(exam, "greedy_in_lockstep", always_b)
     screen = Screen()
-    exam.show_exam(Always(letter, encoder.tokenizer.vocab_size), encoder, loader, screen)
+    exam.show_exam(None, encoder, loader, screen)
     held_out, seen, unseen = screen.lines[1:4]
     items = [json.loads(line) for line in open("samples/exam.jsonl", encoding="utf-8")]
     right = sum(item["answer"] == "B" for item in items)

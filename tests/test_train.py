@@ -126,6 +126,8 @@ def test_what_a_run_prints(finished):
     assert len([line for line in lines if line.startswith("  answer")]) == 6
     for mark in ("fact seen in training, in another form", "fact not stated in training"):
         assert mark in run.stdout
+    assert sum("; chance is 25%" in line for line in lines) == 3
+    assert "<|im_end|>⟧" in run.stdout  # an example with its mask
 
 
 def test_what_a_run_leaves_behind(finished):
