@@ -8,12 +8,16 @@ one forward for both. The model learns to prefer the chosen one, measured from w
 (Rafailov et al. 2023).
 """
 
+from functools import partial
+
+import numpy as np
+import torch
 from torch import Tensor
 
-from nanomed import config, stage, store
+from nanomed import config, dry_run, stage, store
 from nanomed.answers import show_answers
 from nanomed.distributed import launch, pick_device, start
-from nanomed.loader import Loader, split
+from nanomed.loader import Loader
 from nanomed.log import RunFolder
 from nanomed.losses import dpo_loss, segment_counts, segment_logps
 from nanomed.packing import Row
@@ -50,7 +54,7 @@ def preference_loss(reference: Tensor, kinds: Tensor, names: list[str], beta: fl
             "log_ratio_per_token/rejected": ratios[:, 1],
         }
         metrics = {name: (value * real).sum() for name, value in sums.items()}
-        for kind, name in enumerate(names):
+        for kind, name in enumerate(names):  # subjective and objective, where records say so
             of_kind = (kinds[pairs] == kind) * real
             metrics[f"rewards/accuracies/{name}"] = (right * of_kind).sum(), of_kind.sum()
         return (losses * real).sum(), metrics
@@ -73,29 +77,38 @@ def what_happens(values: dict[str, float]) -> str:
 
 def main() -> None:
     c = stage.with_newest_sft(config.parse(config.DPO))
+    if c.dropout:
+        raise config.InputError("--dropout must be 0: policy and reference would differ by it")
     device = pick_device(c.device)
     model_config, encoder = stage.model_and_encoder(c)
 
     # Before the processes join: one of them tokenises, however long it takes, the others wait.
-    data = store.pairs([*c.data, *c.val_data], encoder, c.seq_len, c.allow_drop)
-    train, val = split(data, c.val_fraction, c.val_data)
+    read = partial(store.pairs, [*c.data, *c.val_data], encoder, c.seq_len, c.allow_drop)
+    if c.dry_run:
+        return dry_run.show(c, model_config, read)
+    data = read()
 
     with start(device) as world:
-        run = RunFolder(c, world)
-        loader = Loader(data, train, data, val, c, world)
+        run = RunFolder(c, world, describe=what_happens)
+        loader = Loader.of(c, data, world.rank, world.size)
         stage.begin(c, model_config, encoder, loader, run)
         model = stage.build_model(c, model_config, world)
 
-        reference = reference_logps(model, loader, run, stage.key_of_reference(c, data, encoder))
-        kinds, names = data.kinds(device)
-        loss = preference_loss(reference, kinds, names, c.beta)
+        dtype = stage.compute_dtype(c, device)
+        key = {"data": data.folder.name, "dtype": str(dtype), "kernels": c.kernels}
+        reference = reference_logps(model, loader, run, key)
+        kinds = torch.from_numpy(np.array(data.kinds)).to(device)
+        loss = preference_loss(reference, kinds, data.meta["kinds"], c.beta)
+        shows = stage.may_show_text(c) and len(loader.val)
         if not run.resume_from:
-            check_start(model, loader, loss, stage.is_exact(c, device), run)
-            show_answers(model, encoder, loader, run)
-        fit(c, model, loader, loss, run, what_happens)
+            check_start(model, loader, loss, dtype == torch.float32, run)
+            if shows:
+                show_answers(model, encoder, loader, run, "the model as it starts")
+        fit(c, model, loader, loss, run)
 
         stage.load_best(model, run)
-        show_answers(model, encoder, loader, run)
+        if shows:
+            show_answers(model, encoder, loader, run)
         stage.export(c, model, encoder, run)
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from nanomed.generate import greedy_in_lockstep
 from nanomed.loader import Loader
 from nanomed.log import RunFolder
-from nanomed.records import Chat, chats_of, read_records
+from nanomed.records import Chat, chats_of, is_pair, pair_of, read_records
 from nanomed.store import Store
 from nanomed.template import Encoder
 
@@ -33,14 +33,19 @@ def marked(encoder: Encoder, ids: Iterable[int], trained: Iterable[bool]) -> str
 
 
 def show_answers(
-    model: nn.Module, encoder: Encoder, loader: Loader, run: RunFolder, max_new: int = 64
+    model: nn.Module,
+    encoder: Encoder,
+    loader: Loader,
+    run: RunFolder,
+    who: str = "the best checkpoint",
+    max_new: int = 64,
 ) -> None:
     """Prints held-out questions with the model's greedy answers. Every rank calls it."""
     questions = pick_questions(loader)
     prompts = [encoder.prompt(Chat(chat.turns[:-1], chat.system)) for chat, _ in questions]
     stop = {encoder.turn_end, encoder.document_end}
     answers = greedy_in_lockstep(model, prompts, stop, max_new)
-    run.print("held-out questions, answered by the best checkpoint (greedy):")
+    run.print(f"held-out questions, answered by {who} (greedy):")
     for (chat, mark), ids in zip(questions, answers, strict=True):
         (_, question), (_, reference) = chat.turns[-2:]
         run.print(f"\n  question   {question}" + (f"   [{mark}]" if mark else ""))
@@ -53,9 +58,9 @@ def pick_questions(loader: Loader, n_seen: int = 4, n_unseen: int = 2) -> list[t
     """(chat, mark) of held-out chats: where records name their facts, some whose facts training
     states in another form, each of another kind as far as possible, and some it does not state;
     elsewhere simply the first ones, without a mark."""
-    held_out = records_of(loader.val_data, loader.val)
+    held_out = records_of(loader.data, loader.val)
     if not all("facts" in record for record in held_out):
-        return [(chats_of(record)[0], "") for record in held_out[: n_seen + n_unseen]]
+        return [(as_chat(record), "") for record in held_out[: n_seen + n_unseen]]
     taught = taught_facts(loader)
     marked = [
         (record, SEEN if taught.issuperset(record["facts"]) else UNSEEN) for record in held_out
@@ -65,8 +70,16 @@ def pick_questions(loader: Loader, n_seen: int = 4, n_unseen: int = 2) -> list[t
         these = [record for record, mark in marked if mark == wanted]
         first_of_kind = {record.get("kind"): record for record in reversed(these)}
         varied = [*first_of_kind.values(), *these]
-        picked += [(chats_of(record)[0], wanted) for record in _distinct(varied)[:n]]
+        picked += [(as_chat(record), wanted) for record in _distinct(varied)[:n]]
     return picked
+
+
+def as_chat(record: dict) -> Chat:
+    """A chat, or a preference pair as the chat that ends with its chosen answer."""
+    if is_pair(record):
+        pair = pair_of(record)
+        return Chat([*pair.turns, ("assistant", pair.chosen)], pair.system)
+    return chats_of(record)[0]
 
 
 def taught_facts(loader: Loader) -> set[str]:

@@ -124,15 +124,15 @@ def published_work(c: Run) -> tuple[Work, Work]:
     return work(c.examples - n_val), work(n_val)
 
 
-def counted_work(data: Store, val_data: Store, fraction: float) -> tuple[Work, Work]:
+def counted_work(c: Run, data: Store) -> tuple[Work, Work]:
     """(training, held out) of tokenised data."""
 
-    def work(store: Store, part: np.ndarray) -> Work:
-        squares = np.diff(store.borders).astype(float).reshape(len(store), -1) ** 2
-        return Work(len(part), float(store.lengths[part].sum()), float(squares[part].sum()))
+    def work(part: np.ndarray) -> Work:
+        squares = np.diff(data.borders).astype(float).reshape(len(data), -1) ** 2
+        return Work(len(part), float(data.lengths[part].sum()), float(squares[part].sum()))
 
-    train, val = split(data, val_data, fraction)
-    return work(data, train), work(val_data, val)
+    train, val = split(data, c.val_fraction, len(c.data))
+    return work(train), work(val)
 
 
 def n_steps(c: Run, train: Work) -> int:
@@ -179,11 +179,11 @@ def parse_hardware(text: str) -> tuple[int, str]:
     return int(match[1]), match[2]
 
 
-def show(c: Run, model: ModelConfig, load: Callable[[], tuple[Store, Store]]) -> None:
+def show(c: Run, model: ModelConfig, load: Callable[[], Store]) -> None:
     """Prints the plan on rank 0. `load` tokenises the data and is called if --examples is 0."""
     n_gpus, kind = parse_hardware(c.hardware)
     if rank_from_env()[0] == 0:
-        works = published_work(c) if c.examples else counted_work(*load(), c.val_fraction)
+        works = published_work(c) if c.examples else counted_work(c, load())
         for line in (
             f"dry run of {c.stage} on {n_gpus} x {kind}: nothing is trained",
             f"model: {n_params(model):,} parameters",

@@ -61,7 +61,7 @@ def n_right(model: Aquila, encoder: Encoder, items: list[Item]) -> int:
 
 
 def held_out_items(loader: Loader) -> list[Item]:
-    chats = (chats_of(record)[0] for record in records_of(loader.val_data, loader.val))
+    chats = (chats_of(record)[0] for record in records_of(loader.data, loader.val))
     return [item for chat in chats if (item := as_item(chat))]
 
 

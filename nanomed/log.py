@@ -8,6 +8,7 @@ import re
 import resource
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,14 @@ PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
 class RunFolder:
     """Where a run writes. Only rank 0 prints and writes here; shards are the exception."""
 
-    def __init__(self, config: Run, world: World):
+    def __init__(
+        self,
+        config: Run,
+        world: World,
+        describe: Callable[[dict[str, float]], str] | None = None,
+    ):
         self.world = world
+        self.describe = describe  # an evaluation's values -> a sentence on them
         self.path, self.resume_from = from_main(_choose(config) if world.is_main else None)
         self.checkpoints = self.path / "checkpoints"
         self.bar: tqdm | None = None

@@ -44,7 +44,7 @@ def _compute(model: nn.Module, loader: Loader, run: RunFolder) -> Tensor:
     model.eval()
     device = run.world.device
     logps = torch.zeros(len(loader.data), 2, device=device)
-    rows = loader.rows(loader.data, np.arange(len(loader.data)))
+    rows = loader.rows(np.arange(len(loader.data)))
     hidden = not (run.world.is_main and is_terminal())
     for row in tqdm(rows, desc="reference", unit="row", disable=hidden):
         row = row.to(device)
@@ -70,8 +70,8 @@ def _check_key(run: RunFolder, found: dict, wanted: dict) -> None:
     if names:
         differences = "; ".join(f"{n}: {found.get(n)} there, {wanted[n]} now" for n in names)
         raise InputError(
-            f"{run.path}/reference.npy was computed for something else ({differences}); resume with "
-            "the settings of the first start, or start a new run"
+            f"{run.path}/reference.npy was computed for something else ({differences}); resume "
+            "with the settings of the first start, or start a new run"
         )
 
 
@@ -81,7 +81,7 @@ def check_start(model: nn.Module, loader: Loader, loss: Loss, exact: bool, run: 
     margin 0: exactly where a row is packed as the reference pass packed it, in float32; within
     rounding else. Runs one row of each kind, in training mode, and raises InputError if not."""
     model.train()
-    reference_pass = next(iter(loader.rows(loader.data, np.arange(len(loader.data)))))
+    reference_pass = next(iter(loader.rows(np.arange(len(loader.data)))))
     margin = abs(_mean(model, loss, reference_pass, "rewards/margins", run))
     off = abs(_mean(model, loss, loader.step(0)[0], "loss", run) - math.log(2))
     if (exact and margin > 1e-6) or off > 1e-2:

@@ -7,7 +7,7 @@ import torch
 
 from nanomed import checkpoint, hf, pretrained, template, tokenizer
 from nanomed.config import MODELS, InputError, ModelConfig, Run
-from nanomed.distributed import World, shard
+from nanomed.distributed import World, rank_from_env, shard
 from nanomed.loader import Loader
 from nanomed.log import RunFolder
 from nanomed.model import Aquila, init_weights
@@ -61,6 +61,21 @@ def build_model(c: Run, model_config: ModelConfig, world: World) -> Aquila:
     return model
 
 
+def with_newest_sft(c: Run) -> Run:
+    """A stage that was not told where to start goes on from the newest fine-tuning run."""
+    if c.init or c.model or c.config:
+        return c
+    sft = Path("runs/sft")
+    if (sft / "checkpoints").exists():
+        return dataclasses.replace(c, init=str(sft.resolve().relative_to(Path.cwd().resolve())))
+    if rank_from_env()[0] == 0:
+        print(
+            "no fine-tuned model in runs/: this starts from an untrained one and shows little; run "
+            "`torchrun --nproc_per_node 2 train_sft.py` first"
+        )
+    return c
+
+
 def load_best(model: Aquila, run: RunFolder) -> None:
     """The best checkpoint's weights; the newest's if nothing was held out to judge by."""
     best = run.checkpoints / "best"
@@ -109,7 +124,8 @@ def begin(
         + f"; template {encoder.template.name}"
     )
     run.print(
-        f"data: {report['chats']:,} chats, {_changes(report)}; {len(loader.train):,} to train on, "
+        f"data: {report['examples']:,} examples, {_changes(report)}; "
+        f"{len(loader.train):,} to train on, "
         f"{len(loader.val):,} held out; {report['tokens']:,} tokens, "
         f"{report['trained_tokens'] / report['tokens']:.0%} trained on"
     )

@@ -7,34 +7,36 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from nanomed.records.shapes import Chat, language
+from nanomed.records.shapes import Chat, PreferencePair, language
 
 PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
 
 
 @dataclass
 class Tally:
-    chats: int = 0
+    examples: int = 0
     shortened: int = 0  # lost their oldest turns, to fit seq_len
     turns_cut: int = 0  # so many turns
-    dropped: Counter[str] = field(default_factory=Counter)  # cause -> chats
+    dropped: Counter[str] = field(default_factory=Counter)  # cause -> examples
     changed: Counter[str] = field(default_factory=Counter)  # what -> times
     languages: Counter[str] = field(default_factory=Counter)  # of those kept
     lengths: array = field(default_factory=lambda: array("I"))  # tokens, of those kept
     trained_tokens: int = 0
 
-    def count(self, chat: Chat, n_tokens: int, n_trained: int, turns_cut: int) -> None:
-        """One chat, of which n_tokens were kept; 0 if it was dropped."""
-        self.chats += 1
-        self.changed.update(chat.notes)
+    def count(
+        self, example: Chat | PreferencePair, n_tokens: int, n_trained: int, turns_cut: int
+    ) -> None:
+        """One example, of which n_tokens were kept; 0 if it was dropped."""
+        self.examples += 1
+        self.changed.update(example.notes)
         if n_tokens == 0:
-            self.dropped[chat.dropped or "longer than seq_len"] += 1
+            self.dropped[example.dropped or "longer than seq_len"] += 1
             return
         self.shortened += turns_cut > 0
         self.turns_cut += turns_cut
         self.lengths.append(n_tokens)
         self.trained_tokens += n_trained
-        self.languages[language(" ".join(text for _, text in chat.turns))] += 1
+        self.languages[language(" ".join(text for _, text in example.turns))] += 1
 
     @classmethod
     def of(cls, parts: Iterable["Tally"]) -> "Tally":
@@ -49,7 +51,7 @@ class Tally:
         kept, tokens = len(self.lengths), sum(self.lengths)
         values = np.percentile(self.lengths, PERCENTILES).round().astype(int) if kept else ()
         return {
-            "chats": self.chats,
+            "examples": self.examples,
             "kept": kept,
             "dropped": dict(self.dropped),
             "shortened": self.shortened,

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from itertools import chain
 
 from nanomed.config import InputError, nearest
-from nanomed.records import Chat
+from nanomed.records import Chat, PreferencePair, Turns
 from nanomed.tokenizer import Tokenizer
+
+Segment = tuple[list[int], list[bool]]  # ids, and which of them are trained on
 
 
 @dataclass(frozen=True)
@@ -116,19 +118,49 @@ class Encoder:
         turns = [self._turn(role, text) for role, text in chat.turns]
         for _, trained in turns[: chat.context]:
             trained[:] = [False] * len(trained)
-        first, room = 0, max_tokens - len(head[0])
-        length = sum(len(ids) for ids, _ in turns)
-        while length > room:
+        first = self._first_kept(chat.turns, turns, max_tokens - len(head[0]))
+        if first == len(turns):
+            return [], [], first
+        ids, trained = zip(head, *turns[first:], strict=True)
+        return [*chain(*ids)], [*chain(*trained)], first
+
+    def pair(self, pair: PreferencePair, max_tokens: int) -> tuple[list[Segment], int]:
+        """([chosen, rejected], turns dropped): the prompt, then one of its answers, of which alone
+        is trained on. Prompt and answers are tokenised apart, and the prompt is the same in both:
+        it loses its oldest whole turns until the longer answer fits max_tokens. No segment if even
+        its last question leaves no room."""
+        if pair.raw:
+            return self._raw_pair(pair, max_tokens)
+        head = self._system(pair)[0]
+        turns = [self._turn(role, text) for role, text in pair.turns]
+        answers = [self._turn("assistant", text) for text in (pair.chosen, pair.rejected)]
+        longest = max(len(ids) for ids, _ in answers)
+        first = self._first_kept(pair.turns, turns, max_tokens - len(head) - longest)
+        if first == len(turns):
+            return [], first
+        prompt = [*chain(head, *(ids for ids, _ in turns[first:]))]
+        untrained = [False] * len(prompt)
+        return [(prompt + ids, untrained + trained) for ids, trained in answers], first
+
+    def _raw_pair(self, pair: PreferencePair, max_tokens: int) -> tuple[list[Segment], int]:
+        sides = [
+            self._continuation(Chat([*pair.turns, ("assistant", text)]), max_tokens)
+            for text in (pair.chosen, pair.rejected)
+        ]
+        return [(ids, trained) for ids, trained, _ in sides] if all(s[0] for s in sides) else [], 0
+
+    @staticmethod
+    def _first_kept(texts: Turns, turns: list[Segment], room: int) -> int:
+        """How many of the oldest turns must go so that the rest fits; what is left starts with a
+        user's turn."""
+        first, length = 0, sum(len(ids) for ids, _ in turns)
+        while length > room and first < len(turns):
             length -= len(turns[first][0])
             first += 1
-            while first < len(turns) and chat.turns[first][0] != "user":
+            while first < len(turns) and texts[first][0] != "user":
                 length -= len(turns[first][0])
                 first += 1
-            if first == len(turns):
-                return [], [], first
-        kept = [head, *turns[first:]]
-        ids, trained = zip(*kept, strict=True)
-        return [*chain(*ids)], [*chain(*trained)], first
+        return first
 
     def prompt(self, chat: Chat) -> list[int]:
         """The ids up to where the assistant's next answer starts; chat.turns ends with a user."""
@@ -152,7 +184,7 @@ class Encoder:
             return [], [], 0
         return ids, [False] * len(prompt) + [True] * (len(answer) + 1), 0
 
-    def _system(self, chat: Chat) -> tuple[list[int], list[bool]]:
+    def _system(self, chat: Chat | PreferencePair) -> tuple[list[int], list[bool]]:
         text = chat.system or self.template.system
         return self._turn("system", text) if text else ([], [])
 

@@ -42,8 +42,7 @@ def test_shares_stand_beside_chance(encoder, monkeypatch):
     """Letters are balanced, so whoever always says B is right in a quarter."""
     monkeypatch.chdir(ROOT)
     data = store.chats(["samples/sft.jsonl"], encoder, 512, 0.0)
-    train, val = split(data, data, 0.1)
-    loader = Loader(data, train, data, val, batch_size=32, micro_tokens=512, epochs=1)
+    loader = Loader(data, *split(data, 0.1), batch_size=32, micro_tokens=512, epochs=1)
 
     def always_b(model, prompts, stop, max_new):
         assert max_new == 1 and all("assistant\n" in encoder.tokenizer.decode(p) for p in prompts)
@@ -66,9 +65,7 @@ def test_a_run_shows_one_example_with_its_mask(encoder, monkeypatch):
     """pitfalls 5: each run prints one sample with its targets marked."""
     monkeypatch.chdir(ROOT)
     data = store.chats(["samples/sft.jsonl"], encoder, 512, 0.0)
-    loader = Loader(
-        data, np.arange(5, 9), data, np.arange(3), batch_size=2, micro_tokens=512, epochs=1
-    )
+    loader = Loader(data, np.arange(5, 9), np.arange(3), batch_size=2, micro_tokens=512, epochs=1)
     screen = Screen()
     answers.show_example(encoder, loader, screen)
     ((_, chat, _),) = islice(read_chats("samples/sft.jsonl"), 5, 6)

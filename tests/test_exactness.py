@@ -45,16 +45,16 @@ def sharded(world: World, model_config, seed=0, recompute="none") -> Aquila:
     return model
 
 
+def chats_of(n: int) -> ListData:
+    """n chats of different lengths to train on, then 7 others to hold out."""
+    return ListData.of_lengths(np.random.default_rng(5).integers(3, 60, n + 7).tolist())
+
+
 def loader_of(world: World, n: int, c: SFT, max_steps=0) -> Loader:
-    """n chats of different lengths to train on, and 7 others held out."""
-    rng = np.random.default_rng(5)
-    data = ListData.of_lengths(rng.integers(3, 60, n).tolist())
-    val = ListData.of_lengths(rng.integers(3, 60, 7).tolist())
     return Loader(
-        data,
+        chats_of(n),
         np.arange(n),
-        val,
-        np.arange(7),
+        np.arange(n, n + 7),
         batch_size=c.batch_size,
         micro_tokens=c.micro_tokens,
         epochs=c.epochs,
@@ -97,8 +97,7 @@ def gradients_of_a_step(world, model_config, n, batch_size, micro_tokens, step):
 def reference_gradients(model_config, n, examples):
     """One example after another through an unsharded model in float64; divided at the end."""
     model = Aquila(model_config).double()
-    rng = np.random.default_rng(5)
-    data = ListData.of_lengths(rng.integers(3, 60, n).tolist())
+    data = chats_of(n)
     total, n_trained = 0.0, 0
     for i in examples:
         row = row_from(*zip(*data[i], strict=True))
@@ -162,7 +161,7 @@ def validation_losses(world, model_config, sizes):
     losses = []
     for n in sizes:
         loader = loader_of(world, 9, settings(batch_size=4))
-        loader.val = np.arange(n)
+        loader.val = np.arange(9, 9 + n)
         run = Silent(world)
         losses.append((evaluate(model, loader, next_token_loss, run, step=0), run.last))
     return losses
@@ -190,8 +189,8 @@ def test_validation_counts_each_example_once_on_any_number_of_ranks(pool, small)
             for (loss, _), (wanted, _) in zip(losses, alone, strict=True):
                 assert loss == pytest.approx(wanted, rel=1e-6)
     model = Aquila(small)
-    val = loader_of(ALONE, 9, settings(batch_size=4)).val_data
-    row = row_from(*zip(*[val[i][0] for i in range(7)], strict=True))
+    data = chats_of(9)
+    row = row_from(*zip(*[data[i][0] for i in range(9, 16)], strict=True))
     with torch.no_grad():
         nll = model(row)
     assert alone[-1][0] == pytest.approx((nll.sum() / (row.labels >= 0).sum()).item(), rel=1e-6)

@@ -14,6 +14,7 @@ import torch
 from nanomed import hf, pretrained, stage, tokenizer
 from nanomed.config import SFT
 from nanomed.hf import __main__ as hf_commands
+from nanomed.hf import reading
 from tests.folders import TEXTS, all_tensors, edit_tensor, write_model, write_rank_file
 
 HEAD = "lm_head.weight"
@@ -101,12 +102,12 @@ def test_a_run_starts_from_a_folder_and_its_result_is_read_again(folder, tmp_pat
         monkeypatch.setattr(sys, "argv", ["hf", "export", str(source), str(out), "--dtype", "fp32"])
         hf_commands.main()
         theirs, ours = all_tensors(out), dict(trained.named_parameters())
-        assert all(theirs[hf.hf_name(name)].equal(param) for name, param in ours.items())
+        assert all(theirs[reading.hf_name(name)].equal(param) for name, param in ours.items())
         assert dataclasses.replace(config, dropout=0.0) == hf.read_config(out)
     monkeypatch.setattr(sys, "argv", ["hf", "export", str(run), str(tmp_path / "bf16")])
     hf.main()
     halved = all_tensors(tmp_path / "bf16")
-    assert all(halved[hf.hf_name(n)].equal(p.bfloat16()) for n, p in ours.items())
+    assert all(halved[reading.hf_name(n)].equal(p.bfloat16()) for n, p in ours.items())
     c = SFT(init=str(run), seq_len=64, micro_tokens=64)
     assert stage.model_and_encoder(c)[0].vocab_size == config.vocab_size
 

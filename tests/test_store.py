@@ -68,7 +68,9 @@ def test_too_many_dropped_chats_stop_the_run(tmp_path, encoder):
     """pitfalls 7: nothing is dropped silently, nor does a run go on with what little is left."""
     file = write_chats(tmp_path / "x.jsonl", n=20, length=20)
     shortest = len(encoder.chat(next(chat for _, chat, _ in read_chats(file)), 999)[0])
-    with pytest.raises(InputError, match=r"of 20 chats in .*x.jsonl cannot be kept .*longer than"):
+    with pytest.raises(
+        InputError, match=r"of 20 examples in .*x.jsonl cannot be kept .*longer than"
+    ):
         build(file, encoder, seq_len=shortest + 12)
     kept = build(file, encoder, seq_len=shortest + 12, allow_drop=0.5)
     assert len(kept) == 20 - sum(kept.meta["report"]["dropped"].values()) < 20
@@ -88,7 +90,7 @@ def test_the_report_counts_by_cause(tmp_path, encoder):
     file.write_text(json.dumps(rows))
     built = store.chats([str(file)], encoder, 120, allow_drop=0.5)
     report = built.meta["report"]
-    assert (report["chats"], report["kept"], report["shortened"], report["turns_cut"]) == (
+    assert (report["examples"], report["kept"], report["shortened"], report["turns_cut"]) == (
         4,
         2,
         1,
@@ -110,7 +112,7 @@ def test_the_report_has_every_file_and_source(tmp_path, encoder):
             json.dump(part, file)
     report = store.chats(paths, encoder, 256, 0.5).meta["report"]
     first, second = (report["files"][path] for path in paths)
-    assert (report["chats"], first["chats"], second["chats"]) == (6, 5, 1)
+    assert (report["examples"], first["chats"], second["chats"]) == (6, 5, 1)
     assert {name: s["kept"] for name, s in first["sources"].items()} == {"甲": 3, "乙": 1}
     assert first["sources"]["乙"]["dropped"] == {"empty answer": 1}
     assert list(second["sources"]) == ["(none named)"]

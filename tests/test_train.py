@@ -139,7 +139,7 @@ def test_what_a_run_leaves_behind(finished):
         assert all(m[name] > 0 for m in steps)
     assert [m["step"] for m in metrics if "val_loss" in m] == [0, 5]
     assert json.loads((folder / "config.json").read_text())["steps"] == 5
-    assert json.loads((folder / "data_report.json").read_text())["chats"] == 1200
+    assert json.loads((folder / "data_report.json").read_text())["examples"] == 1200
     assert (folder / "checkpoints/best").resolve().name == "step-000005"
     assert folder.stat().st_mode & 0o777 == 0o700  # the data may be patients'
 
@@ -223,9 +223,7 @@ def test_sixteen_chats_are_learned_by_heart_and_every_answer_ends(tmp_path, enco
     shard(model, world, torch.float32)
     model.to_empty(device="cpu")
     init_weights(model)
-    loader = Loader(
-        data, np.arange(16), data, np.arange(0), batch_size=16, micro_tokens=4096, epochs=90
-    )
+    loader = Loader(data, np.arange(16), np.arange(0), batch_size=16, micro_tokens=4096, epochs=90)
     run = train_sft.RunFolder(c, world)
     fit(c, model, loader, train_sft.next_token_loss, run)
     run.close()

@@ -16,6 +16,7 @@ from nanomed.records.shapes import (
     Chat,
     Document,
     PreferencePair,
+    Turns,
     excerpt,
     group_of,
     language,
@@ -24,8 +25,9 @@ from nanomed.records.shapes import (
 )
 
 __all__ = [
-    "BadField", "Chat", "Document", "PreferencePair", "chats_of", "document_of", "pair_of",
-    "read_chats", "read_documents", "read_json", "read_pairs", "read_records",
+    "BadField", "Chat", "Document", "PreferencePair", "Turns",
+    "chats_of", "document_of",
+    "is_pair", "pair_of", "read_chats", "read_documents", "read_json", "read_pairs", "read_records",
 ]  # fmt: skip
 
 CHAT, PAIR, DOCUMENT, UNPAIRED, EXAM = "chat", "pair", "document", "unpaired", "exam question"
@@ -131,6 +133,10 @@ def chats_of(record: Any) -> list[Chat]:
 def pair_of(record: Any) -> PreferencePair:
     """The preference pair in one record of any format. Raises BadField."""
     return pairs.checked(_format_of(record, PAIR).convert(record), record)
+
+
+def is_pair(record: dict) -> bool:
+    return any(known.shape == PAIR and known.matches(record) for known in FORMATS)
 
 
 def document_of(record: Any, text_key: str | None = None) -> Document:

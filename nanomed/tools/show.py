@@ -24,7 +24,7 @@ from torch import Tensor
 from nanomed import config, stage, store
 from nanomed.answers import records_of
 from nanomed.distributed import launch, pick_device, start
-from nanomed.loader import Loader, split
+from nanomed.loader import Loader
 from nanomed.model import Aquila
 from nanomed.packing import Row, row_from
 from nanomed.records import Chat, chats_of, read_chats
@@ -126,21 +126,8 @@ def step_rows(
     c: config.SFT, encoder: Encoder, step: int, world_size: int
 ) -> Iterator[tuple[str, Row, list[tuple[str, Chat, int]]]]:
     """The rows that rank 0 of `world_size` runs in a step."""
-    data = store.chats(c.data, encoder, c.seq_len, c.allow_drop)
-    val_data = store.chats(c.val_data, encoder, c.seq_len, c.allow_drop) if c.val_data else data
-    train, val = split(data, val_data, c.val_fraction)
-    loader = Loader(
-        data,
-        train,
-        val_data,
-        val,
-        batch_size=c.batch_size,
-        micro_tokens=c.micro_tokens,
-        epochs=c.epochs,
-        max_steps=c.steps,
-        seed=c.seed,
-        world_size=world_size,
-    )
+    data = store.chats([*c.data, *c.val_data], encoder, c.seq_len, c.allow_drop)
+    loader = Loader.of(c, data, world_size=world_size)
     if not 0 <= step < loader.n_steps:
         raise config.InputError(f"--step {step}: the run has steps 0 to {loader.n_steps - 1}")
     rows = loader.step(step)
