@@ -25,17 +25,20 @@ from nanomed.reference import check_start, reference_logps
 from nanomed.trainer import Loss, fit
 
 
-def preference_loss(reference: Tensor, kinds: Tensor, names: list[str], beta: float) -> Loss:
+def preference_loss(reference: Tensor, kinds: Tensor, names: list[str], c: config.DPO) -> Loss:
     """The loss of a row, for fit(). reference[pairs,2], kinds[pairs] index names."""
 
     def loss(nll: Tensor, row: Row) -> tuple[Tensor, dict]:
         pairs = row.examples[::2]
         real = (pairs >= 0).float()  # a rank without work runs a filler
         logps, counts = segment_logps(nll, row).view(-1, 2), segment_counts(row).view(-1, 2)
-        losses, chosen, rejected = dpo_loss(*logps.unbind(1), *reference[pairs].unbind(1), beta)
+        counts = counts.clamp(min=1)  # of a filler 0
+        losses, chosen, rejected = dpo_loss(
+            *logps.unbind(1), *reference[pairs].unbind(1), c.beta, c.label_smoothing
+        )
+        losses = losses - c.sft_weight * logps[:, 0] / counts[:, 0]
 
         right = (chosen > rejected) * real
-        counts = counts.clamp(min=1)  # of a filler 0
         ratios = (logps.detach() - reference[pairs]) / counts
         sums = {
             "rewards/chosen": chosen,
@@ -77,8 +80,6 @@ def what_happens(values: dict[str, float]) -> str:
 
 def main() -> None:
     c = stage.with_newest_sft(config.parse(config.DPO))
-    if c.dropout:
-        raise config.InputError("--dropout must be 0: policy and reference would differ by it")
     device = pick_device(c.device)
     model_config, encoder = stage.model_and_encoder(c)
 
@@ -98,7 +99,7 @@ def main() -> None:
         key = {"data": data.folder.name, "dtype": str(dtype), "kernels": c.kernels}
         reference = reference_logps(model, loader, run, key)
         kinds = torch.from_numpy(np.array(data.kinds)).to(device)
-        loss = preference_loss(reference, kinds, data.meta["kinds"], c.beta)
+        loss = preference_loss(reference, kinds, data.meta["kinds"], c)
         shows = stage.may_show_text(c) and len(loader.val)
         if not run.resume_from:
             check_start(model, loader, loss, dtype == torch.float32, run)

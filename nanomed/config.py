@@ -163,9 +163,7 @@ class Run:
             (0 < self.mfu <= 1, "mfu", "above 0, at most 1"),
             (self.examples >= 0, "examples", "0 or more"),
         ]  # fmt: skip
-        for holds, name, rule in limits:
-            if not holds:
-                raise InputError(f"--{name} is {getattr(self, name, '?')}; it must be {rule}")
+        _check(self, limits)
         for f in dataclasses.fields(self):
             choices = f.metadata["choices"]
             if choices and getattr(self, f.name) not in choices:
@@ -173,6 +171,13 @@ class Run:
                     f"--{f.name} is {getattr(self, f.name)!r}; it must be one of {choices}"
                     + nearest(getattr(self, f.name), choices)
                 )
+
+
+def _check(c: Run, limits: list[tuple[bool, str, str]]) -> None:
+    """(whether it holds, the setting's name, the rule in words)."""
+    for holds, name, rule in limits:
+        if not holds:
+            raise InputError(f"--{name} is {getattr(c, name, '?')}; it must be {rule}")
 
 
 @dataclass(frozen=True)
@@ -236,10 +241,26 @@ class DPO(Run):
         0.03, "weight of a nat of log-probability ratio in the loss", (NO_MATTER,) * 3 + ("0.03",)
     )
 
+    label_smoothing: float = _flag(
+        0.0,
+        "probability that a pair is labelled the wrong way round",
+        (NO_MATTER,) * 3 + (UNPUBLISHED,),
+    )
+    sft_weight: float = _flag(
+        0.0,
+        "weight of the chosen answer's own loss per token, added to each pair's",
+        (NO_MATTER,) * 3 + (UNPUBLISHED,),
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.beta <= 0:
-            raise InputError(f"--beta is {self.beta}; it must be above 0")
+        limits = [
+            (self.beta > 0, "beta", "above 0"),
+            (0 <= self.label_smoothing < 0.5, "label_smoothing", "at least 0 and below 0.5"),
+            (self.sft_weight >= 0, "sft_weight", "0 or more"),
+            (self.dropout == 0, "dropout", "0: policy and reference would differ by it"),
+        ]
+        _check(self, limits)
         if self.micro_tokens < 2 * self.seq_len:
             raise InputError(
                 f"--micro_tokens is {self.micro_tokens}; it must be at least 2 x --seq_len "
