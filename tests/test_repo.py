@@ -1,6 +1,7 @@
 """The house: who may import whom, and how large a file may grow."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -74,3 +75,15 @@ def test_importing_does_nothing():
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
+
+
+def test_the_readme_has_a_place_for_every_module():
+    text = (ROOT / "README.md").read_text(encoding="utf-8").split("## Read in this order")[1]
+    modules = [
+        p for p in ROOT.glob("nanomed/*") if p.suffix == ".py" or (p / "__init__.py").exists()
+    ]
+    names = [f"nanomed/{p.name}" + ("/" if p.is_dir() else "") for p in modules]
+    missing = [n for n in names if n != "nanomed/__init__.py" and f"`{n}`" not in text]
+    assert missing == []
+    linked = re.findall(r"\]\((?!https?:)([^)]+)\)", (ROOT / "README.md").read_text())
+    assert [path for path in linked if not (ROOT / path).exists()] == []
