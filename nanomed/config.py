@@ -244,12 +244,12 @@ class DPO(Run):
 
     label_smoothing: float = _flag(
         0.0,
-        "probability that a pair is labelled the wrong way round",
+        "share of pairs taken to be labelled the wrong way round",
         (NO_MATTER,) * 3 + (UNPUBLISHED,),
     )
     sft_weight: float = _flag(
         0.0,
-        "weight of the chosen answer's own loss per token, added to each pair's",
+        "weight of the chosen answer's own loss, in nats per token, beside the pair's",
         (NO_MATTER,) * 3 + (UNPUBLISHED,),
     )
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import kernels
-from nanomed import dry_run
+from nanomed import dry_run, store
 from nanomed.config import CPT, DPO, MODELS, SFT, InputError, Run, parse
 from nanomed.model import Layer
 from nanomed.packing import row_from
@@ -206,7 +206,7 @@ def test_without_published_numbers_the_data_are_counted(encoder, monkeypatch, ca
     monkeypatch.setattr("sys.argv", ["train_sft.py", "--dry_run"])
     train_sft.main()
     text, c = capsys.readouterr().out, parse(SFT, [])
-    data, _ = train_sft.read(c, encoder)
+    data = store.chats(c.data, encoder, c.seq_len, c.allow_drop)
     n_train = sum(data.keys >= 2**64 // 10)
     assert f"{n_train:,} examples to train on, {len(data) - n_train} held out" in text
     assert f"steps: {-(-n_train // c.batch_size) * c.epochs:,} of {c.batch_size}" in text

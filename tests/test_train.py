@@ -248,16 +248,3 @@ def long_chats(encoder, n: int) -> list[dict]:
             chats.append(record)
     assert len(chats) >= n
     return chats[:n]
-
-
-def plain_export(folder, root):
-    """The sample tokenizer as transformers reads it, from an export of a model that is not used."""
-    from transformers import AutoTokenizer
-
-    from nanomed import tokenizer
-
-    tok = tokenizer.load(root / "samples/tokenizer.model")
-    config = dataclasses.replace(stage.MODELS["tiny"], n_layers=1, d_model=64, n_heads=1,
-                                 n_kv_heads=1, d_ff=64)  # fmt: skip
-    hf.export(Aquila(config), tok, folder)
-    return AutoTokenizer.from_pretrained(folder)
