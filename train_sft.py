@@ -7,12 +7,15 @@ Chats are rendered by a template and packed into rows. The model learns the assi
 loss is the negative log-likelihood of their tokens, averaged over all of them in the step.
 """
 
+from functools import partial
+
 from torch import Tensor
 
-from nanomed import config, stage, store
-from nanomed.answers import show_answers
+from nanomed import config, dry_run, stage, store
+from nanomed.answers import show_answers, show_example
 from nanomed.distributed import launch, pick_device, start
-from nanomed.loader import Loader, split
+from nanomed.exam import show_exam
+from nanomed.loader import Loader
 from nanomed.log import RunFolder
 from nanomed.packing import Row
 from nanomed.trainer import fit
@@ -29,33 +32,25 @@ def main() -> None:
     model_config, encoder = stage.model_and_encoder(c)
 
     # Before the processes join: one of them tokenises, however long it takes, the others wait.
-    data = store.chats(c.data, encoder, c.seq_len, c.allow_drop)
-    val_data = store.chats(c.val_data, encoder, c.seq_len, c.allow_drop) if c.val_data else data
-    train, val = split(data, val_data, c.val_fraction)
+    read = partial(store.chats, [*c.data, *c.val_data], encoder, c.seq_len, c.allow_drop)
+    if c.dry_run:
+        return dry_run.show(c, model_config, read)
+    data = read()
 
     with start(device) as world:
-        loader = Loader(
-            data,
-            train,
-            val_data,
-            val,
-            batch_size=c.batch_size,
-            micro_tokens=c.micro_tokens,
-            epochs=c.epochs,
-            max_steps=c.steps,
-            seed=c.seed,
-            rank=world.rank,
-            world_size=world.size,
-        )
+        loader = Loader.of(c, data, world.rank, world.size)
         run = RunFolder(c, world, stage.identity(c, model_config, encoder, loader))
         stage.begin(c, model_config, encoder, loader, run)
+        if stage.may_show_text(c):
+            show_example(encoder, loader, run)
         model = stage.build_model(c, model_config, world)
 
         fit(c, model, loader, next_token_loss, run)
 
         stage.load_best(model, run)
-        if stage.may_show_text(c) and len(val):
+        if stage.may_show_text(c) and len(loader.val):
             show_answers(model, encoder, loader, run)
+            show_exam(model, encoder, loader, run)
         stage.export(c, model, encoder, run)
 
 

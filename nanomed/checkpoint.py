@@ -187,7 +187,8 @@ def verify(folder: Path) -> dict:
     """The manifest's files, after comparing each with its size and hash; every rank reads a part
     of them. Raises InputError on all ranks."""
     files = _manifest(folder)
-    mine = sorted(files)[dist.get_rank() :: dist.get_world_size()]
+    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    mine = sorted(files)[rank::size]
     problems = [problem for name in mine if (problem := _problem(folder / name, files[name]))]
     problems = [problem for some in from_all(problems) for problem in some]
     if problems:

@@ -48,8 +48,18 @@ MODELS = {
 }
 
 
-def _flag(default: Any, help: str, paper: str = "", choices: tuple = ()) -> Any:
+STAGES = ("CPT stage 1", "CPT stage 2", "SFT", "DPO")  # of the paper, and configs/ has one each
+UNPUBLISHED, NO_MATTER = "", None
+
+
+def _flag(default: Any, help: str, paper: tuple = (), choices: tuple = ()) -> Any:
+    """`paper` has the paper's value for each of STAGES, as text; it is empty for our own flags."""
     return field(default=default, metadata={"help": help, "paper": paper, "choices": choices})
+
+
+def _default(name: str, default: Any) -> Any:
+    """A setting of Run with another default."""
+    return field(default=default, metadata=Run.__dataclass_fields__[name].metadata)
 
 
 @dataclass(frozen=True)
@@ -65,44 +75,72 @@ class Run:
     init: str = _flag("", "start from this run folder or Hugging Face folder instead")
     tokenizer: str = _flag("", "tokenizer file or folder; default: the --init folder's, else ours")
     template: str = _flag("", "name or JSON file; default: the --init folder's, else chatml")
-    data: list[str] = _flag(("samples/sft.jsonl",), "training files: JSON, JSONL, either as .gz")
+    data: list[str] = _flag(("samples/sft.jsonl",), "training files: JSON, JSONL, CSV; also .gz")
     val_data: list[str] = _flag((), "held-out files; default: a part of --data")
-    val_fraction: float = _flag(0.1, "share of --data held out, by question", "0.1 (SFT)")
-    out: str = _flag("", "run folder; default: the next free runs/STAGE-NNN")
-    resume: str = _flag(
-        "",
-        "go on from the newest checkpoint of this run folder, of --out, or of the newest run;\n"
-        "  auto: the same if there is one, else start",
+    val_fraction: float = _flag(
+        0.1, "share of --data held out, by question", (UNPUBLISHED, UNPUBLISHED, "0.1", UNPUBLISHED)
     )
+    out: str = _flag("", "run folder; default: the next free runs/STAGE-NNN")
+    resume: str = _flag("", "go on from this run folder's newest checkpoint; auto: or start a run")
     steps: int = _flag(0, "optimizer steps, as many epochs as they take; 0: --epochs decides")
-    epochs: int = _flag(2, "passes over the training data", "2 (SFT, DPO), 1 (CPT)")
-    batch_size: int = _flag(128, "examples per optimizer step, over all GPUs", "128 (SFT)")
+    epochs: int = _flag(2, "passes over the training data", ("1", "1", "2", "2"))
+    batch_size: int = _flag(
+        128, "examples per optimizer step, over all GPUs", ("768", "384", "128", "64")
+    )
     micro_tokens: int = _flag(4096, "most tokens in one packed row, the unit of memory")
-    seq_len: int = _flag(2048, "most tokens in one segment", "2048 (SFT), 4096 (CPT)")
-    lr: float = _flag(2e-6, "peak learning rate", "2e-6 (SFT), 2e-7 (DPO), 1e-4 and 1e-5 (CPT)")
-    min_lr_ratio: float = _flag(0.0, "learning rate of the last step, as a share of the peak")
-    warmup_ratio: float = _flag(0.03, "share of the steps with rising learning rate", "CPT only")
-    weight_decay: float = _flag(0.1, "AdamW's decay, on matrices only", "0.1 (SFT)")
-    grad_clip: float = _flag(1.0, "largest global gradient norm; 0: no clipping")
-    dropout: float = _flag(0.1, "dropout of each residual branch", "0.1 (SFT)")
-    seed: int = _flag(0, "of the order of examples, fresh weights and dropout")
+    seq_len: int = _flag(2048, "most tokens in one segment", ("4096", "4096", "2048", UNPUBLISHED))
+    lr: float = _flag(
+        2e-6, "peak learning rate, the largest step of a weight", ("1e-4", "1e-5", "2e-6", "2e-7")
+    )
+    min_lr_ratio: float = _flag(
+        0.0, "learning rate of the last step, as a share of the peak", (UNPUBLISHED,) * 4
+    )
+    warmup_ratio: float = _flag(
+        0.03,
+        "share of the steps with rising learning rate",
+        ("0.05", "0.01", UNPUBLISHED, UNPUBLISHED),
+    )
+    weight_decay: float = _flag(
+        0.1,
+        "AdamW's decay on matrices, a share of each weight per step and unit of learning rate",
+        (UNPUBLISHED, UNPUBLISHED, "0.1", UNPUBLISHED),
+    )
+    grad_clip: float = _flag(
+        1.0, "largest global gradient norm; 0: no clipping", (UNPUBLISHED,) * 4
+    )
+    dropout: float = _flag(
+        0.1,
+        "share of each residual branch set to 0 in training",
+        (UNPUBLISHED, UNPUBLISHED, "0.1", UNPUBLISHED),
+    )
+    seed: int = _flag(0, "number that decides the order of examples, fresh weights and dropout")
     recompute: str = _flag(
         "none", "full: keep only each layer's input, compute it again in backward",
         choices=("none", "full"),
     )  # fmt: skip
     kernels: str = _flag("auto", "implementation of the fused ops", choices=("auto", "reference"))
     dtype: str = _flag(
-        "auto", "of the computation; auto: bf16 on CUDA, fp32 on CPU", "bf16",
-        choices=("auto", "bf16", "fp32"),
+        "auto", "of the computation; auto: bf16 on CUDA, fp32 on CPU",
+        (UNPUBLISHED, UNPUBLISHED, "bf16", UNPUBLISHED), ("auto", "bf16", "fp32"),
     )  # fmt: skip
     device: str = _flag("auto", "auto: the GPU if there is one", choices=("auto", "cuda", "cpu"))
     allow_drop: float = _flag(0.05, "largest share of examples that may be dropped as too long")
     log_every: int = _flag(1, "steps between two logged lines")
     eval_every: int = _flag(0, "steps between two validations; 0: at each epoch's end")
     save_every: int = _flag(0, "steps between two checkpoints; 0: at each validation")
-    keep_last: int = _flag(2, "newest checkpoints kept; the best one always is", "best kept")
+    keep_last: int = _flag(2, "newest checkpoints kept; the best one always is")
     max_bad: int = _flag(5, "steps in a row with a loss or gradient not finite that end the run")
     show_text: bool = _flag(False, "print text of examples though --data is not samples/")
+    dry_run: bool = _flag(False, "say what the run would take (memory, time, disk), and end")
+    hardware: str = _flag(
+        "8xA100-40G", "what --dry_run plans for: number of GPUs x kind",
+        ("24xA100-40G", "24xA100-40G", "8xA100-40G", "8xA100"),
+    )  # fmt: skip
+    mfu: float = _flag(0.5, "share of the GPUs' bf16 peak that --dry_run assumes (causal count)")
+    examples: int = _flag(
+        0, "number of examples --dry_run plans for, each of full length; 0: those of --data",
+        ("60B tokens", "20B tokens", "320000", "12727"),
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         limits = [
@@ -121,20 +159,24 @@ class Run:
             (0 <= self.allow_drop <= 1, "allow_drop", "between 0 and 1"),
             (self.log_every >= 1, "log_every", "at least 1"),
             (min(self.eval_every, self.save_every) >= 0, "eval_every and save_every", "0 or more"),
-            (self.keep_last >= 1, "keep_last", "at least 1"),
-            (self.max_bad >= 1, "max_bad", "at least 1"),
+            (min(self.keep_last, self.max_bad) >= 1, "keep_last and max_bad", "at least 1"),
             (len(self.data) > 0, "data", "at least one file"),
+            (0 < self.mfu <= 1, "mfu", "above 0, at most 1"),
+            (self.examples >= 0, "examples", "0 or more"),
         ]  # fmt: skip
-        for holds, name, rule in limits:
-            if not holds:
-                raise InputError(f"--{name} is {getattr(self, name, '?')}; it must be {rule}")
+        _check(self, limits)
         for f in dataclasses.fields(self):
-            choices = f.metadata["choices"]
-            if choices and getattr(self, f.name) not in choices:
-                raise InputError(
-                    f"--{f.name} is {getattr(self, f.name)!r}; it must be one of {choices}"
-                    + nearest(getattr(self, f.name), choices)
-                )
+            choices, value = f.metadata["choices"], getattr(self, f.name)
+            if choices and value not in choices:
+                hint = nearest(value, choices)
+                raise InputError(f"--{f.name} is {value!r}; it must be one of {choices}{hint}")
+
+
+def _check(c: Run, limits: list[tuple[bool, str, str]]) -> None:
+    """(whether it holds, the setting's name, the rule in words)."""
+    for holds, name, rule in limits:
+        if not holds:
+            raise InputError(f"--{name} is {getattr(c, name, '?')}; it must be {rule}")
 
 
 @dataclass(frozen=True)
@@ -152,9 +194,83 @@ class SFT(Run):
     }
 
 
-def parse(cls: type[Run], argv: list[str] | None = None) -> Run:
-    """Settings from, in rising order: the class's defaults, FRESH (if neither --init nor --config
-    is given), the TOML file, the command line. Raises InputError."""
+@dataclass(frozen=True)
+class CPT(Run):
+    """Continued pre-training, stage 1; configs/cpt_stage2.toml says what stage 2 does otherwise.
+    An example is a slice of seq_len tokens of documents."""
+
+    stage: ClassVar[str] = "cpt"
+    FRESH: ClassVar[dict[str, Any]] = {
+        "lr": 2e-3,
+        "epochs": 4,
+        "batch_size": 16,
+        "seq_len": 512,
+        "val_fraction": 0.1,
+        "min_lr_ratio": 0.1,
+        "log_every": 10,
+    }
+    data: list[str] = _default("data", ("samples/cpt_medical.jsonl", "samples/cpt_general.jsonl"))
+    val_fraction: float = _default("val_fraction", 0.001)
+    epochs: int = _default("epochs", 1)
+    batch_size: int = _default("batch_size", 768)
+    seq_len: int = _default("seq_len", 4096)
+    lr: float = _default("lr", 1e-4)
+    warmup_ratio: float = _default("warmup_ratio", 0.05)
+    dropout: float = _default("dropout", 0.0)
+    hardware: str = _default("hardware", "24xA100-40G")
+
+
+@dataclass(frozen=True)
+class DPO(Run):
+    """Direct preference optimisation. An example is a pair of two segments."""
+
+    stage: ClassVar[str] = "dpo"
+    FRESH: ClassVar[dict[str, Any]] = {
+        "lr": 1e-4,
+        "epochs": 3,
+        "batch_size": 16,
+        "seq_len": 512,
+        "log_every": 5,
+    }
+    data: list[str] = _default("data", ("samples/dpo.jsonl",))
+    batch_size: int = _default("batch_size", 64)
+    lr: float = _default("lr", 2e-7)
+    warmup_ratio: float = _default("warmup_ratio", 0.1)
+    dropout: float = _default("dropout", 0.0)
+    beta: float = _flag(
+        0.03, "weight of a nat of log-probability ratio in the loss", (NO_MATTER,) * 3 + ("0.03",)
+    )
+
+    label_smoothing: float = _flag(
+        0.0,
+        "share of pairs taken to be labelled the wrong way round",
+        (NO_MATTER,) * 3 + (UNPUBLISHED,),
+    )
+    sft_weight: float = _flag(
+        0.0,
+        "weight of the chosen answer's own loss, in nats per token, beside the pair's",
+        (NO_MATTER,) * 3 + (UNPUBLISHED,),
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        limits = [
+            (self.beta > 0, "beta", "above 0"),
+            (0 <= self.label_smoothing < 0.5, "label_smoothing", "at least 0 and below 0.5"),
+            (self.sft_weight >= 0, "sft_weight", "0 or more"),
+            (self.dropout == 0, "dropout", "0: policy and reference would differ by it"),
+        ]
+        _check(self, limits)
+        if self.micro_tokens < 2 * self.seq_len:
+            raise InputError(
+                f"--micro_tokens is {self.micro_tokens}; it must be at least 2 x --seq_len "
+                f"({self.seq_len}): a row holds both answers of a pair"
+            )
+
+
+def parse(cls: type[Run], argv: list[str] | None = None, base: dict[str, Any] | None = None) -> Run:
+    """Settings from, in rising order: the class's defaults, `base` (None: FRESH, if neither --init
+    nor --config is given), the TOML file, the command line. Raises InputError."""
     parser = _parser(cls)
     flags, unknown = parser.parse_known_args(argv)
     given = vars(flags)
@@ -162,8 +278,9 @@ def parse(cls: type[Run], argv: list[str] | None = None) -> Run:
         names = [f"--{f.name}" for f in dataclasses.fields(cls)]
         raise InputError(f"unknown argument {unknown[0]!r}" + nearest(unknown[0], names))
     from_file = _read_toml(cls, given["config"]) if "config" in given else {}
-    fresh = {} if "init" in {**from_file, **given} or "config" in given else cls.FRESH
-    return cls(**{**fresh, **from_file, **given})
+    if base is None:
+        base = {} if "init" in {**from_file, **given} or "config" in given else cls.FRESH
+    return cls(**{**base, **from_file, **given})
 
 
 class _Parser(argparse.ArgumentParser):
@@ -190,13 +307,21 @@ def _parser(cls: type[Run]) -> argparse.ArgumentParser:
 
 def _help(cls: type[Run], f: dataclasses.Field) -> str:
     shown = " ".join(f.default) if isinstance(f.default, tuple) else f.default
-    text = f.metadata["help"] + (f"\n  default {shown}" if shown not in ("", False) else "")
+    shown = {"": "none", False: "off"}.get(shown, shown) if f.type in (str, bool) else shown
+    text = f.metadata["help"]
+    if "default:" not in text:
+        text += f"\n  default {shown}"
     if f.name in cls.FRESH:
         text += f"; for a fresh model {cls.FRESH[f.name]}"
     if f.metadata["choices"]:
-        text += f"; one of {', '.join(f.metadata['choices'])}"
-    if f.metadata["paper"]:
-        text += f"; the paper: {f.metadata['paper']}"
+        text += f"; one of {', '.join(filter(None, f.metadata['choices']))}"
+    paper = dict(zip(STAGES, f.metadata["paper"], strict=False))
+    given = [f"{value} ({name})" for name, value in paper.items() if value]
+    unpublished = [name for name, value in paper.items() if value == UNPUBLISHED]
+    if unpublished:
+        given.append(f"unpublished ({', '.join(unpublished)})")
+    if given:
+        text += f"\n  the paper: {', '.join(given)}"
     return text.replace("%", "%%")
 
 

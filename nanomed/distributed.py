@@ -160,7 +160,15 @@ def from_main(value):
 
 
 def from_all(value) -> list:
-    """Every rank's value, by rank; any picklable object."""
+    """Every rank's value, by rank; any picklable object. Without a group there is one."""
+    if not dist.is_initialized():
+        return [value]
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
+    return values
+
+
+def from_main_tensor(values: Tensor) -> Tensor:
+    """Rank 0's values, on every rank; shape and dtype are the same everywhere."""
+    dist.broadcast(values, src=0)
     return values

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
-from nanomed.config import InputError
+from nanomed.config import InputError, Run
 from nanomed.packing import Row, filler, pack, row_from
 
 
@@ -19,17 +19,20 @@ class DataSet(Protocol):
     lengths: np.ndarray  # [n] tokens of each example
     divisors: np.ndarray  # [n] what each adds to its step's divisor: labels; 1 for a DPO pair
     keys: np.ndarray  # [n] uint64, decides the split
+    source: np.ndarray  # [n, 2] the file's number and the record's in it
 
     def __len__(self) -> int: ...
     def __getitem__(self, i: int) -> list[tuple[np.ndarray, np.ndarray]]: ...
 
 
-def split(data: DataSet, val_data: DataSet, fraction: float) -> tuple[np.ndarray, np.ndarray]:
-    """Indices (to train on, held out). Held-out files of their own are taken whole; else a
-    group's key, not chance, decides: the same question is never on both sides, whatever the
-    file's order and the seed."""
-    if val_data is not data:
-        return np.arange(len(data)), np.arange(len(val_data))
+def split(
+    data: DataSet, fraction: float, n_train_files: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Indices (to train on, held out). Files after the first n_train_files are held out whole; if
+    there are none, a group's key, not chance, decides: the same question is never on both sides,
+    whatever the files' order and the seed."""
+    if n_train_files is not None and (of_val := data.source[:, 0] >= n_train_files).any():
+        return np.flatnonzero(~of_val), np.flatnonzero(of_val)
     held_out = is_held_out(data.keys, fraction)
     if held_out.all() or (fraction > 0 and not held_out.any()):
         raise InputError(
@@ -46,11 +49,25 @@ def is_held_out(keys: np.ndarray, fraction: float) -> np.ndarray:
 
 
 class Loader:
+    @classmethod
+    def of(cls, c: Run, data: DataSet, rank: int = 0, world_size: int = 1) -> "Loader":
+        """As the settings say; the files of c.val_data come last in data."""
+        return cls(
+            data,
+            *split(data, c.val_fraction, len(c.data)),
+            batch_size=c.batch_size,
+            micro_tokens=c.micro_tokens,
+            epochs=c.epochs,
+            max_steps=c.steps,
+            seed=c.seed,
+            rank=rank,
+            world_size=world_size,
+        )
+
     def __init__(
         self,
         data: DataSet,
         train: np.ndarray,
-        val_data: DataSet,
         val: np.ndarray,
         *,
         batch_size: int,
@@ -61,7 +78,7 @@ class Loader:
         rank: int = 0,
         world_size: int = 1,
     ):
-        self.data, self.train, self.val_data, self.val = data, train, val_data, val
+        self.data, self.train, self.val = data, train, val
         self.batch_size, self.micro_tokens, self.seed = batch_size, micro_tokens, seed
         self.rank, self.world_size = rank, world_size
         self.steps_per_epoch = -(-len(train) // batch_size)  # the last one may be short
@@ -78,24 +95,22 @@ class Loader:
 
     def step(self, step: int) -> list[Row]:
         """This rank's rows of a step; every rank has the same number of them."""
-        return list(self._rows(self.data, self._plan(self.data, self.examples(step))))
+        return list(self.rows(self.examples(step)))
 
     def divisor(self, step: int) -> int:
         """What the loss of the whole step, summed over all ranks, is divided by."""
         return int(self.data.divisors[self.examples(step)].sum())
 
     def val_divisor(self) -> int:
-        return int(self.val_data.divisors[self.val].sum())
+        return int(self.data.divisors[self.val].sum())
 
     def validation(self) -> Iterator[Row]:
         """This rank's rows of the held-out examples, each of which is in one row of one rank."""
-        return self._rows(self.val_data, self._plan(self.val_data, self.val))
+        return self.rows(self.val)
 
-    def _plan(self, data: DataSet, examples: np.ndarray) -> list[np.ndarray]:
-        rows = pack(data.lengths[examples].tolist(), self.micro_tokens, self.world_size)
-        return [examples[row] for row in rows[self.rank :: self.world_size]]
-
-    def _rows(self, data: DataSet, plan: list[np.ndarray]) -> Iterator[Row]:
-        for members in plan:
-            segments = [(ids, trained, i) for i in members for ids, trained in data[i]]
+    def rows(self, examples: np.ndarray) -> Iterator[Row]:
+        """This rank's rows of some examples; every rank has the same number of them."""
+        rows = pack(self.data.lengths[examples].tolist(), self.micro_tokens, self.world_size)
+        for members in rows[self.rank :: self.world_size]:
+            segments = [(*part, i) for i in examples[members] for part in self.data[i]]
             yield row_from(*zip(*segments, strict=True)) if segments else filler()

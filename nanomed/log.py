@@ -8,6 +8,7 @@ import re
 import resource
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
@@ -29,9 +30,16 @@ class RunFolder:
     `identity` says what the run trains, by name; a checkpoint of another identity is refused. With
     resume_from None the run starts at step 0. Raises InputError before it has changed anything."""
 
-    def __init__(self, config: Run, world: World, identity: dict[str, Any] | None = None):
+    def __init__(
+        self,
+        config: Run,
+        world: World,
+        identity: dict[str, Any] | None = None,
+        describe: Callable[[dict[str, float]], str] | None = None,
+    ):
         self.world = world
         self.identity = json.loads(json.dumps(identity or {}))
+        self.describe = describe  # an evaluation's values -> a sentence on them
         self.path, self.resume_from = from_main(_choose(config) if world.is_main else None)
         self.checkpoints = self.path / "checkpoints"
         if world.is_main:

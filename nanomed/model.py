@@ -38,13 +38,18 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(c.d_model, kv_size, bias=c.qkv_bias)
         self.o_proj = nn.Linear(c.n_heads * c.head_size, c.d_model, bias=False)
 
-    def forward(self, x: Tensor, row: Row) -> Tensor:  # x[T,D]
+    def forward(self, x: Tensor, row: Row, cache: "LayerCache | None" = None) -> Tensor:  # x[T,D]
         q, k, v = (
             proj(x).unflatten(-1, (-1, self.head_size))  # [T,H,E], [T,K,E], [T,K,E]
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = kernels.rope(q, k, row.positions, self.theta)
-        out = kernels.attention(q, k, v, row.cu_seqlens, row.max_seqlen)  # [T,H,E]
+        if cache is not None:
+            cache.store(k, v, row)
+        if cache is not None and row.max_seqlen == 1:  # one new token of each sequence
+            out = cache.attend(q, row.positions)
+        else:
+            out = kernels.attention(q, k, v, row.cu_seqlens, row.max_seqlen)  # [T,H,E]
         return self.o_proj(out.flatten(1))
 
 
@@ -69,15 +74,16 @@ class Layer(nn.Module):
         self.dropout = c.dropout
         self.recompute = recompute
 
-    def forward(self, x: Tensor, row: Row) -> Tensor:
+    def forward(self, x: Tensor, row: Row, cache: "LayerCache | None" = None) -> Tensor:
         # Recomputing inside forward, not around the module, keeps parameter names as they are
         # and FSDP's gathering of the layer outside.
         if self.recompute == "full" and torch.is_grad_enabled():
             return checkpoint(self._forward, x, row, use_reentrant=False)
-        return self._forward(x, row)
+        return self._forward(x, row, cache)
 
-    def _forward(self, x: Tensor, row: Row) -> Tensor:
-        x = x + F.dropout(self.self_attn(self.input_layernorm(x), row), self.dropout, self.training)
+    def _forward(self, x: Tensor, row: Row, cache: "LayerCache | None" = None) -> Tensor:
+        attended = self.self_attn(self.input_layernorm(x), row, cache)
+        x = x + F.dropout(attended, self.dropout, self.training)
         return x + F.dropout(
             self.mlp(self.post_attention_layernorm(x)), self.dropout, self.training
         )
@@ -112,13 +118,58 @@ class Aquila(nn.Module):
         if not self.norm.weight.is_meta:
             init_weights(self)
 
-    def forward(self, row: Row, logits: bool = False) -> Tensor:
+    def forward(
+        self, row: Row, logits: bool = False, cache: "list[LayerCache] | None" = None
+    ) -> Tensor:
         """The negative log-likelihood of each label, nll[T] float32 (0 where the label is -100);
-        with logits=True the logits [T, V] instead, for inspection and plain generation."""
+        with logits=True the logits [T, V] instead, for inspection and plain generation.
+
+        With a cache (new_cache) the logits [n, V] of each segment's last token. Segment i is
+        sequence i: first whole prompts, then rows of one token of each, at its position."""
         x = self.embed_tokens(row.tokens)  # [T,D]
-        for layer in self.layers:
-            x = layer(x, row)
-        return self.lm_head(self.norm(x), None if logits else row.labels)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, row, cache[i] if cache else None)
+        if cache:
+            x = x[row.cu_seqlens[1:] - 1]  # [n,D]
+        return self.lm_head(self.norm(x), None if logits or cache else row.labels)
+
+
+class LayerCache:
+    """One layer's keys and values of B sequences of at most S tokens, for generation. The memory
+    is taken when the first ones come, in their dtype and on their device."""
+
+    def __init__(self, n_sequences: int, max_tokens: int):
+        self.n_sequences, self.max_tokens = n_sequences, max_tokens
+        self.k = self.v = None  # [B,K,S,E]
+
+    def store(self, k: Tensor, v: Tensor, row: Row) -> None:  # k, v[T,K,E]
+        if self.k is None:
+            shape = (self.n_sequences, k.shape[1], self.max_tokens, k.shape[2])
+            self.k, self.v = k.new_zeros(shape), v.new_zeros(shape)
+        lengths = row.cu_seqlens.diff().long()
+        sequence = torch.arange(len(lengths), device=k.device).repeat_interleave(lengths)
+        self.k[sequence, :, row.positions] = k
+        self.v[sequence, :, row.positions] = v
+
+    def attend(self, q: Tensor, positions: Tensor) -> Tensor:  # q[B,H,E], positions[B] -> [B,H,E]
+        """Each sequence's newest token looks at its own past. The query heads that share a
+        key/value head stand where SDPA expects successive queries, so nothing is repeated."""
+        n = int(positions.max()) + 1
+        q = q.unflatten(1, (self.k.shape[1], -1))  # [B,K,H/K,E]
+        seen = torch.arange(n, device=q.device) <= positions[:, None]  # [B,n]
+        out = F.scaled_dot_product_attention(
+            q, self.k[:, :, :n], self.v[:, :, :n], attn_mask=seen[:, None, None]
+        )
+        return out.flatten(1, 2)
+
+    def keep(self, sequences: Tensor) -> None:
+        """Forgets all but these sequences."""
+        self.k, self.v = self.k[sequences], self.v[sequences]
+
+
+def new_cache(model: Aquila, n_sequences: int, max_tokens: int) -> list[LayerCache]:
+    """Room for the keys and values of n_sequences of at most max_tokens, in every layer."""
+    return [LayerCache(n_sequences, max_tokens) for _ in model.layers]
 
 
 def init_weights(model: Aquila, seed: int = 0) -> None:

@@ -1,15 +1,13 @@
 """What every stage does before and after fit(): settings into a model, and a word on the screen."""
 
 import dataclasses
-import json
-import shutil
 from pathlib import Path
 
 import torch
 
-from nanomed import checkpoint, hf, template, tokenizer
+from nanomed import checkpoint, hf, pretrained, template, tokenizer
 from nanomed.config import MODELS, InputError, ModelConfig, Run
-from nanomed.distributed import World, shard
+from nanomed.distributed import World, rank_from_env, shard
 from nanomed.loader import Loader
 from nanomed.log import RunFolder
 from nanomed.model import Aquila, init_weights
@@ -22,36 +20,27 @@ def model_and_encoder(c: Run) -> tuple[ModelConfig, template.Encoder]:
     """The model's shape, tokenizer and template, checked against one another. Allocates nothing."""
     if c.init and c.model:
         raise InputError(f"--init {c.init} fixes the model; leave out --model {c.model}")
-    if c.init and not Path(c.init).is_dir():
-        raise InputError(f"--init {c.init}: no such folder")
-    encoder = template.Encoder(
-        template.load(c.template or _beside(c.init, "template.json") or "chatml"),
-        tokenizer.load(c.tokenizer or c.init or OUR_TOKENIZER),
-    )
-    n_ids = encoder.tokenizer.vocab_size
-    model = _init_config(c.init) if c.init else MODELS[c.model or "tiny"]
-    if model is MODELS["tiny"]:
-        model = dataclasses.replace(model, vocab_size=n_ids)  # it has no vocabulary of its own
-    if n_ids > model.vocab_size:
-        raise InputError(
-            f"the tokenizer {encoder.tokenizer.path} has {n_ids} ids, the model's embedding only "
-            f"{model.vocab_size} rows: they do not belong together"
-        )
+    if c.init:
+        model, encoder = pretrained.describe(c.init, c.tokenizer, c.template)
+    else:
+        model, encoder = _fresh(c)
     if c.seq_len > model.max_seq_len:
         raise InputError(f"--seq_len {c.seq_len} is over the model's maximum {model.max_seq_len}")
     return dataclasses.replace(model, dropout=c.dropout), encoder
 
 
-def _init_config(init: str) -> ModelConfig:
-    """Of a run folder or a Hugging Face folder."""
-    if saved := _beside(init, "model.json"):
-        return ModelConfig(**json.loads(Path(saved).read_text()))
-    return hf.read_config(init)
-
-
-def _beside(folder: str, name: str) -> str:
-    path = Path(folder) / name
-    return str(path) if folder and path.exists() else ""
+def _fresh(c: Run) -> tuple[ModelConfig, template.Encoder]:
+    tok = tokenizer.load(c.tokenizer or OUR_TOKENIZER)
+    encoder = template.Encoder(template.load(c.template or "chatml"), tok)
+    model = MODELS[c.model or "tiny"]
+    if model is MODELS["tiny"]:
+        model = dataclasses.replace(model, vocab_size=tok.vocab_size)  # it has none of its own
+    if tok.vocab_size > model.vocab_size:
+        raise InputError(
+            f"the tokenizer {tok.path} has {tok.vocab_size} ids, the model's embedding only "
+            f"{model.vocab_size} rows: they do not belong together"
+        )
+    return model, encoder
 
 
 # What may change when a run goes on: where it reads and writes, what it shows and keeps, its speed
@@ -76,8 +65,8 @@ def identity(c: Run, model: ModelConfig, encoder: template.Encoder, loader: Load
         **shape,
         "tokenizer": encoder.tokenizer.fingerprint(),
         "template": encoder.template.to_json(),
-        "content of --data": loader.data.meta["sha256"],
-        "held-out data": loader.val_data.meta["sha256"],
+        "content of the data": loader.data.meta["sha256"],
+        "held-out examples": len(loader.val),
     }
 
 
@@ -94,11 +83,24 @@ def build_model(c: Run, model_config: ModelConfig, world: World) -> Aquila:
     model.to_empty(device=world.device)
     if not c.init:
         init_weights(model, c.seed)
-    elif (best := Path(c.init) / "checkpoints/best").exists():
-        checkpoint.load_weights(best, model)
     else:
-        hf.load_weights(model, c.init)
+        pretrained.load_weights(model, c.init)
     return model
+
+
+def with_newest_sft(c: Run) -> Run:
+    """A stage that was not told where to start goes on from the newest fine-tuning run."""
+    if c.init or c.model or c.config:
+        return c
+    sft = Path("runs/sft")
+    if (sft / "checkpoints").exists():
+        return dataclasses.replace(c, init=str(sft.resolve().relative_to(Path.cwd().resolve())))
+    if rank_from_env()[0] == 0:
+        print(
+            "no fine-tuned model in runs/: this starts from an untrained one and shows little; run "
+            "`torchrun --nproc_per_node 2 train_sft.py` first"
+        )
+    return c
 
 
 def load_best(model: Aquila, run: RunFolder) -> None:
@@ -110,7 +112,8 @@ def load_best(model: Aquila, run: RunFolder) -> None:
 def export(c: Run, model: Aquila, encoder: template.Encoder, run: RunFolder) -> None:
     """The Hugging Face folder of the weights that the model now has; the last line says where."""
     folder, dtype = run.path / "export", compute_dtype(c, run.world.device)
-    hf.export(model, encoder.tokenizer, folder, dtype, encoder.template, replace=True)
+    about = {"stage": c.stage} | dataclasses.asdict(c)
+    hf.export(model, encoder.tokenizer, folder, dtype, encoder.template, replace=True, about=about)
     run.print(f"exported to {folder} ({dtype}), for transformers and vLLM".replace("torch.", ""))
     run.print(f"run folder: {run.path}")
 
@@ -127,7 +130,7 @@ def begin(
     if run.world.is_main:
         run.write_json("model.json", dataclasses.asdict(model))
         (run.path / "template.json").write_text(encoder.template.to_json() + "\n")
-        shutil.copyfile(encoder.tokenizer.path, run.path / "tokenizer.model")
+        tokenizer.copy(encoder.tokenizer, run.path)
     report = loader.data.meta["report"]
     run.write_json("data_report.json", report)
     start = f"from {c.init}" if c.init else "from nothing"
@@ -136,15 +139,20 @@ def begin(
         f"{' '.join(c.data)}; the paper's setting: --config configs/{c.stage}.toml --init FOLDER"
     )
     dtype = compute_dtype(c, run.world.device)
-    spare = model.vocab_size - encoder.tokenizer.vocab_size
-    rows = f"{model.vocab_size:,} vocabulary rows" + (f" ({spare:,} spare)" if spare else "")
     run.print(
-        f"model: {model.n_params():,} parameters, {rows}, masters and gradient sums in float32, "
+        f"model: {model.n_params():,} parameters, masters and gradient sums in float32, "
         f"computing in {str(dtype).removeprefix('torch.')} on {run.world.size} x "
         f"{_device_name(run.world.device)}, kernels: reference"
     )
+    spare = model.vocab_size - encoder.tokenizer.vocab_size
     run.print(
-        f"data: {report['chats']:,} chats, {_changes(report)}; {len(loader.train):,} to train on, "
+        f"vocabulary: {encoder.tokenizer.vocab_size:,} ids of {encoder.tokenizer.path}"
+        + (f", {spare:,} spare rows in the model" if spare else "")
+        + f"; template {encoder.template.name}"
+    )
+    run.print(
+        f"data: {report['examples']:,} examples, {_changes(report)}; "
+        f"{len(loader.train):,} to train on, "
         f"{len(loader.val):,} held out; {report['tokens']:,} tokens, "
         f"{report['trained_tokens'] / report['tokens']:.0%} trained on"
     )

@@ -15,8 +15,11 @@ from nanomed.loader import Loader
 from nanomed.log import Meter, RunFolder
 from nanomed.packing import Row
 
-# (nll[T], row) -> (this row's summed loss, {metric: this row's sum}); fit() divides both.
-Loss = Callable[[Tensor, Row], tuple[Tensor, dict[str, Tensor]]]
+# A metric's sum over a row, to be divided as the loss is; or (sum, what to divide it by).
+Metric = Tensor | tuple[Tensor, Tensor]
+# (nll[T], row) -> (this row's summed loss, metrics); fit() divides by the step's divisor.
+Loss = Callable[[Tensor, Row], tuple[Tensor, dict[str, Metric]]]
+COUNT = " count"  # ends the name of a sum that another one is divided by
 
 
 @dataclass
@@ -104,11 +107,14 @@ def evaluate(
         row = row.to(run.world.device)
         row_loss, metrics = loss(model(row), row)
         _add(sums, {"loss": row_loss, **metrics})
-    totals = _over_ranks(sums)
-    values = {f"val_{name}": total / loader.val_divisor() for name, total in totals.items()}
+    means = _means(_over_ranks(sums), loader.val_divisor())
+    values = {f"val_{name}": value for name, value in means.items()}
     run.metrics(step=step, **values)
-    shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+    main = {name: v for name, v in values.items() if name.count("/") <= 1 and "logps" not in name}
+    shown = "  ".join(f"{name} {value:.4f}" for name, value in main.items())
     run.print(f"after step {step}: {shown} ({len(loader.val)} held-out examples)")
+    if run.describe:
+        run.print(f"  {run.describe(values)}")
     return values["val_loss"]
 
 
@@ -120,7 +126,7 @@ def reduced(result: Step, divisor: int, meter: Meter) -> dict[str, float]:
     totals = _over_ranks(result.sums | counts)
     rates = meter.read(totals.pop("all_tokens"), totals.pop("squares"))
     share = totals.pop("trained_tokens") / totals.pop("tokens")
-    means = {name: total / divisor for name, total in totals.items()}
+    means = _means(totals, divisor)
     return {**means, "grad_norm": result.grad_norm, "trained_share": share, **rates}
 
 
@@ -130,6 +136,16 @@ def _over_ranks(sums: dict[str, Tensor]) -> dict[str, float]:
     return dict(zip(sums, totals.tolist(), strict=True))
 
 
-def _add(sums: dict[str, Tensor], more: dict[str, Tensor]) -> None:
+def _add(sums: dict[str, Tensor], more: dict[str, Metric]) -> None:
     for name, value in more.items():
+        if isinstance(value, tuple):
+            value, count = value
+            _add(sums, {name + COUNT: count})
         sums[name] = sums[name] + value.double() if name in sums else value.double()
+
+
+def _means(totals: dict[str, float], divisor: int) -> dict[str, float]:
+    """Each total over its own count, else over the divisor; nothing where nothing was counted."""
+    counts = {name: totals.get(name + COUNT, divisor) for name in totals}
+    wanted = [name for name in totals if not name.endswith(COUNT) and counts[name]]
+    return {name: totals[name] / counts[name] for name in wanted}

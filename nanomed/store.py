@@ -12,7 +12,7 @@ import os
 import shutil
 import time
 from array import array
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,11 +21,14 @@ from tqdm import tqdm
 
 from nanomed.config import InputError
 from nanomed.distributed import rank_from_env
-from nanomed.records import read_chats
-from nanomed.template import Encoder
+from nanomed.records import Chat, PreferencePair, read_chats, read_pairs
+from nanomed.tally import Tally
+from nanomed.template import Encoder, Segment
 
 CACHE = Path("runs/cache")
-FORMATTER = ("records", "template", "tokenizer", "store")  # the code that turns files into ids
+# The code that turns files into ids.
+READERS = tuple(f"records/{name}" for name in ("__init__", "files", "shapes", "chats", "pairs"))
+FORMATTER = (*READERS, "tally", "template", "tokenizer", "tokenizer_files", "store")
 
 
 class Store:
@@ -40,8 +43,9 @@ class Store:
         self.borders = np.load(folder / "borders.npy", mmap_mode="r")  # [segments+1]
         self.source = np.load(folder / "source.npy", mmap_mode="r")  # [n,2] file, record
         self.keys = np.load(folder / "keys.npy", mmap_mode="r")  # [n] uint64, see group_key
-        # [n] the labels of each example: what it adds to its step's divisor
+        # [n] what each example adds to its step's divisor: a chat its labels, a pair 1
         self.divisors = np.load(folder / "divisors.npy", mmap_mode="r")
+        self.kinds = np.load(folder / "kinds.npy", mmap_mode="r")  # [n], of meta["kinds"]
         self.per_example = self.meta["segments_per_example"]
         self.lengths = np.diff(self.borders[:: self.per_example])  # [n] tokens
 
@@ -68,10 +72,13 @@ class Writer:
         self.tokens = open(folder / "tokens.u32", "wb")
         self.trained = open(folder / "trained.u8", "wb")
         self.borders, self.source = array("q", [0]), array("q")
-        self.keys, self.divisors = array("Q"), array("q")
+        self.keys, self.divisors, self.kinds = array("Q"), array("q"), array("q")
         self.hash = hashlib.sha256()  # of the content: what a resumed run must find again
+        self.names: dict[str, int] = {}
 
-    def add(self, segments: list[tuple[list[int], list[bool]]], file: int, record: int, group: str):
+    def add(
+        self, segments: list[Segment], divisor: int, file: int, record: int, group: str, kind: str
+    ) -> None:
         for ids, trained in segments:
             content = [array("I", ids).tobytes(), bytes(trained)]
             self.tokens.write(content[0])
@@ -80,8 +87,8 @@ class Writer:
             self.borders.append(self.borders[-1] + len(ids))
         self.source.extend((file, record))
         self.keys.append(group_key(group))
-        # A segment's first token has no predecessor, so it is never a label.
-        self.divisors.append(sum(sum(trained[1:]) for _, trained in segments))
+        self.divisors.append(divisor)
+        self.kinds.append(self.names.setdefault(kind, len(self.names)))
 
     def close(self, report: dict) -> None:
         self.tokens.close()
@@ -90,7 +97,9 @@ class Writer:
         np.save(self.folder / "source.npy", np.array(self.source, np.int64).reshape(-1, 2))
         np.save(self.folder / "keys.npy", np.array(self.keys, np.uint64))
         np.save(self.folder / "divisors.npy", np.array(self.divisors, np.int64))
-        self.meta |= {"tokens": self.borders[-1], "report": report, "sha256": self.hash.hexdigest()}
+        np.save(self.folder / "kinds.npy", np.array(self.kinds, np.int64))
+        self.meta |= {"tokens": self.borders[-1], "kinds": list(self.names), "report": report}
+        self.meta["sha256"] = self.hash.hexdigest()
         (self.folder / "meta.json").write_text(json.dumps(self.meta, ensure_ascii=False, indent=2))
 
 
@@ -104,9 +113,27 @@ def chats(files: list[str], encoder: Encoder, seq_len: int, allow_drop: float) -
 
     Raises InputError for a file that cannot be read, and if more than the share `allow_drop` of
     the chats could not be kept."""
-    formatter = [Path(__file__).with_name(f"{name}.py").read_bytes() for name in FORMATTER]
+
+    def encode(chat: Chat) -> tuple[list[Segment], int]:
+        ids, trained, cut = encoder.chat(chat, seq_len)
+        return ([(ids, trained)] if ids else []), cut
+
+    return _open("chats", files, read_chats, encode, encoder, seq_len, allow_drop)
+
+
+def pairs(files: list[str], encoder: Encoder, seq_len: int, allow_drop: float) -> Store:
+    """The same of preference pairs: two segments each, the chosen answer first."""
+
+    def encode(pair: PreferencePair) -> tuple[list[Segment], int]:
+        return encoder.pair(pair, seq_len)
+
+    return _open("pairs", files, read_pairs, encode, encoder, seq_len, allow_drop)
+
+
+def _open(kind, files, read, encode, encoder, seq_len, allow_drop) -> Store:
+    formatter = [(Path(__file__).parent / f"{name}.py").read_bytes() for name in FORMATTER]
     parts = [
-        "chats",
+        kind,
         *map(_digest, files),
         json.dumps(files),
         encoder.tokenizer.fingerprint(),
@@ -114,72 +141,60 @@ def chats(files: list[str], encoder: Encoder, seq_len: int, allow_drop: float) -
         str(seq_len),
         *(hashlib.sha256(code).hexdigest() for code in formatter),
     ]
-    store = _cached("chats", parts, lambda folder: _write_chats(folder, files, encoder, seq_len))
+    store = _cached(kind, parts, lambda folder: _write(folder, kind, files, read, encode, seq_len))
     _check_drops(store.meta["report"], seq_len, allow_drop)
     return store
 
 
 def _check_drops(report: dict, seq_len: int, allow_drop: float) -> None:
-    total, dropped = report["chats"], sum(report["dropped"].values())
+    total, dropped = report["examples"], sum(report["dropped"].values())
     if dropped > allow_drop * total or dropped == total:
         causes = ", ".join(f"{n} {cause}" for cause, n in report["dropped"].items())
         raise InputError(
-            f"{dropped} of {total} chats in {', '.join(report['files'])} cannot be kept "
+            f"{dropped} of {total} examples in {', '.join(report['files'])} cannot be kept "
             f"({causes}); raise --seq_len (now {seq_len}), mend the data, or allow it with "
             "--allow_drop"
         )
 
 
-def _write_chats(folder: Path, files: list[str], encoder: Encoder, seq_len: int) -> None:
-    writer = Writer(folder, files)
-    reports = {}
+def _write(folder: Path, kind: str, files: list[str], read, encode, seq_len: int) -> None:
+    """`read` gives the records of a file, `encode` a record's segments; none if it is too long."""
+    writer = Writer(folder, files, segments_per_example=2 if kind == "pairs" else 1)
+    tallies: dict[tuple[str, str], Tally] = defaultdict(Tally)  # (file, source)
     total = sum(os.path.getsize(path) for path in files)
     hidden = None if rank_from_env()[0] == 0 else True  # None: shown on a terminal only
     with tqdm(total=total, unit="B", unit_scale=True, desc="tokenising", disable=hidden) as bar:
         for number, path in enumerate(files):
-            counts = {"chats": 0, "kept": 0, "shortened": 0, "turns_cut": 0}
-            dropped, notes, before = Counter(), Counter(), 0
-            for record, chat, n_bytes in read_chats(path):
-                counts["chats"] += 1
-                notes.update(chat.notes)
-                ids, trained, cut = ([], [], 0)
-                if not chat.dropped:
-                    ids, trained, cut = encoder.chat(chat, seq_len)
-                if ids:
-                    writer.add([(ids, trained)], number, record, chat.group)
-                    counts["kept"] += 1
-                    counts["shortened"] += cut > 0
-                    counts["turns_cut"] += cut
-                else:
-                    dropped[chat.dropped or "longer than seq_len"] += 1
+            before = 0
+            for record, example, n_bytes in read(path):
+                segments, cut = ([], 0) if example.dropped else encode(example)
+                # A segment's first token has no predecessor, so it is never a label.
+                n_trained = sum(sum(trained[1:]) for _, trained in segments)
+                if segments:
+                    divisor = 1 if kind == "pairs" else n_trained
+                    label = getattr(example, "kind", "") or example.source
+                    writer.add(segments, divisor, number, record, example.group, label)
+                n_tokens = sum(len(ids) for ids, _ in segments)
+                tallies[path, example.source].count(example, n_tokens, n_trained, cut)
                 bar.update(n_bytes - before)
                 before = n_bytes
-            reports[path] = {**counts, "dropped": dict(dropped), "changed": dict(notes)}
-    report = _total(reports, writer)
+    report = _report(files, tallies)
     _check_drops(report, seq_len, allow_drop=1.0)  # an empty store is of no use to anybody
     writer.close(report)
 
 
-def _total(files: dict[str, dict], writer: Writer) -> dict:
-    """The report of all files together, with each file's own below it."""
-    dropped, changed = Counter(), Counter()
-    for report in files.values():
-        dropped.update(report["dropped"])
-        changed.update(report["changed"])
-    names = ("chats", "kept", "shortened", "turns_cut")
-    lengths = np.diff(np.array(writer.borders))
-    percentiles = (0, 5, 25, 50, 75, 95, 100)
-    values = (
-        np.percentile(lengths, percentiles).round().astype(int).tolist() if len(lengths) else []
-    )
+def _report(files: list[str], tallies: dict[tuple[str, str], Tally]) -> dict:
+    """What reading did with all chats, with each file's and in it with each source's."""
+    by_file = {path: {s: t for (p, s), t in tallies.items() if p == path} for path in files}
     return {
-        **{name: sum(report[name] for report in files.values()) for name in names},
-        "dropped": dict(dropped),
-        "changed": dict(changed),
-        "tokens": writer.borders[-1],
-        "trained_tokens": sum(writer.divisors),
-        "length_percentiles": {f"p{p}": v for p, v in zip(percentiles, values, strict=False)},
-        "files": files,
+        **Tally.of(tallies.values()).report(),
+        "files": {
+            path: {
+                **Tally.of(sources.values()).report(),
+                "sources": {name or "(none named)": t.report() for name, t in sources.items()},
+            }
+            for path, sources in by_file.items()
+        },
     }
 
 

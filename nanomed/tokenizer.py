@@ -1,27 +1,49 @@
 """Text to token ids and back. Text can never become a special token: special ids are put in by
 nanomed/template.py alone.
 
+The kind is recognised by the files in a folder: tokenizer.model (SentencePiece), a .tiktoken file
+(byte pairs by rank, as AquilaMed's), tokenizer.json, or vocab.json with merges.txt (Aquila's).
+
     python -m nanomed.tokenizer train FILE... --out samples/tokenizer.model --vocab_size 6144
 """
 
 import argparse
 import hashlib
+import importlib
 import io
 import json
 import os
+import shutil
+import unicodedata
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
 from nanomed.config import InputError
+from nanomed.tokenizer_files import (
+    DOCUMENT_END,
+    QWEN_PATTERN,
+    QWEN_SPECIAL,
+    TURN_END,
+    TURN_START,
+    read_ranks,
+    read_tokenizer_json,
+    read_vocab_and_merges,
+)
 
-DOCUMENT_END, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+PROBES = (
+    "患者，男，58岁：胸痛3小时。",
+    "The patient's BP is 140/90 mmHg.\n",
+    "  a\t\u9f98 \U0001f9ec",
+)
 
 
 class Tokenizer(Protocol):
     """What the rest of nanomed asks of a tokenizer, whatever its kind."""
 
     path: Path
-    vocab_size: int
+    files: dict[str, Path]  # what it was read from, by the name that a folder must give it
+    vocab_size: int  # every id is below
     special: dict[str, int]  # the special tokens' ids, by how they are written
 
     def encode(self, text: str) -> list[int]: ...
@@ -36,7 +58,7 @@ class SentencePieceTokenizer:
     def __init__(self, path: Path):
         import sentencepiece
 
-        self.path = path
+        self.path, self.files = path, {"tokenizer.model": path}
         try:
             self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError) as error:
@@ -49,28 +71,143 @@ class SentencePieceTokenizer:
         return self.model.encode(text)
 
     def decode(self, ids: list[int]) -> str:
-        """Special tokens are written out, as they would be in a template."""
-        text, plain, names = "", [], {i: name for name, i in self.special.items()}
-        for i in ids:
-            if i in names:
-                text += self.model.decode(plain) + names[i]
-                plain = []
-            else:
-                plain.append(i)
-        return text + self.model.decode(plain)
+        return _decode(self, ids, self.model.decode)
 
     def fingerprint(self) -> str:
-        return hashlib.sha256(self.path.read_bytes()).hexdigest()
+        return _fingerprint(self.files)
+
+    def keeps_text(self) -> bool:
+        """Whether it neither normalises nor puts a space before a text. Else ids of a text's parts
+        are not those of the text, and templates, which are built of parts, would go wrong."""
+        probes = (" a", "a  b ", "\uff21\ufb01", "\n")  # full width A, the ligature fi
+        prefixed = self.model.encode("a", out_type=str)[0].startswith("\u2581")
+        return not prefixed and all(self.decode(self.encode(text)) == text for text in probes)
+
+
+class RankTokenizer:
+    """A rank file, as in `qwen.tiktoken`: one line per token, base64 of its bytes and its rank,
+    which is its id. Qwen's special tokens follow the last rank. Text is NFC-normalised first, as
+    Qwen's own code does, and then round-trips."""
+
+    def __init__(self, path: Path):
+        tiktoken = _optional("tiktoken", path)
+        self.path, self.files = path, {path.name: path}
+        self.ranks = read_ranks(path)
+        self.special = {name: len(self.ranks) + i for i, name in enumerate(QWEN_SPECIAL)}
+        self.vocab_size = len(self.ranks) + len(self.special)
+        self.model = tiktoken.Encoding(
+            path.stem, pat_str=QWEN_PATTERN, mergeable_ranks=self.ranks, special_tokens={}
+        )
+
+    def encode(self, text: str) -> list[int]:
+        return self.model.encode_ordinary(unicodedata.normalize("NFC", text))
+
+    def decode(self, ids: list[int]) -> str:
+        return _decode(self, ids, self.model.decode)
+
+    def fingerprint(self) -> str:
+        return _fingerprint(self.files)
+
+
+class JsonTokenizer:
+    """What Hugging Face's tokenizers package reads: tokenizer.json, or vocab.json and merges.txt.
+
+    Its added tokens are special here, declared so or not, and text never becomes one; only runs of
+    white space, which some vocabularies add, stay text. What its file says should be put around
+    every text (a begin token, say) is left to the template.
+    """
+
+    def __init__(self, path: Path):
+        tokenizers = _optional("tokenizers", path)
+        self.path = path
+        reader = read_vocab_and_merges if path.name == "vocab.json" else read_tokenizer_json
+        self.json, self.special, self.files = reader(path)
+        try:
+            self.model = tokenizers.Tokenizer.from_str(json.dumps(self.json))
+        except Exception as error:  # the package raises bare Exception
+            raise InputError(f"{path}: {error}") from None
+        ids = (*self.special.values(), *self.model.get_vocab().values())
+        self.vocab_size = max(ids) + 1
+
+    def encode(self, text: str) -> list[int]:
+        return self.model.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: list[int]) -> str:
+        return _decode(self, ids, lambda plain: self.model.decode(plain, skip_special_tokens=False))
+
+    def fingerprint(self) -> str:
+        return _fingerprint(self.files)
 
 
 def load(path: str | Path) -> Tokenizer:
-    """The tokenizer in a file or folder, its kind recognised by the files that are there."""
+    """The tokenizer in a file or folder. Raises InputError, naming what was looked for."""
     path = Path(path)
-    if path.is_dir():
-        path = path / "tokenizer.model"
     if not path.exists():
-        raise InputError(f"no tokenizer at {path}; give --tokenizer a SentencePiece .model file")
-    return SentencePieceTokenizer(path)
+        raise InputError(f"no tokenizer at {path}; give --tokenizer a file or folder")
+    if path.is_dir():
+        path = _file_in(path)
+    kinds = {".json": JsonTokenizer, ".tiktoken": RankTokenizer}
+    tokenizer = kinds.get(path.suffix, SentencePieceTokenizer)(path)
+    if isinstance(tokenizer, SentencePieceTokenizer) and not tokenizer.keeps_text():
+        if (other := path.with_name("tokenizer.json")).exists():
+            return JsonTokenizer(other)
+        raise InputError(
+            f"{path} puts a space before each text or normalises it, so a chat cannot be built of "
+            "parts; save a tokenizer.json beside it (transformers does)"
+        )
+    return tokenizer
+
+
+def _file_in(folder: Path) -> Path:
+    named = (folder / name for name in ("tokenizer.model", "tokenizer.json", "vocab.json"))
+    sentencepiece, *others = named
+    for path in (sentencepiece, *sorted(folder.glob("*.tiktoken")), *others):
+        if path.exists():
+            return path
+    raise InputError(
+        f"{folder} holds no tokenizer: none of tokenizer.model, *.tiktoken, tokenizer.json, "
+        "vocab.json with merges.txt; give --tokenizer a file or folder"
+    )
+
+
+def copy(tokenizer: Tokenizer, folder: Path) -> None:
+    """Its files into a folder that load() then reads."""
+    for name, path in tokenizer.files.items():
+        shutil.copyfile(path, folder / name)
+
+
+def same(a: Tokenizer, b: Tokenizer) -> bool:
+    """Whether two tokenizers, perhaps of different kinds, give the same ids."""
+    if a.fingerprint() == b.fingerprint():
+        return True
+    alike = a.vocab_size == b.vocab_size and a.special == b.special
+    return alike and all(a.encode(text) == b.encode(text) for text in PROBES)
+
+
+def _decode(tokenizer: Tokenizer, ids: list[int], decode: Callable[[list[int]], str]) -> str:
+    """Special tokens are written out, as they would be in a template. A model may have more rows
+    than its tokenizer has ids: those come out as U+FFFD."""
+    text, plain = "", []
+    names = {i: name for name, i in tokenizer.special.items()}
+    names |= {i: "\ufffd" for i in ids if i >= tokenizer.vocab_size}
+    for i in ids:
+        if i in names:
+            text += decode(plain) + names[i]
+            plain = []
+        else:
+            plain.append(i)
+    return text + decode(plain)
+
+
+def _fingerprint(files: dict[str, Path]) -> str:
+    return hashlib.sha256(b"".join(files[name].read_bytes() for name in sorted(files))).hexdigest()
+
+
+def _optional(package: str, path: Path):
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise InputError(f"{path} needs a package more: pip install {package}") from None
 
 
 def train(texts: list[str], out: Path, vocab_size: int) -> None:

@@ -1,6 +1,5 @@
 """Fixtures that the tests share. Everything here runs on a CPU, without network."""
 
-import os
 import sys
 from pathlib import Path
 
@@ -21,7 +20,8 @@ from nanomed import distributed, store, template, tokenizer  # noqa: E402
 from nanomed.config import ModelConfig  # noqa: E402
 from tests.ranks import Pool  # noqa: E402
 
-torch.set_num_threads(len(os.sched_getaffinity(0)))
+# Two threads wait for each other at every operation; on a busy machine one is faster.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
@@ -41,10 +41,12 @@ def small() -> ModelConfig:
     return ModelConfig(97, 2, 128, 2, 1, 96, 512, 1e6, 1e-5, True)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def world():
-    """This process alone, joined to a process group as a script would."""
+    """This process alone, joined to a process group as a script would; it leaves it again, so that
+    the tests of scripts can join one."""
     with distributed.start(torch.device("cpu")) as joined:
+        torch.set_num_threads(1)
         yield joined
 
 

@@ -10,6 +10,7 @@ class ListData:
         self.segments = [(np.array(ids), np.array(flags)) for ids, flags in segments]
         self.lengths = np.array([len(ids) for ids, _ in segments])
         self.divisors = np.array([sum(flags[1:]) for _, flags in segments])
+        self.source = np.array([(0, i + 1) for i in range(len(segments))])
         self.keys = np.array([group_key(str(i)) for i in range(len(segments))], np.uint64)
 
     @classmethod

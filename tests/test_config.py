@@ -2,7 +2,8 @@ import dataclasses
 
 import pytest
 
-from nanomed.config import SFT, InputError, parse
+from nanomed.config import CPT, DPO, SFT, InputError, parse
+from tests.conftest import ROOT
 
 
 def test_without_arguments_the_demonstration():
@@ -73,10 +74,33 @@ def test_errors_in_a_file(tmp_path, text, message):
         parse(SFT, ["--config", str(path)])
 
 
-def test_help_names_every_flag_with_default_and_the_papers_value(capsys):
+UNITS = (
+    "tokens", "examples", "steps", "share", "passes", "checkpoints", "number", "learning rate",
+    "gradient norm", "nat",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("cls", [CPT, SFT, DPO])
+def test_help_names_every_flag_with_unit_default_and_the_papers_value(cls, capsys):
     with pytest.raises(SystemExit):
-        parse(SFT, ["--help"])
-    text = capsys.readouterr().out
-    for name in (f.name for f in dataclasses.fields(SFT)):
-        assert f"--{name}" in text
-    assert "peak learning rate" in text and "the paper: 2e-6 (SFT)" in text
+        parse(cls, ["--help"])
+    text = capsys.readouterr().out.split("options:")[1]
+    entries = {e.split()[0]: " ".join(e.split()) for e in text.split("\n  --")[1:]}
+    assert list(entries) == [f.name for f in dataclasses.fields(cls)]
+    for f in dataclasses.fields(cls):
+        entry = entries[f.name]
+        shown = f.default if f.type in (int, float) else ""
+        assert f"default {shown}" in entry or "default:" in entry, entry
+        if f.type in (int, float):
+            assert any(unit in entry for unit in UNITS), entry
+        assert ("the paper:" in entry) == bool(f.metadata["paper"])
+    paper = "1e-4 (CPT stage 1), 1e-5 (CPT stage 2), 2e-6 (SFT), 2e-7 (DPO)"
+    assert entries["lr"].endswith(f"the paper: {paper}")
+    assert entries["warmup_ratio"].endswith("0.01 (CPT stage 2), unpublished (SFT, DPO)")
+
+
+@pytest.mark.parametrize("cls", [CPT, SFT, DPO])
+def test_every_stage_has_a_demonstration(cls):
+    c = parse(cls, [])
+    assert {name: getattr(c, name) for name in cls.FRESH} == cls.FRESH
+    assert all((ROOT / path).exists() for path in c.data)

@@ -25,6 +25,8 @@ from nanomed.step import evaluate, reduced, train_step
 from nanomed.trainer import fit
 from tests.data import ListData
 
+ALONE = World(0, 1, torch.device("cpu"), mesh=None)
+
 
 def next_token_loss(nll, row):
     return nll.sum(), {}
@@ -44,16 +46,16 @@ def sharded(world: World, model_config, seed=0, recompute="none") -> Aquila:
     return model
 
 
+def chats_of(n: int) -> ListData:
+    """n chats of different lengths to train on, then 7 others to hold out."""
+    return ListData.of_lengths(np.random.default_rng(5).integers(3, 60, n + 7).tolist())
+
+
 def loader_of(world: World, n: int, c: SFT, max_steps=0) -> Loader:
-    """n chats of different lengths to train on, and 7 others held out."""
-    rng = np.random.default_rng(5)
-    data = ListData.of_lengths(rng.integers(3, 60, n).tolist())
-    val = ListData.of_lengths(rng.integers(3, 60, 7).tolist())
     return Loader(
-        data,
+        chats_of(n),
         np.arange(n),
-        val,
-        np.arange(7),
+        np.arange(n, n + 7),
         batch_size=c.batch_size,
         micro_tokens=c.micro_tokens,
         epochs=c.epochs,
@@ -96,8 +98,7 @@ def gradients_of_a_step(world, model_config, n, batch_size, micro_tokens, step):
 def reference_gradients(model_config, n, examples):
     """One example after another through an unsharded model in float64; divided at the end."""
     model = Aquila(model_config).double()
-    rng = np.random.default_rng(5)
-    data = ListData.of_lengths(rng.integers(3, 60, n).tolist())
+    data = chats_of(n)
     total, n_trained = 0.0, 0
     for i in examples:
         row = row_from(*zip(*data[i], strict=True))
@@ -124,11 +125,13 @@ def test_gradients_do_not_depend_on_processes_packing_or_accumulation(
     equal a plain float64 computation; the logged loss is the sum of nll over the trained tokens."""
     layouts = [(1, 4096), (1, 256), (2, 300), (4, 128), (4, 64)]
     n_rows = []
+    alone = loader_of(ALONE, n, settings(batch_size=batch_size))
+    wanted, loss = reference_gradients(small, n, alone.examples(step))
     for n_ranks, micro_tokens in layouts:
         arguments = (small, n, batch_size, micro_tokens, step)
         results = pool(n_ranks, gradients_of_a_step, *arguments)
         _, values, rows, examples = results[0]
-        wanted, loss = reference_gradients(small, n, examples)
+        assert examples.tolist() == alone.examples(step).tolist()
         for other, *_ in results:
             assert_same_gradients(other, wanted)
         assert values["loss"] == pytest.approx(loss, rel=1e-6)
@@ -143,7 +146,7 @@ def test_a_mean_of_means_is_seen(pool, small, monkeypatch):
     def planted(n, batch_size, step):
         c = settings(batch_size=n, micro_tokens=256)
         model = Aquila(small)
-        data = loader_of(World(0, 1, torch.device("cpu"), None), n, c)
+        data = loader_of(ALONE, n, c)
         rows = data.step(0)
         for row in rows:
             (model(row).sum() / (row.labels >= 0).sum() / len(rows)).backward()
@@ -159,7 +162,7 @@ def validation_losses(world, model_config, sizes):
     losses = []
     for n in sizes:
         loader = loader_of(world, 9, settings(batch_size=4))
-        loader.val = np.arange(n)
+        loader.val = np.arange(9, 9 + n)
         run = Silent(world)
         losses.append((evaluate(model, loader, next_token_loss, run, step=0), run.last))
     return losses
@@ -169,7 +172,7 @@ class Silent:
     """A run folder that keeps the last values instead of writing them."""
 
     def __init__(self, world):
-        self.world, self.last = world, {}
+        self.world, self.last, self.describe = world, {}, None
 
     def metrics(self, **values):
         self.last = values
@@ -187,8 +190,8 @@ def test_validation_counts_each_example_once_on_any_number_of_ranks(pool, small)
             for (loss, _), (wanted, _) in zip(losses, alone, strict=True):
                 assert loss == pytest.approx(wanted, rel=1e-6)
     model = Aquila(small)
-    val = loader_of(World(0, 1, torch.device("cpu"), None), 9, settings(batch_size=4)).val_data
-    row = row_from(*zip(*[val[i][0] for i in range(7)], strict=True))
+    data = chats_of(9)
+    row = row_from(*zip(*[data[i][0] for i in range(9, 16)], strict=True))
     with torch.no_grad():
         nll = model(row)
     assert alone[-1][0] == pytest.approx((nll.sum() / (row.labels >= 0).sum()).item(), rel=1e-6)

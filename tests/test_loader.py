@@ -10,10 +10,10 @@ from tests.data import ListData
 def loaders(n: int, world_size: int, **settings) -> list[Loader]:
     """One loader per rank, over n examples of different lengths."""
     data = ListData.of_lengths(np.random.default_rng(n).integers(5, 60, n).tolist())
-    train, val = split(data, data, 0.25)
+    train, val = split(data, 0.25)
     defaults = dict(batch_size=8, micro_tokens=128, epochs=2, seed=3)
     return [
-        Loader(data, train, data, val, rank=r, world_size=world_size, **{**defaults, **settings})
+        Loader(data, train, val, rank=r, world_size=world_size, **{**defaults, **settings})
         for r in range(world_size)
     ]
 
@@ -84,8 +84,14 @@ def test_the_split_is_by_group_not_by_place():
 def test_a_split_without_one_of_its_sides_is_refused():
     data = ListData.of_lengths([5, 5])
     with pytest.raises(InputError, match="leaves 0 held out and 2 to train on"):
-        split(data, data, 1e-9)
-    train, val = split(data, data, 0.0)
+        split(data, 1e-9)
+    train, val = split(data, 0.0)
     assert len(train) == 2 and len(val) == 0
-    train, val = split(data, ListData.of_lengths([9]), 0.1)  # a held-out file of its own
-    assert len(train) == 2 and len(val) == 1
+
+
+def test_held_out_files_are_held_out_whole():
+    data = ListData.of_lengths([5] * 6)
+    data.source = np.array([[0, 1], [0, 2], [1, 1], [2, 1], [2, 2], [2, 3]])
+    train, val = split(data, 0.1, n_train_files=2)
+    assert train.tolist() == [0, 1, 2] and val.tolist() == [3, 4, 5]
+    assert len(split(data, 0.0, n_train_files=3)[1]) == 0

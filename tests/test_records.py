@@ -5,9 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanomed import records
 from nanomed.config import InputError
-from nanomed.records import BadField, chats_of, read_chats, read_json
+from nanomed.records import BadField, chats_of, files, read_chats, read_json
 
 QA = [("user", "问"), ("assistant", "答")]
 
@@ -117,8 +116,8 @@ def test_rewritten_questions_share_a_group():
     [
         ([1], "expected an object"),
         (
-            {"prompt": "a", "text": "b"},
-            r"found 'prompt', 'text'; known, the nearest first: messages",
+            {"prompt": "a", "txt": "b"},
+            r"found 'prompt', 'txt'; known, the nearest first: prompt \+ completion",
         ),
         ({"mesages": []}, "the nearest first: messages"),
         ({"instruction": "a", "outputs": "b"}, r"nearest first: instruction \+ output"),
@@ -181,11 +180,11 @@ def test_any_values_at_any_read_size(tmp_path_factory, records_, array, chunk):
     indent = 1 if chunk % 2 else None
     lines = [json.dumps(r, ensure_ascii=chunk % 3 == 0, indent=indent) for r in records_]
     write(path, f"[{','.join(lines)}]" if array else "\n".join(lines))
-    before, records.CHUNK = records.CHUNK, chunk
+    before, files.CHUNK = files.CHUNK, chunk
     try:
         assert values(path) == records_
     finally:
-        records.CHUNK = before
+        files.CHUNK = before
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,9 @@ def test_too_many_dropped_chats_stop_the_run(tmp_path, encoder):
     """pitfalls 7: nothing is dropped silently, nor does a run go on with what little is left."""
     file = write_chats(tmp_path / "x.jsonl", n=20, length=20)
     shortest = len(encoder.chat(next(chat for _, chat, _ in read_chats(file)), 999)[0])
-    with pytest.raises(InputError, match=r"of 20 chats in .*x.jsonl cannot be kept .*longer than"):
+    with pytest.raises(
+        InputError, match=r"of 20 examples in .*x.jsonl cannot be kept .*longer than"
+    ):
         build(file, encoder, seq_len=shortest + 12)
     kept = build(file, encoder, seq_len=shortest + 12, allow_drop=0.5)
     assert len(kept) == 20 - sum(kept.meta["report"]["dropped"].values()) < 20
@@ -88,7 +90,7 @@ def test_the_report_counts_by_cause(tmp_path, encoder):
     file.write_text(json.dumps(rows))
     built = store.chats([str(file)], encoder, 120, allow_drop=0.5)
     report = built.meta["report"]
-    assert (report["chats"], report["kept"], report["shortened"], report["turns_cut"]) == (
+    assert (report["examples"], report["kept"], report["shortened"], report["turns_cut"]) == (
         4,
         2,
         1,
@@ -98,6 +100,29 @@ def test_the_report_counts_by_cause(tmp_path, encoder):
     assert set(report["changed"].values()) == {1} and len(report["changed"]) == 2
     assert report["tokens"] == built.lengths.sum() and report["length_percentiles"]["p100"] <= 120
     assert report["trained_tokens"] == built.divisors.sum()
+
+
+def test_the_report_has_every_file_and_source(tmp_path, encoder):
+    rows = [{"instruction": f"问题{i}", "output": "答", "source": "甲"} for i in range(3)]
+    rows += [{"instruction": "what is it", "output": "an answer", "source": "乙"}]
+    rows += [{"instruction": "问", "output": "", "source": "乙"}]
+    paths = [str(tmp_path / name) for name in ("a.json", "b.json")]
+    for path, part in zip(paths, (rows, [{"question": "问", "answer": "答" * 20}]), strict=True):
+        with open(path, "w") as file:
+            json.dump(part, file)
+    report = store.chats(paths, encoder, 256, 0.5).meta["report"]
+    first, second = (report["files"][path] for path in paths)
+    assert (report["examples"], first["chats"], second["chats"]) == (6, 5, 1)
+    assert {name: s["kept"] for name, s in first["sources"].items()} == {"甲": 3, "乙": 1}
+    assert first["sources"]["乙"]["dropped"] == {"empty answer": 1}
+    assert list(second["sources"]) == ["(none named)"]
+    assert first["language_share"] == {"en": 0.25, "zh": 0.75}
+    assert first["sources"]["乙"]["language_share"] == {"en": 1.0}
+    assert report["tokens"] == first["tokens"] + second["tokens"]
+    for part in (report, first, second):
+        assert part["trained_share"] == round(part["trained_tokens"] / part["tokens"], 4)
+        assert part["length_percentiles"]["p50"] <= part["length_percentiles"]["p100"]
+    assert second["trained_share"] > first["trained_share"]  # its answers are longer
 
 
 def test_one_process_tokenises_and_the_others_wait_without_a_collective(file, encoder, monkeypatch):

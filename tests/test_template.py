@@ -48,6 +48,23 @@ def test_the_whole_text_is_chatml_as_aquilamed_uses_it(encoder):
     assert encoder.tokenizer.decode(ids).startswith("<|im_start|>system\n医<|im_end|>\n")
 
 
+def test_given_answers_are_not_learned(encoder):
+    """A prompt's own answers are context: only the completion is trained on."""
+    turns = [("user", "一"), ("assistant", "二"), ("user", "问"), ("assistant", "答")]
+    assert trained_text(encoder, Chat(turns, context=3)) == "答<|im_end|>"
+    ids, _, _ = encoder.chat(Chat(turns, context=3), 100)
+    assert ids == encoder.chat(Chat(turns), 100)[0]
+
+
+def test_a_text_and_its_continuation_get_no_template(encoder):
+    chat = Chat([("user", "天是"), ("assistant", "蓝的")], raw=True)
+    ids, trained, _ = encoder.chat(chat, 100)
+    assert encoder.tokenizer.decode(ids) == "天是蓝的<|endoftext|>"
+    assert trained_text(encoder, chat) == "蓝的<|endoftext|>"
+    assert encoder.chat(chat, len(ids) - 1) == ([], [], 0)  # nothing of it may be cut
+    assert len(trained) == len(ids)
+
+
 def random_text(rng: random.Random) -> str:
     alphabets = ["的一是了我不人在他有头痛发热", "abc XYZ ,.!?", " \n\t", "0123456789", "😀🩺é𠮷龘"]
     return "".join(rng.choice(rng.choice(alphabets)) for _ in range(rng.randint(1, 30)))

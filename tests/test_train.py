@@ -51,7 +51,7 @@ def write(path, *records) -> str:
         (["--seq_len", "64", "--micro_tokens", "32"], "--micro_tokens is 32; it must be at least"),
         (["--out", "USED"], "already holds a run; go on with it by --resume"),
         (["--out", "FRESH", "--resume"], "FRESH holds no checkpoint"),
-        (["--init", "none"], "--init none: no such folder"),
+        (["--init", "none"], "none: no such folder"),
         (["--init", "FRESH", "--model", "tiny"], "--init .* fixes the model"),
         (["--init", "FRESH", "--tokenizer", "TOKENIZER"], "config.json: .*No such file"),
         (["--tokenizer", "none"], "no tokenizer at none"),
@@ -126,6 +126,8 @@ def test_what_a_run_prints(finished):
     assert len([line for line in lines if line.startswith("  answer")]) == 6
     for mark in ("fact seen in training, in another form", "fact not stated in training"):
         assert mark in run.stdout
+    assert sum("; chance is 25%" in line for line in lines) == 3
+    assert "<|im_end|>⟧" in run.stdout  # an example with its mask
 
 
 def test_what_a_run_leaves_behind(finished):
@@ -137,7 +139,7 @@ def test_what_a_run_leaves_behind(finished):
         assert all(m[name] > 0 for m in steps)
     assert [m["step"] for m in metrics if "val_loss" in m] == [0, 5]
     assert json.loads((folder / "config.json").read_text())["steps"] == 5
-    assert json.loads((folder / "data_report.json").read_text())["chats"] == 1200
+    assert json.loads((folder / "data_report.json").read_text())["examples"] == 1200
     assert (folder / "checkpoints/best").resolve().name == "step-000005"
     assert folder.stat().st_mode & 0o777 == 0o700  # the data may be patients'
 
@@ -221,16 +223,14 @@ def test_sixteen_chats_are_learned_by_heart_and_every_answer_ends(tmp_path, enco
     shard(model, world, torch.float32)
     model.to_empty(device="cpu")
     init_weights(model)
-    loader = Loader(
-        data, np.arange(16), data, np.arange(0), batch_size=16, micro_tokens=4096, epochs=90
-    )
+    loader = Loader(data, np.arange(16), np.arange(0), batch_size=16, micro_tokens=4096, epochs=90)
     run = train_sft.RunFolder(c, world)
     fit(c, model, loader, train_sft.next_token_loss, run)
     run.close()
 
     parsed = [chats_of(chat)[0] for chat in chats]
     prompts = [encoder.prompt(Chat(chat.turns[:-1])) for chat in parsed]
-    answers = greedy_in_lockstep(model, prompts, {encoder.turn_end}, 120, world.device)
+    answers = greedy_in_lockstep(model, prompts, {encoder.turn_end}, 120)
     assert all(len(ids) < 120 for ids in answers)  # stopped by itself
     assert [encoder.tokenizer.decode(ids) for ids in answers] == [c.turns[-1][1] for c in parsed]
 

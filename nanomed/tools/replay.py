@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from nanomed import checkpoint, stage, template, tokenizer
+from nanomed import checkpoint, pretrained, stage
 from nanomed.config import InputError, ModelConfig, Run
 from nanomed.distributed import World, full, launch, pick_device, shard, start
 from nanomed.model import Aquila
@@ -38,9 +38,7 @@ def replay(path: Path, world: World, show_text: bool = False) -> list[int]:
     facts, folder = _json(path), path.parent.parent
     c = _settings(_json(folder / "config.json"))
     store = _store(facts)
-    encoder = template.Encoder(
-        template.load(str(folder / "template.json")), tokenizer.load(folder / "tokenizer.model")
-    )
+    _, encoder = pretrained.describe(folder)
     model = _model(c, folder, facts, world)
     print(f"step {facts['step']}: loss {facts['loss']}, gradient norm {facts['grad_norm']}")
     broken = [name for name, norm in facts["grad_norms"].items() if isinstance(norm, str)]

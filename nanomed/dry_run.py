@@ -1,0 +1,239 @@
+"""What a run would take, from shapes alone: memory, steps, tokens, FLOPs, days and disk.
+
+The model is built on the meta device, so nothing is allocated. Memory is that of one GPU under
+FSDP2 with the plain kernels of kernels/reference.py. D model width, F feed-forward width, V
+vocabulary, L layers, T tokens in a row (--micro_tokens), N parameters.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from kernels.reference import CHUNK_CUDA
+from nanomed.config import InputError, ModelConfig, Run, nearest
+from nanomed.distributed import rank_from_env
+from nanomed.loader import split
+from nanomed.log import PEAK_FLOPS, flops_of
+from nanomed.model import Aquila
+from nanomed.store import Store
+
+GIB, GB = 2**30, 1e9
+GPU_MEMORY = {"A100-40G": 39.5, "A100-80G": 79.1, "H100-80G": 79.1, "H200-141G": 139.7}  # GiB
+RESERVE = 2.0  # GiB, assumed: CUDA context, NCCL buffers, fragmentation
+BYTES_PER_STATE = 16  # float32 weights, gradients and AdamW's two moments
+
+
+# ---------------------------------------------------------------- memory of one GPU, in bytes
+
+
+def n_params(model: ModelConfig) -> int:
+    with torch.device("meta"):
+        return sum(p.numel() for p in Aquila(model).parameters())
+
+
+def states(model: ModelConfig, n_gpus: int) -> float:
+    return BYTES_PER_STATE * model.n_params() / n_gpus
+
+
+def saved_per_token(model: ModelConfig) -> float:
+    """What one layer keeps of a token for its backward pass, in bf16 (2 bytes) unless said."""
+    d, f = model.d_model, model.d_ff
+    norms = 2 * (4 * d + 2 * d)  # the input in float32, the normalised value
+    projections = 2 * (2 * d)  # inputs of q/k/v and of gate/up
+    attention = 4 * (2 * d)  # q, k and v (heads repeated), the output
+    mlp = 4 * (2 * f)  # gate, silu(gate), up, their product
+    masks = 2 * d * (model.dropout > 0)  # one byte each, on both branches
+    return norms + projections + attention + mlp + masks
+
+
+def activations(model: ModelConfig, tokens: int, recompute: str) -> float:
+    """Kept between forward and backward, all layers."""
+    kept = 2 * model.d_model if recompute == "full" else saved_per_token(model)
+    return kept * model.n_layers * tokens
+
+
+def layer_work(model: ModelConfig, tokens: int, recompute: str) -> float:
+    """While one layer runs backward: its own activations if they are computed again, gradients of
+    its activations, and FSDP's whole matrices: this layer and the next in bf16, gradients in bf16
+    and, for the sum over GPUs, in float32."""
+    again = saved_per_token(model) if recompute == "full" else 0
+    gradients = 4 * (2 * model.d_ff) + 2 * (4 * model.d_model)
+    layer = (model.n_params() - 2 * model.vocab_size * model.d_model) / model.n_layers
+    return (again + gradients) * tokens + (2 * 2 + 2 + 4) * layer
+
+
+def head_work(model: ModelConfig, tokens: int) -> float:
+    """While linear_nll runs backward: a chunk of logits (float32 softmax, its product with the
+    incoming gradient, bf16 copy), the head in bf16 and its gradient in float32."""
+    chunk = (4 + 4 + 2) * min(tokens, CHUNK_CUDA) * model.vocab_size
+    return chunk + (2 + 4) * model.vocab_size * model.d_model
+
+
+def memory(model: ModelConfig, c: Run, n_gpus: int) -> dict[str, float]:
+    """GiB on each GPU, by part."""
+    layer = layer_work(model, c.micro_tokens, c.recompute)
+    return {
+        "states": states(model, n_gpus) / GIB,
+        "activations": activations(model, c.micro_tokens, c.recompute) / GIB,
+        "work": max(layer, head_work(model, c.micro_tokens)) / GIB,
+        "reserve": RESERVE,
+    }
+
+
+def remedy(model: ModelConfig, c: Run, n_gpus: int, limit: float) -> str:
+    """The smallest change that fits `limit` GiB."""
+    smallest = 2 * c.seq_len if c.stage == "dpo" else c.seq_len
+    sizes = [c.micro_tokens >> k for k in range(20) if c.micro_tokens >> k >= smallest]
+    for recompute in dict.fromkeys((c.recompute, "full")):
+        for size in sizes:
+            other = dataclasses.replace(c, recompute=recompute, micro_tokens=size)
+            if sum(memory(model, other, n_gpus).values()) <= limit:
+                return f"--recompute {recompute} --micro_tokens {size} fits"
+    return "no --micro_tokens fits, more GPUs are needed"
+
+
+# ---------------------------------------------------------------- work of the whole run
+
+
+@dataclass(frozen=True)
+class Work:
+    """Examples, their tokens, and the sum of the squared lengths of their segments."""
+
+    examples: int
+    tokens: float
+    squares: float
+
+    def flops(self, model: ModelConfig) -> float:
+        """Forward and backward of one pass."""
+        return flops_of(model, self.tokens, self.squares)
+
+
+def published_work(c: Run) -> tuple[Work, Work]:
+    """(training, held out) of --examples, every segment seq_len tokens long."""
+    n_val = 0 if c.val_data else round(c.examples * c.val_fraction)
+    segments = 2 if c.stage == "dpo" else 1
+
+    def work(n: int) -> Work:
+        return Work(n, n * segments * c.seq_len, n * segments * c.seq_len**2)
+
+    return work(c.examples - n_val), work(n_val)
+
+
+def counted_work(c: Run, data: Store) -> tuple[Work, Work]:
+    """(training, held out) of tokenised data."""
+
+    def work(part: np.ndarray) -> Work:
+        squares = np.diff(data.borders).astype(float).reshape(len(data), -1) ** 2
+        return Work(len(part), float(data.lengths[part].sum()), float(squares[part].sum()))
+
+    train, val = split(data, c.val_fraction, len(c.data))
+    return work(train), work(val)
+
+
+def n_steps(c: Run, train: Work) -> int:
+    return c.steps or math.ceil(train.examples / c.batch_size) * c.epochs
+
+
+def n_validations(c: Run, train: Work) -> int:
+    """One before the first step, then as fit() does."""
+    every = c.eval_every or math.ceil(train.examples / c.batch_size)
+    return 1 + math.ceil(n_steps(c, train) / every)
+
+
+def flops(c: Run, model: ModelConfig, train: Work, val: Work) -> float:
+    """Training 3 parts (forward 1, backward 2), each validation 1; DPO's reference 1 part, once."""
+    passes = n_steps(c, train) * c.batch_size / train.examples
+    reference = (train.flops(model) + val.flops(model)) / 3 if c.stage == "dpo" else 0
+    validation = n_validations(c, train) * val.flops(model) / 3
+    return passes * train.flops(model) + validation + reference
+
+
+def disk(c: Run, model: ModelConfig, tokens: float) -> dict[str, float]:
+    """Bytes: float32 weights and moments for each checkpoint (the last ones, the best, and the one
+    being written), weights in bf16 for the export, 4 bytes and a flag for each token."""
+    return {
+        "checkpoints": (c.keep_last + 2) * 12 * model.n_params(),
+        "export": 2 * model.n_params(),
+        "token store": 5 * tokens,
+    }
+
+
+# ---------------------------------------------------------------- on the screen
+
+
+def parse_hardware(text: str) -> tuple[int, str]:
+    """(number of GPUs, their kind) of "8xA100-40G". Raises InputError."""
+    match = re.fullmatch(r"([1-9]\d*)x(.+)", text)
+    if not match or match[2] not in GPU_MEMORY:
+        known = ", ".join(GPU_MEMORY)
+        kind = match[2] if match else text
+        raise InputError(
+            f"--hardware is {text!r}; it must be like 8xA100-40G, of {known}"
+            + nearest(kind, GPU_MEMORY)
+        )
+    return int(match[1]), match[2]
+
+
+def show(c: Run, model: ModelConfig, load: Callable[[], Store]) -> None:
+    """Prints the plan on rank 0. `load` tokenises the data and is called if --examples is 0."""
+    n_gpus, kind = parse_hardware(c.hardware)
+    if rank_from_env()[0] == 0:
+        works = published_work(c) if c.examples else counted_work(c, load())
+        for line in (
+            f"dry run of {c.stage} on {n_gpus} x {kind}: nothing is trained",
+            f"model: {n_params(model):,} parameters",
+            *_memory_lines(c, model, n_gpus, kind),
+            *_work_lines(c, model, *works, n_gpus, PEAK_FLOPS[kind.split("-")[0]]),
+        ):
+            print(line)
+
+
+def _memory_lines(c: Run, model: ModelConfig, n_gpus: int, kind: str) -> list[str]:
+    parts, limit = memory(model, c, n_gpus), GPU_MEMORY[kind]
+    total = sum(parts.values())
+    fits = "fits" if total <= limit else f"DOES NOT FIT; {remedy(model, c, n_gpus, limit)}"
+    exact = BYTES_PER_STATE * model.n_params() / n_gpus
+    return [
+        f"memory: {total:.1f} GiB predicted of {limit} GiB on each GPU: {fits}",
+        f"  states       {parts['states']:5.1f} GiB  {BYTES_PER_STATE} bytes x parameters / GPUs "
+        f"= {exact:,.0f} bytes: float32 weights, gradients, two moments",
+        f"  activations  {parts['activations']:5.1f} GiB  {c.micro_tokens:,} tokens in a row, "
+        f"recompute {c.recompute}",
+        f"  work         {parts['work']:5.1f} GiB  the larger of a layer's and the head's backward",
+        f"  reserve      {parts['reserve']:5.1f} GiB  assumed: CUDA context, NCCL, fragmentation",
+    ]
+
+
+def _work_lines(
+    c: Run, model: ModelConfig, train: Work, val: Work, n_gpus: int, peak: float
+) -> list[str]:
+    steps, total = n_steps(c, train), flops(c, model, train, val)
+    passes = steps * c.batch_size / train.examples
+    seconds = total / (n_gpus * peak * c.mfu)
+    per_step = train.flops(model) * c.batch_size / train.examples / (n_gpus * peak * c.mfu)
+    needed = disk(c, model, train.tokens + val.tokens)
+    most = "at most " if c.examples else ""
+    note = " (--examples, each of full length; --examples 0 reads --data)" if c.examples else ""
+    return [
+        f"data: {train.examples:,} examples to train on, {val.examples:,} held out{note}",
+        f"steps: {steps:,} of {c.batch_size} examples; {most}{passes * train.tokens:.4g} tokens",
+        f"compute: {most}{total:.3g} FLOPs, {n_validations(c, train)} validations included (causal "
+        "count: 6 per matmul weight and token, 6 L D S per token of a segment of S)",
+        f"time: {most}{_duration(seconds)} at an assumed MFU of {c.mfu:.0%} of {n_gpus} x "
+        f"{peak / 1e12:.0f} TFLOP/s, {_duration(per_step)} a step"
+        + (f", a checkpoint every {_duration(per_step * c.save_every)}" if c.save_every else ""),
+        f"disk: {sum(needed.values()) / GB:,.1f} GB: "
+        + ", ".join(f"{name} {size / GB:,.1f} GB" for name, size in needed.items()),
+    ]
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.1f} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"

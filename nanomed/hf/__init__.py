@@ -1,0 +1,15 @@
+"""Hugging Face folders in and out: safetensors, config.json and tokenizer files that transformers
+and vLLM load with no custom code.
+
+    python -m nanomed.hf export RUN_OR_CHECKPOINT NEW_FOLDER      a trained model, after the fact
+    python -m nanomed.hf convert FOLDER NEW_FOLDER                .bin shards into safetensors
+
+The tensors' names are ours with `model.` before all but lm_head. The architecture follows the
+tokenizer, because transformers builds Qwen's for every qwen2 and another for no llama: Qwen2 where
+the tokenizer is Qwen's and q, k and v have their bias, else Llama.
+"""
+
+from nanomed.hf.reading import load, load_weights, read_config
+from nanomed.hf.writing import export
+
+__all__ = ["export", "load", "load_weights", "read_config"]

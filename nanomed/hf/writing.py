@@ -1,0 +1,150 @@
+"""A model out into a Hugging Face folder, tensor by tensor."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from nanomed.config import InputError
+from nanomed.hf.card import model_card
+from nanomed.hf.config import render
+from nanomed.hf.reading import hf_name
+from nanomed.hf.tensors import Spec, plan, write_file, write_index, write_json
+from nanomed.hf.tokenizer import is_qwen, write_tokenizer
+from nanomed.model import Aquila
+from nanomed.template import Template, fitting
+from nanomed.tokenizer import Tokenizer
+
+
+def export(
+    model: Aquila,
+    tokenizer: Tokenizer,
+    folder: str | Path,
+    dtype: torch.dtype = torch.bfloat16,
+    template: Template | None = None,
+    replace: bool = False,
+    about: dict | None = None,
+) -> None:
+    """Writes the model to a new folder, tensor by tensor: no rank ever holds all of it. Every
+    rank of a sharded model calls it.
+
+    `template` defaults to the one that fits the tokenizer's special tokens; `about` is the run's
+    configuration, for the model card. Raises InputError before anything is written: if the folder
+    is not empty (unless `replace` says that it is an older export of the same run), the disk is
+    too full, or the tokenizer does not belong to the model."""
+    folder, template = Path(folder), template or fitting(tokenizer)
+    specs = _specs(model, dtype, _is_qwen2(model, tokenizer))
+    _check(model, tokenizer, folder, sum(spec.n_bytes for spec in specs), replace)
+    unfinished = folder.with_name(folder.name + ".unfinished")
+    main = not dist.is_initialized() or dist.get_rank() == 0
+    if main:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        _write_small_files(unfinished, model, tokenizer, template, dtype, about)
+    shards = plan(specs)
+    for name, members in shards:
+        if main:
+            write_file(unfinished / name, members, _pieces(model, members))
+        else:  # takes part, keeps nothing
+            for _ in _pieces(model, members):
+                pass
+    if main:
+        if len(shards) > 1:
+            write_index(unfinished, shards)
+        _put_in_place(unfinished, folder)
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def _is_qwen2(model: Aquila, tokenizer: Tokenizer) -> bool:
+    return is_qwen(tokenizer) and model.config.qkv_bias
+
+
+def _specs(model: Aquila, dtype: torch.dtype, is_qwen2: bool) -> list[Spec]:
+    """What will be written, in the model's order; a Llama with bias has one in o_proj too."""
+    specs = []
+    for name, param in model.named_parameters():
+        specs.append(Spec(hf_name(name), dtype, tuple(param.shape)))
+        if name.endswith("v_proj.bias") and not is_qwen2:
+            o_bias = hf_name(name).replace("v_proj", "o_proj")
+            specs.append(Spec(o_bias, dtype, (model.config.d_model,)))
+    return specs
+
+
+def _pieces(model: Aquila, specs: list[Spec]) -> Iterator[tuple[Spec, Tensor]]:
+    """The tensors' values in order, a piece at a time: the rows of one rank, on every rank. Every
+    rank must ask for all of them."""
+    params = {hf_name(name): param.detach() for name, param in model.named_parameters()}
+    for spec in specs:
+        param = params.get(spec.name)
+        if param is None:
+            yield spec, torch.zeros(spec.shape, dtype=spec.dtype)
+        elif isinstance(param, DTensor):
+            yield from ((spec, rows) for rows in _rows_of_each_rank(param, spec.dtype))
+        else:
+            yield spec, param.to(spec.dtype)
+
+
+def _rows_of_each_rank(param: DTensor, dtype: torch.dtype) -> Iterator[Tensor]:
+    """full_tensor() would need the tensor twice, on every rank."""
+    (sharded,) = [i for i, p in enumerate(param.placements) if p.is_shard()]
+    group = param.device_mesh.get_group(sharded)
+    size = dist.get_world_size(group)
+    for rank, like in enumerate(torch.empty(len(param), device="meta").chunk(size)):
+        if rank == dist.get_rank(group):
+            rows = param.to_local().to(dtype).contiguous()
+        else:
+            rows = torch.empty(len(like), *param.shape[1:], dtype=dtype, device=param.device)
+        dist.broadcast(rows, group=group, group_src=rank)
+        yield rows
+
+
+def _check(model: Aquila, tokenizer: Tokenizer, folder: Path, n_bytes: int, replace: bool) -> None:
+    if not replace and folder.exists() and (folder.is_file() or any(folder.iterdir())):
+        raise InputError(f"{folder} is not empty; export to a new folder")
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise InputError(
+            f"the tokenizer {tokenizer.path} has {tokenizer.vocab_size} ids, the model only "
+            f"{model.config.vocab_size} rows: they do not belong together"
+        )
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if (free := shutil.disk_usage(there).free) < n_bytes + 2**27:  # tokenizer files are small
+        raise InputError(
+            f"{folder} needs {n_bytes / 1e9:.1f} GB, {there} has {free / 1e9:.1f} GB free"
+        )
+
+
+def _write_small_files(
+    folder: Path,
+    model: Aquila,
+    tokenizer: Tokenizer,
+    template: Template,
+    dtype: torch.dtype,
+    about: dict | None,
+) -> None:
+    turn_end = tokenizer.special[template.turn_end]
+    document_end = tokenizer.special[template.document_end]
+    # Whoever serves the model stops at the end of a turn, and of a document.
+    stop = list(dict.fromkeys((turn_end, document_end)))
+    is_qwen2 = _is_qwen2(model, tokenizer)
+    config = render(model.config, dtype, is_qwen2, stop, document_end)
+    write_json(folder / "config.json", config)
+    generation = {"eos_token_id": stop, "pad_token_id": document_end}
+    write_json(folder / "generation_config.json", generation)
+    write_tokenizer(folder, tokenizer, template, model.config.max_seq_len, is_qwen2)
+    card = model_card(model.config, dtype, config["architectures"][0], about or {})
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _put_in_place(unfinished: Path, folder: Path) -> None:
+    """At no moment is there neither the older export nor this one."""
+    old = folder.with_name(folder.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    unfinished.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,173 @@
+"""Files as streams of values: JSON arrays, JSON lines, CSV and plain text, each also as .gz.
+
+Nothing is held whole or unpacked to disk. All readers yield (number from 1, value, bytes of the
+file read so far) and raise InputError naming the file and the record.
+"""
+
+import csv
+import gzip
+import io
+import json
+import re
+import zlib
+from codecs import getincrementaldecoder
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO, TextIO
+
+from nanomed.config import InputError
+
+CHUNK = 1 << 20  # characters read at a time
+MAX_RECORD = 64 << 20  # characters; a larger record is a broken file
+PARQUET_TO_JSONL = (
+    "import sys, json, pyarrow.parquet as p; "
+    "[print(json.dumps(r, default=str)) for b in p.ParquetFile(sys.argv[1]).iter_batches() "
+    "for r in b.to_pylist()]"
+)
+
+Numbered = Iterator[tuple[int, Any, int]]
+
+
+def read_records(path: str) -> Numbered:
+    """The records of a file of any kind, CSV rows as objects."""
+    name = path.removesuffix(".gz").lower()
+    if name.endswith(".parquet"):
+        raise InputError(
+            f"{path}: parquet is not read directly; pip install pyarrow, then\n"
+            f"  python -c '{PARQUET_TO_JSONL}' {path} > {path.removesuffix('.parquet')}.jsonl"
+        )
+    return read_csv(path) if name.endswith(".csv") else read_json(path)
+
+
+def read_json(path: str) -> Numbered:
+    """Each element of a JSON array, or each of the JSON values that follow one another."""
+    return _numbered(path, lambda file: _values(path, _as_text(file, "utf-8-sig")))
+
+
+def read_csv(path: str) -> Numbered:
+    """Each row as an object with the header's names; UTF-8 or GB18030."""
+    return _numbered(path, lambda file: _rows(path, _as_text(*_with_encoding(file), newline="")))
+
+
+def read_lines(path: str) -> Numbered:
+    """Each line that is not blank, without its end; UTF-8 or GB18030."""
+    return _numbered(path, lambda file: _lines(path, _as_text(*_with_encoding(file))))
+
+
+def holds_json(path: str) -> bool:
+    """Whether the first line that is not blank is a JSON object."""
+    for _, line, _ in read_lines(path):
+        try:
+            return isinstance(json.loads(line), dict)
+        except (ValueError, RecursionError):
+            return False
+    return False
+
+
+def _numbered(path: str, parse: Callable[[BinaryIO], Iterator[Any]]) -> Numbered:
+    number = 0
+    try:
+        with open(path, "rb") as raw:
+            binary = gzip.GzipFile(fileobj=raw) if path.endswith(".gz") else raw
+            for number, value in enumerate(parse(binary), 1):
+                yield number, value, raw.tell()
+    except (gzip.BadGzipFile, EOFError, zlib.error, csv.Error) as error:
+        raise InputError(f"{path}, after record {number}: {error}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path}, after record {number}: {error}; save the file as UTF-8"
+        ) from None
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}") from None
+    if number == 0:
+        raise InputError(f"{path} holds no record: the file is empty")
+
+
+def _as_text(file: BinaryIO, encoding: str, newline: str | None = None) -> TextIO:
+    return io.TextIOWrapper(file, encoding=encoding, newline=newline)
+
+
+def _with_encoding(file: BinaryIO) -> tuple[BinaryIO, str]:
+    """UTF-8 if the file starts as UTF-8: Chinese in GB18030 fails that within a few characters."""
+    file = io.BufferedReader(file, CHUNK)
+    try:
+        getincrementaldecoder("utf-8")().decode(file.peek(CHUNK))  # a character may be cut off
+    except UnicodeDecodeError:
+        return file, "gb18030"
+    return file, "utf-8-sig"
+
+
+def _rows(path: str, file: TextIO) -> Iterator[dict[str, str]]:
+    rows = csv.reader(file, strict=True)  # else an open quote would swallow the rest unnoticed
+    header = [name.strip() for name in next(rows, [])]
+    if len(set(header)) != len(header):
+        raise InputError(f"{path}: the header names a column twice: {', '.join(header)}")
+    for number, row in enumerate((row for row in rows if row), 1):
+        if len(row) != len(header):
+            raise InputError(
+                f"{path}, record {number} (line {rows.line_num}): {len(row)} columns, but the "
+                f"header has {len(header)}: {', '.join(header)[:200]}"
+            )
+        yield dict(zip(header, row, strict=True))
+
+
+def _lines(path: str, file: TextIO) -> Iterator[str]:
+    number = 1
+    while line := file.readline(MAX_RECORD):
+        if len(line) == MAX_RECORD:
+            raise InputError(f"{path}, record {number}: a line of over {MAX_RECORD} characters")
+        if line.strip():
+            yield line.rstrip("\n")
+            number += 1
+
+
+def _values(path: str, file: TextIO) -> Iterator[Any]:
+    decode = json.JSONDecoder().raw_decode
+    buffer = file.read(CHUNK)
+    position = len(buffer) - len(buffer.lstrip())
+    array = buffer[position : position + 1] == "["
+    position += array
+    number, closed, comma_due = 1, False, False
+    while not closed:
+        position = _NOT_SPACE.search(buffer, position).start()
+        if position == len(buffer):
+            buffer, position = file.read(CHUNK), 0
+            if buffer:
+                continue
+            break
+        if array and buffer[position] == "]":
+            closed = True
+        elif array and comma_due:
+            if buffer[position] != ",":
+                raise InputError(f"{path}, after record {number - 1}: expected ',' or ']'")
+            position, comma_due = position + 1, False
+        else:
+            try:
+                value, position = decode(buffer, position)
+            except RecursionError:
+                raise InputError(f"{path}, record {number}: nested too deep") from None
+            except json.JSONDecodeError as error:
+                more = _may_go_on(error, buffer, position) and file.read(CHUNK + len(buffer))
+                if not more:
+                    near = buffer[max(position, error.pos - 30) : error.pos + 30]
+                    problem = f"broken JSON: {error.msg} near {near!r}"
+                    raise InputError(f"{path}, record {number}: {problem}") from None
+                buffer, position = buffer[position:] + more, 0
+                continue
+            except ValueError as error:  # a number of thousands of digits
+                raise InputError(f"{path}, record {number}: {error}") from None
+            yield value
+            number, comma_due = number + 1, array
+    if array and not closed:
+        raise InputError(f"{path}, after record {number - 1}: the array is cut off, no ']'")
+    if (buffer[position + 1 :] + file.read(CHUNK)).strip():
+        raise InputError(f"{path}: text after the array's end")
+
+
+_NOT_SPACE = re.compile(r"[^ \t\r\n]|\Z")
+
+
+def _may_go_on(error: json.JSONDecodeError, buffer: str, position: int) -> bool:
+    """Whether the value may be whole once more of the file is read: then the decoder fails at the
+    buffer's end, or in a string without one."""
+    at_end = error.pos > len(buffer) - 16 or error.msg.startswith("Unterminated")
+    return at_end and len(buffer) - position <= MAX_RECORD

@@ -1,0 +1,128 @@
+"""What a record becomes, whatever its format: a chat, a preference pair or a document."""
+
+import json
+import re
+import unicodedata
+from dataclasses import dataclass, field
+from typing import Any
+
+Turns = list[tuple[str, str]]  # (role "user" or "assistant", text)
+
+
+class BadField(Exception):
+    """A record's field cannot be used; the reader adds file and record number."""
+
+    def __init__(self, name: str, problem: str):
+        super().__init__(f"field {name!r}: {problem}")
+
+
+@dataclass
+class Chat:
+    """Turns alternate freely between user and assistant; the first is a user's, the last an
+    assistant's."""
+
+    turns: Turns
+    system: str = ""  # "" takes the template's own
+    group: str = ""  # all chats of a group stand on the same side of the validation split
+    source: str = ""  # what the record says of where it comes from or what kind it is
+    context: int = 0  # so many turns are given: their answers are not learned
+    raw: bool = False  # a text and its continuation, with no template around them
+    notes: list[str] = field(default_factory=list)  # what reading it changed, for the report
+    dropped: str = ""  # why it cannot be trained on, "" if it can
+
+
+@dataclass
+class PreferencePair:
+    """Two answers to the same turns, the last of which is a user's."""
+
+    turns: Turns
+    chosen: str
+    rejected: str
+    system: str = ""
+    group: str = ""
+    source: str = ""
+    kind: str = ""  # "subjective" or "objective" where the record says so
+    raw: bool = False
+    notes: list[str] = field(default_factory=list)
+    dropped: str = ""
+
+
+@dataclass
+class Document:
+    """A text to learn as it stands."""
+
+    text: str
+    source: str = ""
+    lang: str = ""  # what the record says, else as language() sees it
+    group: str = ""
+    labels: dict[str, Any] = field(default_factory=dict)  # the record's other plain values
+    dropped: str = ""
+
+
+# ---------------------------------------------------------------- values of fields
+
+
+def text_of(value: Any, name: str) -> str:
+    """A text, or the text parts of an OpenAI message; None is "". Raises BadField."""
+    if value is None:
+        return ""
+    if isinstance(value, list):
+        parts = [p.get("text") for p in value if isinstance(p, dict) and p.get("type") == "text"]
+        if len(parts) != len(value) or not all(isinstance(part, str) for part in parts):
+            raise BadField(name, f"only parts of type text can be trained on: {excerpt(value)}")
+        value = "".join(parts)
+    if not isinstance(value, str):
+        raise BadField(name, f"expected text, found {excerpt(value)}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise BadField(
+            name,
+            f"a lone surrogate {value[error.start]!a} at character {error.start} is not text: "
+            "the file was cut inside an emoji; mend or remove it",
+        ) from None
+    return value
+
+
+def texts_of(value: Any, name: str, depth: int = 0) -> list[str]:
+    """A text, or the texts of a list, nested at most once."""
+    if not isinstance(value, list):
+        return [text_of(value, name)]
+    if depth == 2:
+        raise BadField(name, "lists within lists within lists")
+    texts = [text for item in value for text in texts_of(item, name, depth + 1)]
+    if not texts:
+        raise BadField(name, "an empty list")
+    return texts
+
+
+def group_of(record: dict, question: str) -> str:
+    """The record's own group, else the question without spaces and punctuation: rewritten copies
+    still share a group."""
+    if record.get("group"):
+        return text_of(record["group"], "group")
+    return "".join(c for c in question if unicodedata.category(c)[0] not in "ZPC")
+
+
+def source_of(record: dict) -> str:
+    named = record.get("source") or record.get("kind")
+    return text_of(named, "source") if isinstance(named, str) else ""
+
+
+_CHINESE, _LATIN = re.compile("[\u4e00-\u9fff]"), re.compile("[A-Za-z]+")
+
+
+def language(text: str) -> str:
+    """`zh`, `en` or `other`, by whether its first 1,000 characters hold more Chinese characters or
+    more Latin words: a Chinese text full of English terms is still Chinese."""
+    start = text[:1000]
+    chinese, latin = len(_CHINESE.findall(start)), len(_LATIN.findall(start))
+    return "other" if chinese == latin == 0 else "zh" if chinese >= latin else "en"
+
+
+def excerpt(value: Any) -> str:
+    try:
+        text = json.dumps(value, ensure_ascii=True, default=str)
+    except RecursionError:
+        return "a value nested too deep to show"
+    return text if len(text) <= 80 else text[:77] + "..."
