@@ -48,7 +48,10 @@ def show_answers(
     run.print(f"held-out questions, answered by {who} (greedy):")
     for (chat, mark), ids in zip(questions, answers, strict=True):
         (_, question), (_, reference) = chat.turns[-2:]
-        run.print(f"\n  question   {question}" + (f"   [{mark}]" if mark else ""))
+        run.print("")
+        for role, text in chat.turns[:-2]:
+            run.print(f"  {role:<9}  {text}")
+        run.print(f"  question   {question}" + (f"   [{mark}]" if mark else ""))
         run.print(f"  reference  {reference}")
         run.print(f"  answer     {encoder.tokenizer.decode(ids)}")
     run.print()

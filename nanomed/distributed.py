@@ -92,7 +92,9 @@ def start(device: torch.device):
     rank, size, _, local_size = rank_from_env()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    else:  # more threads than cores would only wait for each other
+    elif local_size > 1 or "OMP_NUM_THREADS" not in os.environ:
+        # More threads than cores would only wait for each other. torchrun sets the variable to 1
+        # for several processes, so there it says nothing of what the user wants.
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
     backend = "nccl" if device.type == "cuda" else "gloo"
     alone = {} if "MASTER_ADDR" in os.environ else {"store": dist.HashStore()}

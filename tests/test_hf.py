@@ -153,6 +153,7 @@ def test_aquilas_own_types_and_both_spellings(model_type, spelling, tmp_path):
     ],
 )
 def test_export_loads_in_transformers_with_no_custom_code(kind, bias, tmp_path):
+    """Pitfalls 18 to 20: weights, ids, stop tokens, chat template, for every kind of tokenizer."""
     source, out = tmp_path / "source", tmp_path / "out"
     source.mkdir()
     write_tokenizer(source, kind)

@@ -71,8 +71,8 @@ def random_text(rng: random.Random) -> str:
 
 
 def test_masks_of_a_thousand_random_chats(encoder):
-    """pitfalls 6: the trained text is the answers with their ends, whatever the turns hold; and
-    11: no end of turn or start of turn twice in a row."""
+    """pitfalls 6: the trained text is the answers with their ends, whatever the turns hold. And
+    pitfalls 11: no end of turn or start of turn twice in a row."""
     rng = random.Random(0)
     special = set(encoder.tokenizer.special.values())
     for _ in range(1000):

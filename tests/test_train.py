@@ -84,6 +84,15 @@ def test_bad_input_is_met_before_the_first_step(tmp_path, monkeypatch, flags, me
         train_sft.main()
 
 
+def test_an_embedding_is_never_resized_silently():
+    """pitfalls 31: spare rows are kept (and printed), missing ones are an error; the tiny model
+    alone has no vocabulary of its own."""
+    config, encoder = stage.model_and_encoder(SFT(model="aquilamed-7b"))
+    assert config.vocab_size == 151_851 > encoder.tokenizer.vocab_size
+    config, encoder = stage.model_and_encoder(SFT())
+    assert config.vocab_size == encoder.tokenizer.vocab_size
+
+
 # ---------------------------------------------------------------- a run, from outside
 
 
