@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -97,12 +98,24 @@ def start(device: torch.device):
         # for several processes, so there it says nothing of what the user wants.
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
     backend = "nccl" if device.type == "cuda" else "gloo"
-    alone = {} if "MASTER_ADDR" in os.environ else {"store": dist.HashStore()}
-    dist.init_process_group(backend, rank=rank, world_size=size, **alone)
+    dist.init_process_group(backend, rank=rank, world_size=size, store=_meeting_place())
     try:
         yield World(rank, size, device, init_device_mesh(device.type, (size,)))
     finally:
         dist.destroy_process_group()
+
+
+def _meeting_place() -> dist.Store:
+    """Where processes find one another. A group that torchrun has restarted gets a part of it to
+    itself: else it would find the addresses of the processes that are gone (torch 2.13, gloo)."""
+    if "MASTER_ADDR" not in os.environ:
+        return dist.HashStore()
+    store, *_ = next(rendezvous("env://"))
+    return dist.PrefixStore(f"attempt {restart_count()}", store)
+
+
+def restart_count() -> int:
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
 def shard(model: nn.Module, world: World, compute_dtype: torch.dtype) -> nn.Module:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from nanomed import checkpoint
 from nanomed.config import InputError, ModelConfig, Run
-from nanomed.distributed import World, from_main
+from nanomed.distributed import World, from_main, restart_count
 from nanomed.packing import Row
 
 # Dense bf16 FLOP/s from the vendor's data sheets: what MFU is a share of.
@@ -133,9 +133,7 @@ def _locked(path: Path) -> IO[str]:
 def _choose(config: Run) -> tuple[Path, Path | None]:
     """(the run's folder, the checkpoint it goes on from or None)."""
     named = config.out if config.resume in ("", "latest", "auto") else config.resume
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and (
-        path := Path(named) if named else _of_this_launch(config.stage)
-    ):
+    if restart_count() and (path := Path(named) if named else _of_this_launch(config.stage)):
         return path, checkpoint.newest(path / "checkpoints")
     if config.resume:
         path = Path(named) if named else (Path("runs") / config.stage).resolve()

@@ -1,0 +1,97 @@
+"""torchrun, from outside: a worker or the whole launch killed, a restart, a message."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.test_exactness import metrics_of
+from tests.test_signals import _runs, _until
+
+FLAGS = "--steps 12 --save_every 2 --eval_every 6 --batch_size 8 --seq_len 256 --log_every 1"
+
+
+class Launch:
+    def __init__(self, out: Path, flags: str = "", torchrun: str = ""):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += ["--nproc_per_node", "2", *torchrun.split(), str(ROOT / "train_sft.py")]
+        command += [*FLAGS.split(), "--out", str(out), *flags.split()]
+        self.out = out
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+    def workers(self) -> list[int]:
+        path = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+        return [int(pid) for pid in path.read_text().split()]
+
+    def wait_for_checkpoint(self, step: int) -> None:
+        path = self.out / f"checkpoints/step-{step:06d}"
+        _until(lambda: path.exists() or self.process.poll() is not None, 120)
+        assert self.process.poll() is None, self.process.stdout.read()
+
+    def end(self) -> tuple[int, str]:
+        output, _ = self.process.communicate(timeout=200)
+        return self.process.returncode, output
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_a_group_and_it_goes_on(tmp_path):
+    """A worker is killed by -9; --max_restarts starts both again, in the same folder without
+    --resume. Then the agent itself is killed: its workers end within seconds, and --resume auto
+    ends the run like one that nobody disturbed."""
+    straight = Launch(tmp_path / "straight")
+    assert straight.end()[0] == 0
+
+    launch = Launch(tmp_path / "x", torchrun="--max_restarts 1")
+    launch.wait_for_checkpoint(4)
+    os.kill(launch.workers()[1], signal.SIGKILL)
+    launch.wait_for_checkpoint(8)
+    workers = launch.workers()
+    launch.process.kill()
+    assert len(workers) == 2
+    _until(lambda: not any(map(_runs, workers)), 10)
+    output = launch.process.stdout.read()
+    assert "resumed from" in output
+
+    code, output = Launch(tmp_path / "x", "--resume auto").end()
+    assert code == 0, output
+    assert metrics_of(tmp_path / "x") == metrics_of(tmp_path / "straight")
+    names = [f"{name}/export/model.safetensors" for name in ("x", "straight")]
+    assert (tmp_path / names[0]).read_bytes() == (tmp_path / names[1]).read_bytes()
+
+
+@pytest.mark.slow
+def test_sigterm_to_torchrun_saves(tmp_path):
+    """And another learning rate is refused, with the difference in torchrun's closing table too."""
+    launch = Launch(tmp_path / "x", "--save_every 6")
+    path = tmp_path / "x/metrics.jsonl"
+    _until(lambda: path.exists() and len(path.read_text().splitlines()) > 3, 120)
+    launch.process.send_signal(signal.SIGTERM)
+    code, output = launch.end()
+    assert code != 0 and "ended by a signal after step" in output
+    (saved,) = (tmp_path / "x/checkpoints").glob("step-*")
+    step = int(saved.name[5:])
+    assert step % 6 and step == json.loads(path.read_text().splitlines()[-1])["step"]
+
+    code, output = Launch(tmp_path / "x", "--resume --lr 0.5").end()
+    assert code != 0 and output.count("lr was 0.002, is 0.5") >= 2
+
+
+@pytest.mark.slow
+def test_a_killed_worker_takes_the_launch_down(tmp_path):
+    launch = Launch(tmp_path / "x")
+    launch.wait_for_checkpoint(2)
+    workers = launch.workers()
+    os.kill(workers[1], signal.SIGKILL)
+    started = time.monotonic()
+    code, output = launch.end()
+    assert code != 0 and "Signal 9 (SIGKILL)" in output and time.monotonic() - started < 30
+    assert not any(map(_runs, workers))
