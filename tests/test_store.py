@@ -112,7 +112,7 @@ def test_the_report_has_every_file_and_source(tmp_path, encoder):
             json.dump(part, file)
     report = store.chats(paths, encoder, 256, 0.5).meta["report"]
     first, second = (report["files"][path] for path in paths)
-    assert (report["examples"], first["chats"], second["chats"]) == (6, 5, 1)
+    assert (report["examples"], first["examples"], second["examples"]) == (6, 5, 1)
     assert {name: s["kept"] for name, s in first["sources"].items()} == {"甲": 3, "乙": 1}
     assert first["sources"]["乙"]["dropped"] == {"empty answer": 1}
     assert list(second["sources"]) == ["(none named)"]
