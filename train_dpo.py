@@ -92,10 +92,10 @@ def main() -> None:
 
     with start(device) as world:
         loader = Loader.of(c, data, world.rank, world.size)
+        model = stage.build_model(c, model_config, world)
         identity = stage.identity(c, model_config, encoder, loader)
         run = RunFolder(c, world, identity, describe=what_happens)
         stage.begin(c, model_config, encoder, loader, run)
-        model = stage.build_model(c, model_config, world)
 
         dtype = stage.compute_dtype(c, device)
         key = {"data": data.folder.name, "dtype": str(dtype), "kernels": c.kernels}

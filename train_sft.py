@@ -39,11 +39,11 @@ def main() -> None:
 
     with start(device) as world:
         loader = Loader.of(c, data, world.rank, world.size)
+        model = stage.build_model(c, model_config, world)
         run = RunFolder(c, world, stage.identity(c, model_config, encoder, loader))
         stage.begin(c, model_config, encoder, loader, run)
         if stage.may_show_text(c):
             show_example(encoder, loader, run)
-        model = stage.build_model(c, model_config, world)
 
         fit(c, model, loader, next_token_loss, run)
 

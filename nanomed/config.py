@@ -183,7 +183,7 @@ def _check(c: Run, limits: list[tuple[bool, str, str]]) -> None:
 class SFT(Run):
     stage: ClassVar[str] = "sft"
     FRESH: ClassVar[dict[str, Any]] = {
-        "lr": 2e-3,
+        "lr": 1e-3,
         "epochs": 7,
         "batch_size": 16,
         "dropout": 0.0,

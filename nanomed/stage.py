@@ -76,7 +76,8 @@ def compute_dtype(c: Run, device: torch.device) -> torch.dtype:
 
 
 def build_model(c: Run, model_config: ModelConfig, world: World) -> Aquila:
-    """The sharded model with its weights: no rank ever holds more than its share."""
+    """The sharded model with its weights: no rank ever holds more than its share. Nothing has been
+    written when bad weights raise InputError here."""
     with torch.device("meta"):
         model = Aquila(model_config, c.recompute)
     shard(model, world, compute_dtype(c, world.device))
@@ -84,6 +85,8 @@ def build_model(c: Run, model_config: ModelConfig, world: World) -> Aquila:
     if not c.init:
         init_weights(model, c.seed)
     else:
+        if world.is_main:
+            print(f"reading {c.init}", flush=True)
         pretrained.load_weights(model, c.init)
     return model
 

@@ -105,7 +105,7 @@ def test_a_run_starts_from_a_folder_and_its_result_is_read_again(folder, tmp_pat
         assert all(theirs[reading.hf_name(name)].equal(param) for name, param in ours.items())
         assert dataclasses.replace(config, dropout=0.0) == hf.read_config(out)
     monkeypatch.setattr(sys, "argv", ["hf", "export", str(run), str(tmp_path / "bf16")])
-    hf.main()
+    hf_commands.main()
     halved = all_tensors(tmp_path / "bf16")
     assert all(halved[reading.hf_name(n)].equal(p.bfloat16()) for n, p in ours.items())
     c = SFT(init=str(run), seq_len=64, micro_tokens=64)
