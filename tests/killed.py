@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from nanomed import checkpoint, log, optim, trainer
-from nanomed.config import SFT, ModelConfig
+from nanomed.config import DPO, SFT, ModelConfig
 from nanomed.distributed import local, shard
 from nanomed.loader import Loader
 from nanomed.model import Aquila, init_weights
@@ -46,12 +46,26 @@ def loader_of(world, c: SFT) -> Loader:
     )  # fmt: skip
 
 
-def train(world, out: str, dies: str = "", **changes) -> None:
+def stage_of(name: str, world, out: str):
+    """(settings, loader, loss) of a stage."""
+    if name == "sft":
+        c = settings(out, resume="auto")
+        return c, loader_of(world, c), lambda nll, row: (nll.sum(), {})
+    from tests import test_dpo
+
+    c = DPO(
+        lr=1e-3, beta=0.1, batch_size=16, epochs=3, seq_len=64, micro_tokens=128, save_every=2,
+        eval_every=4, out=out, resume="auto",
+    )  # fmt: skip
+    loss = test_dpo.loss_of(test_dpo.random_reference(71), c)
+    return c, test_dpo.loader_of(world, c, 64, n_val=7), loss
+
+
+def train(world, out: str, dies: str = "", stage: str = "sft") -> None:
     """Starts or goes on, to the end; at the named point it kills itself instead. Leaves behind
     what it did (examples-N.jsonl), what it saved (saved.txt) and what became of it (end-N)."""
-    c = settings(out, resume="auto", **changes)
+    c, loader, loss = stage_of(stage, world, out)
     run = log.RunFolder(c, world, {"what": "the kill matrix"})
-    loader = loader_of(world, c)
     if dies:
         arm(dies, world, run)
     _note_saves(run, world)
@@ -67,7 +81,7 @@ def train(world, out: str, dies: str = "", **changes) -> None:
     keep_optimizer = {}
     adamw = optim.adamw
     trainer.adamw = lambda *a: keep_optimizer.setdefault("it", adamw(*a))
-    trainer.fit(c, model, loader, lambda nll, row: (nll.sum(), {}), run)
+    trainer.fit(c, model, loader, loss, run)
     (run.path / f"end-{world.rank}").write_text(digest(model, keep_optimizer["it"]))
     run.close()
 

@@ -28,15 +28,16 @@ def forks():
 
 @pytest.fixture(scope="module")
 def straight(forks, tmp_path_factory):
-    """The folder of the run that nobody stops, by number of ranks."""
+    """The folder of the run that nobody stops, by number of ranks and stage."""
     found = {}
 
-    def of(n_ranks: int) -> Path:
-        if n_ranks not in found:
-            found[n_ranks] = tmp_path_factory.mktemp("straight") / f"on{n_ranks}"
-            group = Group(forks, n_ranks, train, str(found[n_ranks]))
+    def of(n_ranks: int, stage: str) -> Path:
+        if (n_ranks, stage) not in found:
+            folder = tmp_path_factory.mktemp("straight") / f"{stage}-on{n_ranks}"
+            group = Group(forks, n_ranks, train, str(folder), "", stage)
             assert group.wait(PATIENCE) == [0] * n_ranks
-        return found[n_ranks]
+            found[n_ranks, stage] = folder
+        return found[n_ranks, stage]
 
     return of
 
@@ -61,20 +62,20 @@ def saved_before(folder: Path) -> int:
     return int(path.read_text().split()[-1][5:]) if path.exists() else 0
 
 
-def goes_on_as_if_nothing_had_been(forks, straight, folder: Path, n_ranks: int) -> None:
+def goes_on_as_if_nothing_had_been(forks, straight, folder: Path, n_ranks: int, stage: str):
     newest = checkpoint.newest(folder / "checkpoints")
     assert int(newest.name[5:] if newest else 0) >= saved_before(folder)  # steps lost: none
-    assert Group(forks, n_ranks, train, str(folder)).wait(PATIENCE) == [0] * n_ranks
-    wanted, got = left_behind(straight(n_ranks), n_ranks), left_behind(folder, n_ranks)
+    assert Group(forks, n_ranks, train, str(folder), "", stage).wait(PATIENCE) == [0] * n_ranks
+    wanted, got = left_behind(straight(n_ranks, stage), n_ranks), left_behind(folder, n_ranks)
     for name in wanted:
         assert got[name] == wanted[name], name
     assert wanted["latest"] == f"step-{N_STEPS:06d}"
 
 
-def kill_at_a_random_time(forks, straight, folder: Path, n_ranks: int, seed: int) -> None:
+def kill_at_a_random_time(forks, straight, folder: Path, n_ranks: int, seed: int, stage="sft"):
     """Some milliseconds after some line of metrics.jsonl, however busy the machine is."""
     rng = random.Random(seed)
-    group = Group(forks, n_ranks, train, str(folder))
+    group = Group(forks, n_ranks, train, str(folder), "", stage)
     n_lines, metrics = rng.randrange(N_STEPS + 3), folder / "metrics.jsonl"
     while n_lines and (not metrics.exists() or len(metrics.read_text().split("\n")) <= n_lines):
         time.sleep(0.001)
@@ -85,13 +86,13 @@ def kill_at_a_random_time(forks, straight, folder: Path, n_ranks: int, seed: int
     group.kill(*victims)
     codes = group.wait(ENDS_WITH_THE_OTHERS)
     assert -9 in codes and None not in codes  # no rank waits for a dead one
-    goes_on_as_if_nothing_had_been(forks, straight, folder, n_ranks)
+    goes_on_as_if_nothing_had_been(forks, straight, folder, n_ranks, stage)
 
 
-def kill_at_a_point(forks, straight, folder: Path, n_ranks: int, name: str) -> None:
-    codes = Group(forks, n_ranks, train, str(folder), name).wait(PATIENCE)
+def kill_at_a_point(forks, straight, folder: Path, n_ranks: int, name: str, stage="sft") -> None:
+    codes = Group(forks, n_ranks, train, str(folder), name, stage).wait(PATIENCE)
     assert -9 in codes and None not in codes and 0 not in codes
-    goes_on_as_if_nothing_had_been(forks, straight, folder, n_ranks)
+    goes_on_as_if_nothing_had_been(forks, straight, folder, n_ranks, stage)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -127,3 +128,16 @@ def test_the_whole_matrix_random_times(forks, straight, tmp_path, n_ranks, seed)
 @pytest.mark.parametrize("name", POINTS)
 def test_the_whole_matrix_named_points(forks, straight, tmp_path, n_ranks, name):
     kill_at_a_point(forks, straight, tmp_path / "run", n_ranks, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n_ranks", [1, 2])
+@pytest.mark.parametrize("seed", range(200, 206))
+def test_the_whole_matrix_dpo(forks, straight, tmp_path, n_ranks, seed):
+    kill_at_a_random_time(forks, straight, tmp_path / "run", n_ranks, seed, "dpo")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["between shards and manifest", "in the middle of accumulation"])
+def test_the_whole_matrix_dpo_named_points(forks, straight, tmp_path, name):
+    kill_at_a_point(forks, straight, tmp_path / "run", 2, name, "dpo")
