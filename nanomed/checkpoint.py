@@ -175,9 +175,10 @@ def load_weights(folder: Path, model: nn.Module) -> None:
 
 
 def _read(tensors: dict, folder: Path) -> None:
-    files = verify(folder)
+    reader = Reader(folder, set(verify(folder)))
+    reader.read_metadata()  # each rank by itself: not every torch hands an error on from the first
     try:
-        dcp.load(tensors, storage_reader=Reader(folder, set(files)), planner=Planner())
+        dcp.load(tensors, storage_reader=reader, planner=Planner())
     except CheckpointException as error:
         first, _ = next(iter(error.failures.values()))
         raise InputError(f"{folder} cannot be loaded: {first}") from None

@@ -26,6 +26,7 @@ ADMITTED = {
     ("torch", "Size"),
     *(("torch", name) for name in ("float32", "float64", "bfloat16", "float16", "int64", "int32")),
     ("pathlib", "PosixPath"),  # where it was written; never opened
+    ("pathlib._local", "PosixPath"),  # its name in Python 3.13
 }
 
 
