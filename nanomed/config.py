@@ -184,7 +184,7 @@ class SFT(Run):
     stage: ClassVar[str] = "sft"
     FRESH: ClassVar[dict[str, Any]] = {
         "lr": 1e-3,
-        "epochs": 7,
+        "epochs": 6,
         "batch_size": 16,
         "dropout": 0.0,
         "seq_len": 1024,
