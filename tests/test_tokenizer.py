@@ -218,3 +218,11 @@ def test_copy_makes_a_folder_that_loads_the_same(made, tmp_path):
         tokenizer.copy(tok, tmp_path / kind)
         again = tokenizer.load(tmp_path / kind)
         assert again.fingerprint() == tok.fingerprint() and tokenizer.same(again, tok)
+
+
+def test_the_sample_tokenizer_is_short_on_real_text(shared_data, encoder):
+    """At most 1.2 tokens per character on every file beside the checkout."""
+    files = [path for path in shared_data.iterdir() if path.is_file()]
+    texts = {path.name: path.read_text(encoding="utf-8")[:100_000] for path in files}
+    rates = {name: len(encoder.tokenizer.encode(text)) / len(text) for name, text in texts.items()}
+    assert len(rates) >= 7 and max(rates.values()) <= 1.2, rates
