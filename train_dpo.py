@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanomed import config, dry_run, stage, store
+from nanomed import arguments, config, dry_run, stage, store
 from nanomed.answers import show_answers
 from nanomed.distributed import launch, pick_device, start
 from nanomed.loader import Loader
@@ -80,7 +80,7 @@ def what_happens(values: dict[str, float]) -> str:
 
 
 def main() -> None:
-    c = stage.with_newest_sft(config.parse(config.DPO))
+    c = stage.with_newest_sft(arguments.parse(config.DPO))
     device = pick_device(c.device)
     model_config, encoder = stage.model_and_encoder(c)
 

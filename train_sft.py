@@ -11,7 +11,7 @@ from functools import partial
 
 from torch import Tensor
 
-from nanomed import config, dry_run, stage, store
+from nanomed import arguments, config, dry_run, stage, store
 from nanomed.answers import show_answers, show_example
 from nanomed.distributed import launch, pick_device, start
 from nanomed.exam import show_exam
@@ -27,7 +27,7 @@ def next_token_loss(nll: Tensor, row: Row) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def main() -> None:
-    c = config.parse(config.SFT)
+    c = arguments.parse(config.SFT)
     device = pick_device(c.device)
     model_config, encoder = stage.model_and_encoder(c)
 

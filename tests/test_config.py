@@ -2,7 +2,8 @@ import dataclasses
 
 import pytest
 
-from nanomed.config import CPT, DPO, SFT, InputError, parse
+from nanomed.arguments import parse
+from nanomed.config import CPT, DPO, SFT, InputError
 from tests.conftest import ROOT
 
 

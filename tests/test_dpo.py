@@ -10,7 +10,8 @@ from torch import Tensor
 
 import train_dpo
 from nanomed import store
-from nanomed.config import DPO, InputError, parse
+from nanomed.arguments import parse
+from nanomed.config import DPO, InputError
 from nanomed.distributed import full
 from nanomed.log import Meter, RunFolder
 from nanomed.losses import segment_logps

@@ -9,7 +9,8 @@ import torch
 
 import kernels
 from nanomed import dry_run, store
-from nanomed.config import CPT, DPO, MODELS, SFT, InputError, Run, parse
+from nanomed.arguments import parse
+from nanomed.config import CPT, DPO, MODELS, SFT, InputError, Run
 from nanomed.model import Layer
 from nanomed.packing import row_from
 from tests.conftest import ROOT

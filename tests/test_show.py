@@ -9,7 +9,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from nanomed import config
+from nanomed import arguments, config
 from nanomed.config import InputError
 from nanomed.model import Aquila
 from nanomed.packing import row_from
@@ -102,7 +102,7 @@ def run_folder(file, tmp_path, encoder):
     folder = tmp_path / "run"
     folder.mkdir()
     flags = ["--data", file, "--batch_size", "2", "--val_fraction", "0", "--seq_len", "200"]
-    c = config.parse(config.SFT, [*flags, "--allow_drop", "0.5", "--out", str(folder)])
+    c = arguments.parse(config.SFT, [*flags, "--allow_drop", "0.5", "--out", str(folder)])
     shape = dict(n_layers=1, d_ff=64, vocab_size=encoder.tokenizer.vocab_size)
     model_config = dataclasses.replace(config.MODELS["tiny"], **shape)
     (folder / "config.json").write_text(json.dumps(dataclasses.asdict(c)))

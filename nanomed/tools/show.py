@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nanomed import config, stage, store
+from nanomed import arguments, config, stage, store
 from nanomed.answers import records_of
 from nanomed.distributed import launch, pick_device, start
 from nanomed.loader import Loader
@@ -180,13 +180,13 @@ def _view(
 def settings(files: list[str], flags: list[str]) -> config.SFT:
     """Of train_sft.py, on these files; where --init is a run folder, the run's own."""
     argv = ["--data", *files, *flags]
-    c = config.parse(config.SFT, argv)
+    c = arguments.parse(config.SFT, argv)
     path = Path(c.init) / "config.json"
     if not c.init or not (Path(c.init) / "model.json").exists():
         return c
     known = {f.name for f in dataclasses.fields(config.SFT)} - set(OWN)
     base = {name: v for name, v in json.loads(path.read_text()).items() if name in known}
-    return config.parse(config.SFT, argv, base)
+    return arguments.parse(config.SFT, argv, base)
 
 
 def main(argv: list[str] | None = None) -> None:
