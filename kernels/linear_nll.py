@@ -21,19 +21,22 @@ from torch.autograd.function import once_differentiable
 BLOCK = 4096  # logits that a program holds at once
 
 
-@triton.jit
+# Lists of tokens begin where a chunk does: whether that is aligned must not compile a kernel again.
+@triton.jit(do_not_specialize_on_alignment=["rows_ptr", "labels_ptr", "nll_ptr", "lse_ptr"])
 def _forward(
-    logits_ptr, rows_ptr, labels_ptr, nll_ptr, lse_ptr, stride,
-    V: tl.constexpr, BLOCK: tl.constexpr,
+    logits_ptr, rows_ptr, labels_ptr, nll_ptr, lse_ptr,
+    V: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One token: lse = log(sum(exp(z))), nll = lse - z[label]. The sum is relative to the largest
     logit m so far; when a larger one comes, what was summed shrinks by exp(m_old - m)."""
-    i = tl.program_id(0).to(tl.int64)  # i * stride passes 2^31 from 14 thousand tokens
-    logits_ptr += i * stride
+    i = tl.program_id(0).to(tl.int64)  # i * STRIDE passes 2^31 from 14 thousand tokens
+    logits_ptr += i * STRIDE
     m, total = -float("inf"), 0.0
     for start in range(0, V, BLOCK):
         v = start + tl.arange(0, BLOCK)
-        z = tl.load(logits_ptr + v, mask=v < V, other=-float("inf")).to(tl.float32)
+        # A row's padding is read with it: only a border at a multiple of 16 allows wide loads.
+        z = tl.load(logits_ptr + v, mask=v < STRIDE, other=0).to(tl.float32)
+        z = tl.where(v < V, z, -float("inf"))
         m_old, m = m, tl.maximum(m, tl.max(z))
         total = total * tl.exp(m_old - m) + tl.sum(tl.exp(z - m))
     lse = m + tl.log(total)
@@ -45,10 +48,10 @@ def _forward(
     tl.store(lse_ptr + i, lse)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["rows_ptr", "labels_ptr", "dnll_ptr", "lse_ptr"])
 def _backward(
-    logits_ptr, rows_ptr, labels_ptr, dnll_ptr, lse_ptr, stride,
-    V: tl.constexpr, BLOCK: tl.constexpr,
+    logits_ptr, rows_ptr, labels_ptr, dnll_ptr, lse_ptr,
+    V: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A block of one token's logits z becomes their gradient, in place:
 
@@ -59,10 +62,10 @@ def _backward(
     label = tl.load(labels_ptr + token)
     dnll = tl.load(dnll_ptr + token)
     lse = tl.load(lse_ptr + i)
-    logits_ptr += i * stride
-    z = tl.load(logits_ptr + v, mask=v < V, other=0).to(tl.float32)
+    logits_ptr += i * STRIDE
+    z = tl.load(logits_ptr + v, mask=v < STRIDE, other=0).to(tl.float32)
     dz = (tl.exp(z - lse) - tl.where(v == label, 1.0, 0.0)) * dnll
-    tl.store(logits_ptr + v, dz, mask=v < V)
+    tl.store(logits_ptr + v, tl.where(v < V, dz, 0.0), mask=v < STRIDE)  # the padding, too
 
 
 def chunk_tokens(n_tokens: int, d_model: int) -> int:
@@ -71,7 +74,7 @@ def chunk_tokens(n_tokens: int, d_model: int) -> int:
     Small chunks cost time: each adds its part to the head's float32 gradient, reading and writing
     8 V D bytes beside matmuls of 6 C V D operations. An H100 moves 3.35e12 bytes and computes
     about 7e14 operations in a second, so this takes 280 / C of the matmuls' time: 27% at 1,024
-    tokens, 7% at 4,096, 3% at 8,192. Large chunks cost memory: 2 C V bytes of logits in bfloat16,
+    tokens, 7% at 4,096, 3% at 8,192 [computed, not measured]. Large chunks cost memory: 2 C V bytes of logits in bfloat16,
     beside the 4 V D of that gradient; C = 2 D takes as much again. V is in both and decides
     neither. So: 2 D, but between 4,096 and 8,192, the tokens shared out evenly.
     """
@@ -83,7 +86,11 @@ def chunk_tokens(n_tokens: int, d_model: int) -> int:
 def _workspace(n_tokens: int, hidden: Tensor, weight: Tensor) -> Tensor:
     """Room for a chunk of logits, [C, V rounded up to 128]. AquilaMed's V, 151,851, is odd: rows of
     that length would not begin at multiples of 16 bytes, and fast matmul kernels ask for that."""
-    return hidden.new_empty(chunk_tokens(n_tokens, weight.shape[1]), -(-len(weight) // 128) * 128)
+    return hidden.new_empty(chunk_tokens(n_tokens, weight.shape[1]), _stride(len(weight)))
+
+
+def _stride(v: int) -> int:
+    return -(-v // 128) * 128
 
 
 def _logits(h: Tensor, weight: Tensor, workspace: Tensor) -> Tensor:
@@ -93,19 +100,19 @@ def _logits(h: Tensor, weight: Tensor, workspace: Tensor) -> Tensor:
 
 def _launch_forward(logits: Tensor, rows: Tensor, labels: Tensor, nll: Tensor, lse: Tensor):
     """logits[C,V] of the tokens rows[C]: writes these places of nll[T], and lse[C]."""
-    _forward[(len(rows),)](logits, rows, labels, nll, lse, logits.stride(0), **_tile(logits))
+    _forward[(len(rows),)](logits, rows, labels, nll, lse, **_tile(logits.shape[1]))
 
 
 def _launch_backward(logits: Tensor, rows: Tensor, labels: Tensor, dnll: Tensor, lse: Tensor):
     """logits[C,V] of the tokens rows[C] become their gradient; dnll[T], lse[C]."""
-    tile = _tile(logits)
-    grid = len(rows), triton.cdiv(tile["V"], tile["BLOCK"])
-    _backward[grid](logits, rows, labels, dnll, lse, logits.stride(0), **tile)
+    tile = _tile(logits.shape[1])
+    grid = len(rows), triton.cdiv(tile["STRIDE"], tile["BLOCK"])
+    _backward[grid](logits, rows, labels, dnll, lse, **tile)
 
 
-def _tile(logits: Tensor) -> dict[str, int]:
-    v = logits.shape[1]
-    return {"V": v, "BLOCK": min(BLOCK, triton.next_power_of_2(v)), "num_warps": 8}
+def _tile(v: int) -> dict[str, int]:
+    block = min(BLOCK, triton.next_power_of_2(v))
+    return {"V": v, "STRIDE": _stride(v), "BLOCK": block, "num_warps": 8}
 
 
 def _add_matmul(out: Tensor, a: Tensor, b: Tensor) -> None:

@@ -28,7 +28,7 @@ def _turn(
     tl.store(y_ptr + HALF, b * cos + a * sin, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["positions_ptr"])
 def _forward(
     q_ptr, k_ptr, positions_ptr, wavelengths_ptr, q_out_ptr, k_out_ptr,
     q_token, q_head, k_token, k_head, direction,
@@ -59,18 +59,23 @@ def _launch(
     """q[T,H,E], k[T,K,E], positions[T] -> q and k turned (direction 1) or turned back (-1)."""
     q, k = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k))
     q_out, k_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
-    n_tokens, h, size = q.shape
-    blocks = {
-        "BLOCK_H": triton.next_power_of_2(h),
-        "BLOCK_K": triton.next_power_of_2(k.shape[1]),
-        "BLOCK_E": triton.next_power_of_2(size // 2),
-    }
-    _forward[(n_tokens,)](
-        q, k, positions.contiguous(), _wavelengths(theta, size // 2, q.device), q_out, k_out,
-        *q.stride()[:2], *k.stride()[:2], direction,
-        H=h, K=k.shape[1], HALF=size // 2, **blocks, num_warps=4,
-    )  # fmt: skip
+    wavelengths = _wavelengths(theta, q.shape[2] // 2, q.device)
+    strides = *q.stride()[:2], *k.stride()[:2]
+    tile = _tile(q.shape[1], k.shape[1], q.shape[2])
+    _forward[(len(q),)](
+        q, k, positions.contiguous(), wavelengths, q_out, k_out, *strides, direction, **tile
+    )
     return q_out, k_out
+
+
+def _tile(h: int, k: int, e: int) -> dict[str, int]:
+    sizes = {"H": h, "K": k, "HALF": e // 2}
+    return sizes | {
+        "BLOCK_H": triton.next_power_of_2(h),
+        "BLOCK_K": triton.next_power_of_2(k),
+        "BLOCK_E": triton.next_power_of_2(e // 2),
+        "num_warps": 4,
+    }
 
 
 @functools.cache
