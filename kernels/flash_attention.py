@@ -128,7 +128,9 @@ def _visit_keys(
         shrink = tl.exp2(top - new_top)
         total = total * shrink + tl.sum(p, 1)
         v_tile = _load(v, key, length, v_stride, KEYS, E, DIAGONAL)
-        acc = tl.dot(p.to(v.dtype.element_ty), v_tile, acc * shrink[:, None], input_precision="ieee")
+        acc = tl.dot(
+            p.to(v.dtype.element_ty), v_tile, acc * shrink[:, None], input_precision="ieee"
+        )
         top = new_top
     return acc, total, top
 
