@@ -1,6 +1,6 @@
 """kernels/reference.py against formulas written here, in float64; and which version runs."""
 
-import subprocess
+import importlib
 import sys
 
 import pytest
@@ -9,7 +9,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
 from kernels import reference
-from tests.conftest import ROOT
 
 
 def randn(*shape: int, dtype=torch.float64) -> torch.Tensor:
@@ -185,16 +184,12 @@ def test_an_error_inside_triton_is_not_a_reason_to_do_without(monkeypatch, chose
         kernels.swiglu(torch.ones(2, 3), torch.ones(2, 3))
 
 
-def test_importing_kernels_imports_no_triton_and_its_files_replace_no_function():
-    """traps 16. The file rmsnorm.py has the name of the function rmsnorm."""
-    code = (
-        "import sys, torch; before = 'triton' in sys.modules; import kernels;"
-        "assert before == ('triton' in sys.modules) and 'kernels.rmsnorm' not in sys.modules;"
-        "function = kernels.rmsnorm; import kernels.rmsnorm;"
-        "assert kernels.rmsnorm is function and 'kernels.rmsnorm' in sys.modules"
-    )
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
+def test_a_file_takes_no_functions_place(monkeypatch):
+    """Importing kernels/rmsnorm.py sets an attribute of the package, where the function stands."""
+    function = kernels.rmsnorm
+    monkeypatch.delitem(sys.modules, "kernels.rmsnorm", raising=False)
+    module = importlib.import_module("kernels.rmsnorm")
+    assert kernels.rmsnorm is function and module.rmsnorm is not function
 
 
 def test_the_heads_chunks_are_even_and_bounded():
