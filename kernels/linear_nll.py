@@ -64,8 +64,9 @@ def _backward(
     lse = tl.load(lse_ptr + i)
     logits_ptr += i * STRIDE
     z = tl.load(logits_ptr + v, mask=v < STRIDE, other=0).to(tl.float32)
+    z = tl.where(v < V, z, -float("inf"))
     dz = (tl.exp(z - lse) - tl.where(v == label, 1.0, 0.0)) * dnll
-    tl.store(logits_ptr + v, tl.where(v < V, dz, 0.0), mask=v < STRIDE)  # the padding, too
+    tl.store(logits_ptr + v, dz, mask=v < STRIDE)  # zeros into the padding
 
 
 def chunk_tokens(n_tokens: int, d_model: int) -> int:
