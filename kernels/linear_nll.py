@@ -2,9 +2,8 @@
 
 T tokens, n of them trained, D model width, V vocabulary, C tokens of a chunk.
 
-Matmuls are torch's: no kernel written here would beat them. Between them the logits of a chunk are
-read once in forward and overwritten by their gradient in backward, where separate operations would
-go over them about ten times, in float32.
+Matmuls are torch's own. Between them a kernel reads a chunk of logits once in forward, and in
+backward overwrites it by its gradient; the definition makes several float32 copies of it instead.
 
 Backward computes the logits again. To take the gradient in forward, while they are there, would
 leave out one of four matmuls, but hold a [T,D] and a [V,D] gradient until backward comes; and it
