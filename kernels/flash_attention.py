@@ -1,4 +1,4 @@
-"""Causal attention within packed segments in Triton: `kernels/reference.py::attention`, fast.
+"""Causal attention within packed segments, as `kernels/reference.py` defines it, in Triton.
 
 Shapes: T tokens of a packed row, H query heads, K key/value heads, G = H/K query heads that share
 one key/value head, E head size.
