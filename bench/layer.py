@@ -66,9 +66,9 @@ def check(s: Setting, t: int, found: dict[str, list[Tensor]], truth: list[Tensor
     ours = next(iter(errors))
     times = errors[ours] / errors["definition"]
     s.results.add(
-        "parity", f"layer: {ours}", [times], "times the other's error", shapes={"T": t},
-        dtype=s.dtype, held_against="definition", error=f"{errors[ours]:.1e}",
-        others=f"{errors['definition']:.1e}", gate="passed" if times <= 2 else "FAILED",
+        "parity", f"layer: {ours}", [times], "times their error", shapes={"T": t},
+        dtype=s.dtype, held_against="definition", our_error=f"{errors[ours]:.1e}",
+        their_error=f"{errors['definition']:.1e}", gate="passed" if times <= 2 else "FAILED",
     )  # fmt: skip
     if not times <= 2:
         sys.exit(f"the layer with {ours} kernels is {times:.1f} times as wrong: not timed")

@@ -123,7 +123,7 @@ def fingerprint(device: torch.device | str = "cpu") -> dict:
     found = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _said("git", "rev-parse", "--short=12", "HEAD"),
-        "dirty": bool(_said("git", "status", "--porcelain", "--untracked-files=no")),
+        "dirty": bool(_said("git", "status", "--porcelain", "--", "*.py")),
         "source": _source_hash(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -214,7 +214,7 @@ class Results:
         line = {
             "kind": kind, "name": name, "run": self.run, "shapes": shapes or {},
             "dtype": str(dtype).removeprefix("torch."), "convention": convention,
-            "unit": unit, "samples": list(samples), "facts": facts,
+            "unit": unit, "samples": [float(f"{x:.6g}") for x in samples], "facts": facts,
         }  # fmt: skip
         self._append(line)
         self.lines.append(line)
@@ -275,3 +275,7 @@ def _cell(value: object) -> str:
 
 def _is_number(value: object) -> bool:
     return value is None or isinstance(value, int | float)
+
+
+if __name__ == "__main__":
+    print(json.dumps(fingerprint("cuda" if torch.cuda.is_available() else "cpu"), indent=1))

@@ -34,16 +34,21 @@ def rmsnorm(compile: bool) -> Works:
     return works
 
 
-def rope(positions: Tensor, theta: float, compile: bool) -> Works:
+def rope(
+    positions: Tensor, theta: float, head_size: int, dtype: torch.dtype, compile: bool
+) -> Works:
+    half = torch.arange(head_size // 2, dtype=torch.float32, device=positions.device)
+    angle = positions[:, None] / theta ** (2 * half / head_size)
+    angle = torch.cat((angle, angle), -1)[:, None]  # [T,1,E]
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+
+    def turn(x: Tensor) -> Tensor:
+        a, b = x.chunk(2, -1)
+        return x * cos + torch.cat((-b, a), -1) * sin
+
     def rotate_half(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """As transformers does it: tables in float32, then everything in q's dtype."""
-        half = q.shape[-1] // 2
-        exponent = torch.arange(half, dtype=torch.float32, device=q.device) / half
-        angle = (positions[:, None] / theta**exponent).repeat(1, 2)[:, None]  # [T,1,E]
-        cos, sin = angle.cos().to(q.dtype), angle.sin().to(q.dtype)
-        turned = (torch.cat((-x[..., half:], x[..., :half]), -1) for x in (q, k))
-        q_turned, k_turned = turned
-        return q * cos + q_turned * sin, k * cos + k_turned * sin
+        """As transformers does it: tables once for all layers, then everything in q's dtype."""
+        return turn(q), turn(k)
 
     works = {"rotate_half": rotate_half}
     if compile:
@@ -70,7 +75,8 @@ def attention(cu_seqlens: Tensor, max_seqlen: int, on_gpu: bool) -> Works:
         works["SDPA flash"] = lambda q, k, v: _sdpa(q, k, v, SDPBackend.FLASH_ATTENTION)
         works["SDPA cuDNN"] = lambda q, k, v: _sdpa(q, k, v, SDPBackend.CUDNN_ATTENTION)
     if int(cu_seqlens[-1]) <= 4096:
-        works["every score"] = lambda q, k, v: every_score(q, k, v, document_mask(cu_seqlens))
+        mask = document_mask(cu_seqlens)
+        works["every score"] = lambda q, k, v: every_score(q, k, v, mask)
     if flash := installed("flash_attn", "flash_attn_varlen_func"):
         borders = dict(cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, causal=True)
         longest = dict(max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen)
