@@ -121,7 +121,7 @@ def fingerprint(device: torch.device | str = "cpu") -> dict:
     cores = len(os.sched_getaffinity(0))
     load = os.getloadavg()[0]
     found = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "date": datetime.now(UTC).isoformat(timespec="milliseconds"),
         "commit": _said("git", "rev-parse", "--short=12", "HEAD"),
         "dirty": bool(_said("git", "status", "--porcelain", "--", "*.py")),
         "source": _source_hash(),
