@@ -121,7 +121,7 @@ def test_the_floor_is_the_slower_of_memory_and_arithmetic():
 def test_traffic_counts_what_operations_read_and_write():
     x = torch.empty(10, 100, device="meta")
     with counts.Traffic() as seen:
-        x.T  # a view moves nothing
+        x.t()  # a view moves nothing
     assert seen.bytes == 0
     with counts.Traffic() as seen:
         (x + x[0]).exp_()  # reads x and one row, writes; reads and writes
@@ -132,6 +132,10 @@ def test_the_docs_show_what_the_formulas_give():
     text = (ROOT / "docs/kernels.md").read_text("utf-8")
     for rows in (counts.floors, counts.plain_traffic):
         assert measure.table(rows(AQUILAMED, counts.TOKENS)) in text
+    packed = kernels.documents(counts.TOKENS, "chats")
+    pairs = counts.attention(AQUILAMED, [counts.TOKENS])[0].flops
+    share = pairs / counts.attention(AQUILAMED, packed)[0].flops
+    assert f"{len(packed)} packed chats" in text and f"1/{share:.0f} of the pairs" in text
 
 
 # ---------------------------------------------------------------- kernels.py
