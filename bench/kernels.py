@@ -213,10 +213,14 @@ def measure(s: Setting, case: Case, rates: dict[str, float]) -> None:
                 if version in ("triton", "definition"):
                     raise
                 calls.pop(version, None)
-                note = f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
                 s.results.add("kernel", f"{case.op} {what}: {version}", [],
-                              shapes=_shapes(case), dtype=s.dtype, note=note)  # fmt: skip
+                              shapes=_shapes(case), dtype=s.dtype, note=said(error))  # fmt: skip
         add_times(s, case, what, count, calls, memory, rates)
+
+
+def said(error: Exception) -> str:
+    """Its kind and the start of its first line."""
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:80]}"
 
 
 def call(work: Callable, inputs: list[Tensor], train: bool) -> Callable[[], object]:
