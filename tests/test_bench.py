@@ -12,6 +12,7 @@ import torch
 
 from bench import ceilings, counts, kernels, layer, measure, oracles, results, rivals, setting
 from bench.counts import Count
+from kernels import reference
 from nanomed.config import MODELS
 from tests.conftest import ROOT
 
@@ -207,15 +208,16 @@ def test_the_gate_fails_if_both_are_wrong(tiny):
     assert not kernels.gate(tiny, case)
 
 
-def test_what_fails_the_gate_is_not_timed(tmp_path, monkeypatch, capsys):
+def test_what_fails_is_not_timed_and_the_others_are(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(oracles, "swiglu", lambda gate, up: gate * up)
+    monkeypatch.setattr(reference, "rope", None)  # cannot run at all
     path = tmp_path / "x.jsonl"
-    command = "x --device cpu --quick --tokens 16 --ops rmsnorm swiglu --results"
+    command = "x --device cpu --quick --tokens 16 --ops swiglu rope rmsnorm --results"
     monkeypatch.setattr(sys, "argv", [*command.split(), str(path)])
-    with pytest.raises(SystemExit, match="swiglu over 16 tokens"):
+    with pytest.raises(SystemExit, match=r"swiglu over 16 tokens.*wrong.*rope.*TypeError"):
         kernels.main()
     names = [line["name"] for line in measure.read([path])[0] if line["kind"] == "kernel"]
-    assert any("rmsnorm" in name for name in names) and not any("swiglu" in n for n in names)
+    assert names and all(name.startswith("rmsnorm") for name in names)
     assert "FAILED" in capsys.readouterr().out
 
 
