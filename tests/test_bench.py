@@ -202,6 +202,20 @@ def test_the_gate_sees(tiny, op, change):
     assert not kernels.gate(tiny, case)
 
 
+def test_the_gate_sees_one_element_that_hides_in_a_norm(tiny):
+    """bfloat16's own error is 5 times what one wrong element of half a million adds to it."""
+    tiny.dtype = torch.bfloat16
+    case = kernels.build(tiny, "swiglu", [1024])
+    right = next(iter(case.works.values()))(*case.inputs)
+    assert kernels.distance(one_element(right), right)[0] < 2e-3 / 2
+    assert kernels.gate(tiny, case) and not kernels.gate(tiny, planted(case, one_element))
+
+
+def test_what_is_not_finite_is_infinitely_wrong():
+    for value in (torch.nan, torch.inf):
+        assert kernels.distance(torch.tensor([1, value]), torch.ones(2)) == (math.inf, math.inf)
+
+
 def test_the_gate_fails_if_both_are_wrong(tiny):
     case = kernels.build(tiny, "rmsnorm", [16])
     case.works = {name: lambda x, w: x * w for name in case.works}
