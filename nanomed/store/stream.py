@@ -16,9 +16,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
 from nanomed.config import InputError
+from nanomed.store.cache import digest
 from nanomed.store.shards import file_of
+from nanomed.store.texts import RENDERED
 
 
 class Piece(NamedTuple):
@@ -169,7 +172,8 @@ def check(store: Documents, identity: dict) -> None:
     found = store.manifest
     if found.get("tokenizer") != identity["tokenizer"]:
         raise InputError(f"{store.folder} was tokenised with another tokenizer than this run's")
-    for name in ("document_end", "template"):
+    rendered = RENDERED in found["report"]["changed"]  # else the template has no part in it
+    for name in ("document_end", *(["template"] if rendered else [])):
         if found.get(name) != identity[name]:
             raise InputError(f"{store.folder} was tokenised with another {name} than this run's")
     code = found.get("code") or {}
@@ -178,3 +182,21 @@ def check(store: Documents, identity: dict) -> None:
             f"{store.folder} was written by another version of nanomed ({', '.join(changed)} "
             "changed); tokenise the files again"
         )
+
+
+def verify(folder: Path) -> None:
+    """Reads the whole store and compares every file's hash. Raises InputError."""
+    files = {
+        name: facts
+        for shard in read_manifest(folder)["shards"]
+        for name, facts in shard["files"].items()
+    }
+    size = sum(facts["size"] for facts in files.values())
+    with tqdm(total=size, unit="B", unit_scale=True, desc="verifying", disable=None) as bar:
+        for name, facts in files.items():
+            if digest(folder / name) != facts["sha256"]:
+                raise InputError(
+                    f"{folder / name} is not what was written, its hash differs: copy it again or "
+                    "tokenise the files again"
+                )
+            bar.update(facts["size"])
