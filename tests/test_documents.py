@@ -20,8 +20,8 @@ def write(path, texts: list[str]) -> str:
 
 def stream(store_: store.Documents, shard: int) -> list[list[int]]:
     """The documents of a shard, as its arrays say."""
-    borders = store_._load(shard, "borders")
-    tokens = store_._load(shard, "tokens").tolist()
+    borders = store_._map(shard, "borders")
+    tokens = store_._map(shard, "tokens").tolist()
     return [tokens[a:b] for a, b in pairwise(borders)]
 
 
@@ -37,7 +37,7 @@ def test_any_range_of_either_part(tmp_path_factory, encoder, texts, fraction, da
     for held_out, part in enumerate(built.split(fraction)):
         expected = []  # (ids, shard, document)
         for shard in range(len(built.manifest["shards"])):
-            sides = is_held_out(built._load(shard, "keys"), fraction)
+            sides = is_held_out(built._map(shard, "keys"), fraction)
             documents = stream(built, shard)
             expected += [(ids, shard, d) for d, ids in enumerate(documents) if sides[d] == held_out]
         flat = [(i, k == len(ids) - 1) for ids, _, _ in expected for k, i in enumerate(ids)]
