@@ -14,9 +14,9 @@ from pathlib import Path
 
 from nanomed import template, tokenizer
 from nanomed.config import InputError
-from nanomed.store.build import build
 from nanomed.store.pool import n_cores
 from nanomed.store.stream import Documents, verify
+from nanomed.store.writing import build
 
 
 def main() -> None:

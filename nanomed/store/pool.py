@@ -33,9 +33,10 @@ def in_order(
 
     def one(batch: Batch) -> Encoded:
         process = idle.get()
-        encoded = process.encode(batch)
-        idle.put(process)
-        return encoded
+        try:
+            return process.encode(batch)
+        finally:
+            idle.put(process)
 
     with ExitStack() as stack:
         for _ in range(n_processes):
@@ -43,9 +44,9 @@ def in_order(
             stack.callback(process.end)
             idle.put(process)
         # A thread for each process, which only sends and receives.
-        threads = stack.enter_context(ThreadPoolExecutor(n_processes))
+        threads = ThreadPoolExecutor(n_processes)
+        stack.callback(threads.shutdown, cancel_futures=True)
         under_way: deque[Future[Encoded]] = deque()
-        stack.callback(lambda: [future.cancel() for future in under_way])
         for batch in batches:
             under_way.append(threads.submit(one, batch))
             if len(under_way) > AHEAD * n_processes:

@@ -88,7 +88,9 @@ def _ids(text: Document | Chat, encoder: Encoder) -> list[int]:
 def _facts(text: Document | Chat) -> Facts:
     if isinstance(text, Document):
         n_bytes, notes = len(text.text.encode()), []
-        return Facts(text.source, text.lang, n_bytes, notes, text.dropped)
+        # What records call their languages has no end; the report knows three.
+        lang = text.lang if text.lang in ("zh", "en") else language(text.text)
+        return Facts(text.source, lang, n_bytes, notes, text.dropped)
     turns = [turn for _, turn in text.turns]
     n_bytes = sum(len(turn.encode()) for turn in turns)
     notes = [*text.notes, RENDERED]

@@ -7,7 +7,7 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,7 @@ from nanomed.template import Encoder
 SHARD_TOKENS = 32 << 20  # at most, 128 MiB; a document longer than that has a shard of its own
 SMALL = 8 << 20  # bytes of files that are read before other processes have started
 SOURCES = 100  # of so many in a file each is named in the report, the rest together
-CODE = (*FORMATTER, "store/shards", "store/texts", "store/build")
+CODE = (*FORMATTER, "store/shards", "store/texts", "store/writing")
 
 
 def documents(files: list[str], encoder: Encoder, text_key: str = "") -> Documents:
@@ -185,9 +185,10 @@ class _Builder:
         sizes = np.cumsum([0, *(os.path.getsize(path) for path in self.files)]).tolist()
         with progress(self.files, sizes[self.start[0]]) as bar:
             todo = batches(self.files, text_key, self.start)
-            for encoded in in_order(todo, encoder, text_key, n_processes):
-                self._add(encoded)
-                bar.update(sizes[encoded.file] + encoded.n_bytes - bar.n)
+            with closing(in_order(todo, encoder, text_key, n_processes)) as done:
+                for encoded in done:
+                    self._add(encoded)
+                    bar.update(sizes[encoded.file] + encoded.n_bytes - bar.n)
         if self.shard.n_tokens or self.tallies:
             self._finish((len(self.files), 1))
 
