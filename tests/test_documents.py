@@ -291,9 +291,9 @@ def resident():
     lines = open("/proc/self/status").read().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) / 1024
 
-before, started = resident(), time.perf_counter()
+before, started = resident(), time.process_time()  # other processes' time does not count
 train, held_out = Documents(pathlib.Path(sys.argv[1])).split(0.01)
-seconds, opened = time.perf_counter() - started, resident()
+seconds, opened = time.process_time() - started, resident()
 for _ in range(5_000):
     start = random.randrange(train.n_tokens - 4096)
     train.read(start, start + 4096), train.n_ends(start, start + 4096)
