@@ -21,7 +21,7 @@ from nanomed.loader import is_held_out
 from nanomed.store.shards import file_of
 from nanomed.store.stream import verify
 from tests.conftest import ROOT
-from tests.documents import SAMPLES, everything, in_shard, write
+from tests.stores import SAMPLES, everything, in_shard, write
 
 TEXTS = st.lists(st.text(min_size=1, max_size=40), min_size=1, max_size=30)
 

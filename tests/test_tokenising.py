@@ -16,7 +16,7 @@ from nanomed import store
 from nanomed.config import InputError
 from nanomed.store import pool
 from tests.conftest import ROOT
-from tests.documents import SAMPLES, content, write
+from tests.stores import SAMPLES, content, write
 
 
 def test_the_number_of_processes_changes_no_byte(tmp_path, encoder, monkeypatch):
