@@ -41,7 +41,7 @@ def main() -> None:
             _build(arguments)
         else:
             parser.error("give FILES, --tokenizer and --out, or --verify STORE")
-    except (InputError, ChildProcessError) as error:
+    except (InputError, OSError) as error:  # a full disk, a process that died
         sys.exit(f"error: {error}")
 
 

@@ -74,7 +74,8 @@ def build(
 
 
 def _write(folder: Path, files: list[str], encoder: Encoder, plan: dict, n_processes: int) -> None:
-    with ThreadPoolExecutor(1) as hasher:
+    hasher = ThreadPoolExecutor(1)  # reads beside the tokenising
+    try:
         hashes = hasher.map(digest, files)
         builder = _Builder(folder, files, plan["shard_tokens"])
         builder.run(encoder, plan["text_key"], n_processes)
@@ -82,6 +83,8 @@ def _write(folder: Path, files: list[str], encoder: Encoder, plan: dict, n_proce
             {"path": path, "size": os.path.getsize(path), "sha256": sha256}
             for path, sha256 in zip(files, hashes, strict=True)
         ]
+    finally:
+        hasher.shutdown(cancel_futures=True)
     write_json(folder / "manifest.json", plan | _manifest(folder, sources))
 
 
