@@ -54,7 +54,7 @@ def replay(path: Path, world: World, show_text: bool = False) -> list[int]:
             if mark:
                 found.append(i)
             if show_text or stage.may_show_text(c):
-                print("    " + " | ".join(encoder.tokenizer.decode(list(s)) for s, _ in store[i]))
+                print("    " + " | ".join(encoder.tokenizer.decode(list(s.ids)) for s in store[i]))
     if not found:
         print(
             "each of them alone is finite with these weights: they are of a checkpoint before the "
