@@ -28,6 +28,7 @@ __all__ = [
     "BadField", "Chat", "Document", "PreferencePair", "Turns",
     "chats_of", "document_of",
     "is_pair", "pair_of", "read_chats", "read_documents", "read_json", "read_pairs", "read_records",
+    "read_texts", "texts_in",
 ]  # fmt: skip
 
 CHAT, PAIR, DOCUMENT, UNPAIRED, EXAM = "chat", "pair", "document", "unpaired", "exam question"
@@ -106,16 +107,36 @@ def read_pairs(path: str) -> Iterator[tuple[int, PreferencePair, int]]:
         yield number, _naming_record(path, number, pair_of, record), n_bytes
 
 
-def read_documents(path: str, text_key: str | None = None) -> Iterator[tuple[int, Document, int]]:
-    """(record number from 1, document, bytes read so far) for every document in a file. A .txt
-    file has one document on each line, unless it holds JSON. `text_key` names the field with the
-    text (None: `text`, else `content`). Raises as read_chats does."""
-    if path.removesuffix(".gz").endswith(".txt") and not holds_json(path):
-        for number, line, n_bytes in read_lines(path):
-            yield number, _naming_record(path, number, document_of, {"text": line}), n_bytes
-        return
-    for number, record, n_bytes in read_records(path):
+def read_documents(path: str, text_key: str = "") -> Iterator[tuple[int, Document, int]]:
+    """(record number from 1, document, bytes read so far) for every document in a file. `text_key`
+    names the field with the text ("": `text`, else `content`). Raises as read_chats does."""
+    for number, record, n_bytes in read_texts(path, text_key):
         yield number, _naming_record(path, number, document_of, record, text_key), n_bytes
+
+
+def read_texts(path: str, text_key: str = "") -> Iterator[tuple[int, Any, int]]:
+    """The same with each record as it stands in the file, for texts_in() to read. A .txt file has
+    one document on each line, unless it holds JSON."""
+    if path.removesuffix(".gz").endswith(".txt") and not holds_json(path):
+        return ((n, {text_key or "text": line}, n_bytes) for n, line, n_bytes in read_lines(path))
+    return read_records(path)
+
+
+def texts_in(
+    path: str, number: int, record: Any, text_key: str = ""
+) -> list[Document] | list[Chat]:
+    """What a record gives to continued pre-training: its document; a chat's record, which has no
+    document's field, its chats. Raises InputError naming file, record and field."""
+    is_chat = isinstance(record, dict) and not text_key and _shape_of(record) == CHAT
+    if is_chat:
+        return _naming_record(path, number, chats_of, record)
+    return [_naming_record(path, number, document_of, record, text_key)]
+
+
+def _shape_of(record: dict) -> str:
+    """A record with a text of its own is a document, whatever else it holds."""
+    shapes = [known.shape for known in FORMATS if known.matches(record)]
+    return DOCUMENT if DOCUMENT in shapes else shapes[0] if shapes else ""
 
 
 def _naming_record(path: str, number: int, convert: Callable, *arguments: Any) -> Any:
@@ -139,7 +160,7 @@ def is_pair(record: dict) -> bool:
     return any(known.shape == PAIR and known.matches(record) for known in FORMATS)
 
 
-def document_of(record: Any, text_key: str | None = None) -> Document:
+def document_of(record: Any, text_key: str = "") -> Document:
     """The document in one record. Raises BadField."""
     if not text_key:
         return _format_of(record, DOCUMENT).convert(record)
