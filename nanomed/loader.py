@@ -13,7 +13,8 @@ import numpy as np
 
 from nanomed.config import InputError, Run
 from nanomed.mixture import Mixture
-from nanomed.packing import Row, Segment, filler, pack, row_from
+from nanomed.packing import Row, filler, pack, row_from
+from nanomed.segment import Segment
 from nanomed.shuffle import shuffled
 
 Indices = np.ndarray | range  # of examples; a range takes no memory
@@ -34,9 +35,9 @@ def split(
     data: DataSet, fraction: float, n_train_files: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Indices (to train on, held out) of a data set that has for each example its file and record
-    (`source`[n,2]) and the hash of its group (`keys`[n] uint64). Files after the first n_train_files are held out whole; if
-    there are none, a group's key, not chance, decides: the same question is never on both sides,
-    whatever the files' order and the seed."""
+    (`source`[n,2]) and the hash of its group (`keys`[n] uint64). Files after the first
+    n_train_files are held out whole; if there are none, a group's key, not chance, decides: the
+    same question is never on both sides, whatever the files' order and the seed."""
     if n_train_files is not None and (of_val := data.source[:, 0] >= n_train_files).any():
         return np.flatnonzero(~of_val), np.flatnonzero(of_val)
     held_out = is_held_out(data.keys, fraction)
@@ -100,8 +101,10 @@ class Loader:
         self.rank, self.world_size = rank, world_size
         self.steps_per_epoch = -(-len(train) // batch_size)  # the last one may be short
         self.n_steps = max_steps or self.steps_per_epoch * epochs
+        if mixture:
+            mixture.check(self.n_steps, batch_size)
         self._background = ThreadPoolExecutor(1, "next rows")
-        self._prepared: tuple[int, Future] | None = None
+        self._prepared: dict[int, Future[list[Row]]] = {}  # by step
 
     def examples(self, step: int) -> np.ndarray:
         """The indices of the examples of a step, the same on every rank."""
@@ -116,13 +119,11 @@ class Loader:
     def step(self, step: int) -> list[Row]:
         """This rank's rows of a step; every rank has the same number of them. Those of the next
         step are then prepared in the background, so that the device need not wait for them."""
-        prepared, self._prepared = self._prepared, None
-        if prepared and prepared[0] == step:
-            rows = prepared[1].result()
-        else:
-            rows = self._rows_of(step)
+        prepared = self._prepared.pop(step, None)
+        rows = prepared.result() if prepared else self._rows_of(step)
+        self._prepared.clear()
         if step + 1 < self.n_steps:
-            self._prepared = step + 1, self._background.submit(self._rows_of, step + 1)
+            self._prepared[step + 1] = self._background.submit(self._rows_of, step + 1)
         return rows
 
     def _rows_of(self, step: int) -> list[Row]:

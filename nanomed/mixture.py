@@ -8,6 +8,7 @@ source's share of the first d draws is never a whole draw times the number of so
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from math import gcd, lcm
@@ -42,16 +43,24 @@ def check_weights(entries: list[str], weights: list[Fraction | None]) -> None:
 class Mixture:
     """Draws from several sources; each is gone through in a new order each time."""
 
-    names: list[str]
-    sizes: list[int]  # how many examples each source has; its indices follow the former's
+    names: Sequence[str]
+    sizes: Sequence[int]  # how many examples each source has; its indices follow the former's
     weights: list[int]  # whole numbers without common divisor
     seed: int
+    passes: int = 1  # how often a source may be gone through; 0: as often as it takes
 
     @classmethod
-    def of(cls, names: list[str], sizes: list[int], weights: list[Fraction], seed: int):
+    def of(
+        cls,
+        names: Sequence[str],
+        sizes: Sequence[int],
+        weights: Sequence[Fraction],
+        seed: int,
+        passes: int = 1,
+    ) -> "Mixture":
         scale = lcm(*(weight.denominator for weight in weights))
         whole = [int(weight * scale) for weight in weights]
-        return cls(names, sizes, [w // gcd(*whole) for w in whole], seed)
+        return cls(names, sizes, [w // gcd(*whole) for w in whole], seed, passes)
 
     def draws(self, start: int, stop: int) -> np.ndarray:
         """[stop-start] int64: the examples of draws start to stop-1."""
@@ -90,24 +99,23 @@ class Mixture:
             left -= counts[-1]
         return counts
 
-    def check(self, n_steps: int, batch_size: int, passes: int) -> None:
+    def check(self, n_steps: int, batch_size: int) -> None:
         """Raises InputError if a source would be gone through more often than `passes` times."""
 
-        def used_up(steps: int) -> list[str]:
+        def used_up(steps: int) -> list[int]:
             counts = self.counts(steps * batch_size)
-            sources = zip(self.names, counts, self.sizes, strict=True)
-            return [name for name, count, size in sources if count > passes * size]
+            return [s for s, n in enumerate(counts) if n > self.passes * self.sizes[s]]
 
-        if not used_up(n_steps):
+        if not self.passes or not used_up(n_steps):
             return
         low, high = 0, n_steps  # the last step that all sources reach, the first that one misses
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (low, middle) if used_up(middle) else (middle, high)
         first = used_up(high)[0]
-        size = self.sizes[self.names.index(first)]
+        times = "one pass" if self.passes == 1 else f"{self.passes} passes"
         raise InputError(
-            f"--data: {first} runs out in step {high} of {n_steps}: it has {size} slices to train "
-            f"on, for {passes} pass{'es' if passes > 1 else ''}; ask for at most --steps {low}, "
-            "change the weights, or go through it again with --repeat"
+            f"--data: {self.names[first]} runs out in step {high:,} of {n_steps:,}: it has "
+            f"{self.sizes[first]:,} slices to train on, for {times} (--epochs); ask for fewer "
+            f"--steps (at most {low:,}), change the weights, or see slices again with --repeat"
         )

@@ -23,24 +23,16 @@ document goes on with in another row. One document, cut before X, behind the end
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-IGNORE = -100  # the label of a token that is not trained on
+from nanomed.segment import IGNORE, Segment
+
 # A rank with nothing left to do runs this: two segments (DPO reads them in pairs) of two tokens
 # (a single token would recompile a compiled layer), no label, hence zero gradients.
-FILLER = [(np.zeros(2, np.int64), np.zeros(2, bool))] * 2
-
-
-class Segment(NamedTuple):
-    """One token sequence of an example, as data sets give them."""
-
-    ids: np.ndarray  # [n] int64
-    trained: np.ndarray  # [n] bool, which tokens are learned; the first has no predecessor
-    follows: int = IGNORE  # the token that comes after the last one, if that is learned here
+FILLER = [Segment(np.zeros(2, np.int64), np.zeros(2, bool))] * 2
 
 
 @dataclass
@@ -105,8 +97,7 @@ def row_from(
 
 
 def filler() -> Row:
-    ids, trained = zip(*FILLER, strict=True)
-    return row_from(ids, trained, examples=[-1, -1])
+    return row_from(*zip(*FILLER, strict=True), examples=[-1, -1])
 
 
 def pack(lengths: Sequence[int], capacity: int, world_size: int) -> list[list[int]]:

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from nanomed.packing import Segment
+from nanomed.segment import Segment
 from nanomed.store import group_key
 
 

@@ -17,9 +17,10 @@ from nanomed.log import Meter, RunFolder
 from nanomed.losses import segment_logps
 from nanomed.model import Aquila, init_weights
 from nanomed.optim import adamw
-from nanomed.packing import Segment, filler, row_from
+from nanomed.packing import filler, row_from
 from nanomed.records import PreferencePair
 from nanomed.reference import check_start, reference_logps
+from nanomed.segment import Segment
 from nanomed.step import reduced, train_step
 from nanomed.trainer import fit
 from tests.data import ListData

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nanomed import packing
+from nanomed import segment
 from nanomed.config import InputError
 from nanomed.records import Chat, PreferencePair, read_chats, read_pairs
 from nanomed.store.cache import FORMATTER, cached, code, digest, group_key, progress
@@ -49,11 +49,11 @@ class Store:
     def divisors_of(self, examples: np.ndarray) -> np.ndarray:
         return self.divisors[examples]
 
-    def __getitem__(self, i: int) -> list[packing.Segment]:
+    def __getitem__(self, i: int) -> list[segment.Segment]:
         segments = range(i * self.per_example, (i + 1) * self.per_example)
         spans = [slice(self.borders[s], self.borders[s + 1]) for s in segments]
         parts = [(self.tokens[span].astype(np.int64), self.trained[span]) for span in spans]
-        return [packing.Segment(*part) for part in parts]
+        return [segment.Segment(*part) for part in parts]
 
     def where(self, i: int) -> tuple[str, int]:
         """The file, and the record's number in it, that example i was read from."""
