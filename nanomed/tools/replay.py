@@ -50,9 +50,8 @@ def replay(path: Path, world: World, show_text: bool = False) -> list[int]:
         for i, record in zip(row["examples"], row["records"], strict=True):
             loss, norm = run_alone(model, data[i], world.device)
             mark = "" if math.isfinite(loss + norm) else "   <- NOT FINITE"
-            print(
-                f"  {_where(data, i, record)}: loss {loss:.4f} per trained token, gradient norm {norm:.4f}{mark}"
-            )
+            place = _where(data, i, record)
+            print(f"  {place}: loss {loss:.4f} per trained token, gradient norm {norm:.4f}{mark}")
             if mark:
                 found.append(i)
             if show_text or stage.may_show_text(c):
