@@ -34,7 +34,7 @@ def test_what_goes_in_comes_out(file, encoder):
     assert len(built) == len(chats) == 20
     for i, (number, chat, _) in enumerate(chats):
         ids, trained, _ = encoder.chat(chat, 256)
-        ((stored_ids, stored_trained),) = built[i]
+        ((stored_ids, stored_trained, _),) = built[i]
         assert stored_ids.tolist() == ids and stored_trained.tolist() == trained
         assert stored_ids.dtype == np.int64
         assert built.lengths[i] == len(ids) and built.divisors[i] == sum(trained)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from nanomed import segment
 from nanomed.config import InputError
 from nanomed.records import Chat, PreferencePair, read_chats, read_pairs
 from nanomed.store.cache import FORMATTER, cached, code, digest, group_key, progress
@@ -23,8 +24,7 @@ CODE = (*FORMATTER, "records/pairs", "tally", "store/examples")
 
 
 class Store:
-    """Examples in memory-mapped files. store[i] is the example's segments: [(ids, trained), ...]
-    as numpy arrays, int64 and bool."""
+    """Examples in memory-mapped files. store[i] is the example's segments."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -43,10 +43,17 @@ class Store:
     def __len__(self) -> int:
         return len(self.keys)
 
-    def __getitem__(self, i: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    def lengths_of(self, examples: np.ndarray) -> np.ndarray:
+        return self.lengths[examples]
+
+    def divisors_of(self, examples: np.ndarray) -> np.ndarray:
+        return self.divisors[examples]
+
+    def __getitem__(self, i: int) -> list[segment.Segment]:
         segments = range(i * self.per_example, (i + 1) * self.per_example)
         spans = [slice(self.borders[s], self.borders[s + 1]) for s in segments]
-        return [(self.tokens[span].astype(np.int64), self.trained[span]) for span in spans]
+        parts = [(self.tokens[span].astype(np.int64), self.trained[span]) for span in spans]
+        return [segment.Segment(*part) for part in parts]
 
     def where(self, i: int) -> tuple[str, int]:
         """The file, and the record's number in it, that example i was read from."""
