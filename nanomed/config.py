@@ -210,7 +210,12 @@ class CPT(Run):
         "min_lr_ratio": 0.1,
         "log_every": 10,
     }
-    data: list[str] = _default("data", ("samples/cpt_medical.jsonl", "samples/cpt_general.jsonl"))
+    data: list[str] = _flag(
+        ("samples/cpt_medical.jsonl", "samples/cpt_general.jsonl"),
+        "sources: files of documents or chats (.jsonl, .txt, ...; also .gz), or stores that\n"
+        "python -m nanomed.store wrote; each may end with a weight: STORE:0.7 FILE:0.3",
+    )
+    repeat: bool = _flag(False, "go through a weighted source again where it runs out")
     val_fraction: float = _default("val_fraction", 0.001)
     epochs: int = _default("epochs", 1)
     batch_size: int = _default("batch_size", 768)

@@ -17,9 +17,10 @@ import torch
 from kernels.reference import CHUNK_CUDA
 from nanomed.config import InputError, ModelConfig, Run, nearest
 from nanomed.distributed import rank_from_env
-from nanomed.loader import split
+from nanomed.loader import Loader, split
 from nanomed.log import PEAK_FLOPS, flops_of
 from nanomed.model import Aquila
+from nanomed.slices import Slices
 from nanomed.store import Store
 
 GIB, GB = 2**30, 1e9
@@ -124,8 +125,11 @@ def published_work(c: Run) -> tuple[Work, Work]:
     return work(c.examples - n_val), work(n_val)
 
 
-def counted_work(c: Run, data: Store) -> tuple[Work, Work]:
-    """(training, held out) of tokenised data."""
+def counted_work(c: Run, data: Store | Slices) -> tuple[Work, Work]:
+    """(training, held out) of tokenised data; of slices the squares of a sample."""
+    if isinstance(data, Slices):
+        Loader.of(c, data, parts=(data.train, data.val), mixture=data.mixture)  # can it be run?
+        return sliced_work(data, data.train), sliced_work(data, data.val)
 
     def work(part: np.ndarray) -> Work:
         squares = np.diff(data.borders).astype(float).reshape(len(data), -1) ** 2
@@ -133,6 +137,16 @@ def counted_work(c: Run, data: Store) -> tuple[Work, Work]:
 
     train, val = split(data, c.val_fraction, len(c.data))
     return work(train), work(val)
+
+
+def sliced_work(data: Slices, part: range, sample: int = 256) -> Work:
+    """Pieces' lengths are those of `sample` slices evenly spaced; of all if there are fewer."""
+    seen = np.unique(np.linspace(part.start, part.stop - 1, sample).astype(int)) if part else []
+    lengths = [np.array([len(s.ids) for s in data[i]], float) for i in seen]
+    n_tokens = int(data.n_tokens.reshape(2, -1)[int(part.start > 0)].sum())
+    sampled = sum(x.sum() for x in lengths)
+    squares = sum((x**2).sum() for x in lengths)
+    return Work(len(part), float(n_tokens), squares * n_tokens / max(1, sampled))
 
 
 def n_steps(c: Run, train: Work) -> int:
@@ -179,7 +193,7 @@ def parse_hardware(text: str) -> tuple[int, str]:
     return int(match[1]), match[2]
 
 
-def show(c: Run, model: ModelConfig, load: Callable[[], Store]) -> None:
+def show(c: Run, model: ModelConfig, load: Callable[[], Store | Slices]) -> None:
     """Prints the plan on rank 0. `load` tokenises the data and is called if --examples is 0."""
     n_gpus, kind = parse_hardware(c.hardware)
     if rank_from_env()[0] == 0:
