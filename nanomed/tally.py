@@ -10,14 +10,13 @@ import numpy as np
 from nanomed.records.shapes import Chat, PreferencePair, language
 
 PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
-LANGUAGES = 20  # that a report names
 
 
 class Facts(NamedTuple):
     """What the report says of a document."""
 
     source: str
-    language: str
+    language: str  # zh, en or other
     n_bytes: int  # of the text in UTF-8; of a chat those of its turns
     notes: list[str]
     dropped: str
@@ -52,16 +51,14 @@ class Tally:
 
     def document(self, facts: Facts, n_tokens: int) -> None:
         """One document. However many there are, this stays small: lengths are rounded down to 6
-        significant bits (3%), and languages that few records name are counted together."""
+        significant bits (3%)."""
         self.examples += 1
         self.changed.update(facts.notes)
         if n_tokens == 0:
             self.dropped[facts.dropped] += 1
             return
-        known = facts.language in self.languages or len(self.languages) < LANGUAGES
         shift = max(0, n_tokens.bit_length() - 6)
-        name = facts.language if known else "other"
-        self._keep(n_tokens, n_tokens - 1, n_tokens >> shift << shift, name)
+        self._keep(n_tokens, n_tokens - 1, n_tokens >> shift << shift, facts.language)
         self.n_bytes += facts.n_bytes
 
     def _keep(self, n_tokens: int, n_trained: int, length: int, lang: str) -> None:

@@ -6,6 +6,7 @@ line there and a function in chats.py or pairs.py that turns the record into its
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from nanomed.config import InputError, nearest
@@ -48,10 +49,15 @@ class Format:
     convert: Callable[[dict], Any] | None = None
     fits: Callable[[dict], bool] = lambda record: True  # what the names alone do not tell
 
+    @cached_property
+    def groups(self) -> list[list[str]]:
+        return [names.split("|") for names in self.fields.split()]
+
     def matches(self, record: dict) -> bool:
-        groups = (names.split("|") for names in self.fields.split())
-        has_all = all(any(record.get(n) is not None for n in names) for names in groups)
-        return has_all and self.fits(record)
+        for names in self.groups:
+            if all(record.get(name) is None for name in names):
+                return False
+        return self.fits(record)
 
 
 def _is_pair(record: dict) -> bool:
@@ -127,16 +133,10 @@ def texts_in(
 ) -> list[Document] | list[Chat]:
     """What a record gives to continued pre-training: its document; a chat's record, which has no
     document's field, its chats. Raises InputError naming file, record and field."""
-    is_chat = isinstance(record, dict) and not text_key and _shape_of(record) == CHAT
-    if is_chat:
+    named = text_key or not isinstance(record, dict) or _first(record, DOCUMENT)
+    if not named and _first(record, CHAT):
         return _naming_record(path, number, chats_of, record)
     return [_naming_record(path, number, document_of, record, text_key)]
-
-
-def _shape_of(record: dict) -> str:
-    """A record with a text of its own is a document, whatever else it holds."""
-    shapes = [known.shape for known in FORMATS if known.matches(record)]
-    return DOCUMENT if DOCUMENT in shapes else shapes[0] if shapes else ""
 
 
 def _naming_record(path: str, number: int, convert: Callable, *arguments: Any) -> Any:
@@ -190,13 +190,17 @@ def _format_of(record: Any, wanted: str) -> Format:
     """The first format of the wanted shape. Raises BadField, saying what the record is instead."""
     if not isinstance(record, dict):
         raise BadField("(record)", f"expected an object, found {excerpt(record)}")
-    found = [known for known in FORMATS if known.matches(record)]
-    for known in found:
-        if known.shape == wanted:
-            return known
-    if found:
-        raise BadField("(record)", f"no {wanted}, this is {DESCRIBED[found[0].shape]}")
+    if known := _first(record, wanted):
+        return known
+    if found := _first(record):
+        raise BadField("(record)", f"no {wanted}, this is {DESCRIBED[found.shape]}")
     raise BadField("(record)", _unknown_format(record, wanted))
+
+
+def _first(record: dict, shape: str = "") -> Format | None:
+    """The first format that a record has; of one shape, if one is named."""
+    asked = (known for known in FORMATS if shape in ("", known.shape))
+    return next((known for known in asked if known.matches(record)), None)
 
 
 def _unknown_format(record: dict, wanted: str) -> str:

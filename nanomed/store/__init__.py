@@ -10,10 +10,10 @@ cache.py       which store belongs to which files, tokenizer and code
 python -m nanomed.store FILES --tokenizer DIR --out STORE
 """
 
-from nanomed.store.build import build, documents
 from nanomed.store.cache import group_key
 from nanomed.store.examples import Store, chats, pairs
 from nanomed.store.stream import Documents, Part, Piece
+from nanomed.store.writing import build, documents
 
 __all__ = [
     "Documents", "Part", "Piece", "Store",

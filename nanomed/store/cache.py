@@ -16,8 +16,8 @@ from nanomed.config import InputError
 CACHE = Path("runs/cache")
 PACKAGE = Path(__file__).parent.parent
 # The code that turns files into ids.
-READERS = tuple(f"records/{name}" for name in ("__init__", "files", "shapes", "chats", "pairs"))
-FORMATTER = (*READERS, "tally", "template", "tokenizer", "tokenizer_files", "store/cache")
+READERS = ("records/__init__", "records/files", "records/shapes", "records/chats")
+FORMATTER = (*READERS, "template", "tokenizer", "tokenizer_files", "store/cache")
 
 
 def code(names: tuple[str, ...]) -> dict[str, str]:

@@ -20,7 +20,7 @@ from nanomed.store.cache import FORMATTER, cached, code, digest, group_key, prog
 from nanomed.tally import Tally, report_of
 from nanomed.template import Encoder, Segment
 
-CODE = (*FORMATTER, "store/examples")
+CODE = (*FORMATTER, "records/pairs", "tally", "store/examples")
 
 
 class Store:

@@ -28,6 +28,13 @@ FILES = {
     "source": "source.npy",
 }
 
+DTYPES = {
+    "tokens": np.dtype("<u4"),
+    "borders": np.dtype("<i8"),
+    "keys": np.dtype("<u8"),
+    "source": np.dtype("<i8"),
+}
+
 
 def file_of(shard: int, array: str) -> str:
     return f"shard-{shard:05d}.{FILES[array]}"
@@ -50,14 +57,14 @@ class Shard:
 
     def write(self, folder: Path, number: int) -> dict[str, Any]:
         """Its arrays, in the order of the documents' keys. Returns what the manifest says."""
-        keys = np.array(self.keys, np.uint64)
+        keys = np.array(self.keys, DTYPES["keys"])
         order = np.argsort(keys, kind="stable")
-        lengths = np.array([len(ids) for ids in self.ids], np.int64)[order]
+        lengths = np.array([len(ids) for ids in self.ids], DTYPES["borders"])[order]
         content = {
-            "tokens": (self.ids[i].astype("<u4").tobytes() for i in order),
+            "tokens": (self.ids[i].astype(DTYPES["tokens"]).tobytes() for i in order),
             "borders": [_npy(np.concatenate(([0], np.cumsum(lengths))))],
             "keys": [_npy(keys[order])],
-            "source": [_npy(np.array(self.source, np.int64)[order])],
+            "source": [_npy(np.array(self.source, DTYPES["source"])[order])],
         }
         return {
             "tokens": self.n_tokens,

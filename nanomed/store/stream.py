@@ -10,15 +10,19 @@ A Part is one side of it, shard after shard, as one stream of tokens.
 """
 
 import json
+import mmap
 import os
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
 from nanomed.config import InputError
-from nanomed.store.shards import file_of
+from nanomed.store.cache import digest
+from nanomed.store.shards import DTYPES, file_of
+from nanomed.store.texts import RENDERED
 
 
 class Piece(NamedTuple):
@@ -42,35 +46,41 @@ class Documents:
         """(to train on, held out): a document is held out if its key is below the fraction's share
         of all keys (nanomed.loader.is_held_out). Either part may be empty."""
         limit = np.uint64(min(int(fraction * 2**64), 2**64 - 1))
-        sizes = np.array([s["documents"] for s in self.manifest["shards"]], np.int64)
-        cuts = np.array(
-            [np.searchsorted(self._load(s, "keys"), limit) for s in range(len(sizes))], np.int64
-        )
-        return Part(self, cuts, sizes), Part(self, np.zeros_like(cuts), cuts)
+        sizes = [(shard["documents"], shard["tokens"]) for shard in self.manifest["shards"]]
+        # [shards,2] documents and tokens before each shard's border, and before its end
+        cuts = np.array([self._cut(s, limit) for s in range(len(sizes))], np.int64)
+        ends = np.array(sizes, np.int64)
+        return Part(self, cuts, ends), Part(self, np.zeros_like(cuts), cuts)
+
+    def _cut(self, shard: int, limit: np.uint64) -> tuple[int, int]:
+        n = int(np.searchsorted(self._map(shard, "keys"), limit)) if limit else 0
+        return n, int(self._map(shard, "borders")[n]) if n else 0
 
     def where(self, shard: int, document: int) -> tuple[str, int]:
         """The file, and the record's number in it, that a document was read from."""
-        file, record = self._load(shard, "source")[document]
+        file, record = self._map(shard, "source").reshape(-1, 2)[document]
         return self.manifest["sources"][file]["path"], int(record)
 
-    def _load(self, shard: int, array: str) -> np.ndarray:
-        """Mapped anew each time: what a process has read does not stay in its memory."""
-        path = self.folder / file_of(shard, array)
-        if array == "tokens":
-            return np.memmap(path, "<u4", "r")
-        return np.load(path, mmap_mode="r")
+    def _map(self, shard: int, array: str) -> np.ndarray:
+        """Mapped anew each time, so that what a process has read does not stay in its memory."""
+        n = self.manifest["shards"][shard]["tokens" if array == "tokens" else "documents"]
+        count = {"tokens": n, "borders": n + 1, "keys": n, "source": 2 * n}[array]
+        dtype = DTYPES[array]
+        with open(self.folder / file_of(shard, array), "rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        # An .npy file ends with its values.
+        return np.frombuffer(mapped, dtype, offset=len(mapped) - count * dtype.itemsize)
 
 
 class Part:
     """Some documents of a store as one stream of tokens: of each shard those from first to last."""
 
     def __init__(self, store: Documents, first: np.ndarray, last: np.ndarray):
-        self.store, self.first = store, first  # [shards]
-        spans = [_span(store, s, *ends) for s, ends in enumerate(zip(first, last, strict=True))]
-        begins, ends = np.array(spans, np.int64).reshape(-1, 2).T
-        self.begins = begins  # [shards] the first token of the part in each shard
-        self.offsets = np.concatenate(([0], np.cumsum(ends - begins)))  # [shards+1] in the stream
-        self.documents = np.concatenate(([0], np.cumsum(last - first)))  # [shards+1] before each
+        """first, last: [shards,2] documents and tokens before the part's begin and its end."""
+        self.store = store
+        self.first, self.begins = first.T  # [shards] document and token
+        sums = np.concatenate((np.zeros((1, 2), np.int64), np.cumsum(last - first, axis=0)))
+        self.documents, self.offsets = sums.T  # [shards+1] before each shard, in the stream
 
     @property
     def n_tokens(self) -> int:
@@ -96,7 +106,7 @@ class Part:
     def _read_shard(self, shard: int, start: int, stop: int) -> list[Piece]:
         if start == stop:
             return []
-        borders, tokens = (self.store._load(shard, array) for array in ("borders", "tokens"))
+        borders, tokens = (self.store._map(shard, array) for array in ("borders", "tokens"))
         start, stop = (int(x - self.offsets[shard] + self.begins[shard]) for x in (start, stop))
         first = int(np.searchsorted(borders, start, "right")) - 1
         last = int(np.searchsorted(borders, stop, "left"))
@@ -119,17 +129,11 @@ class Part:
         if shard == len(self.begins):
             return self.n_documents
         token = position - self.offsets[shard] + self.begins[shard]
-        ended = np.searchsorted(self.store._load(shard, "borders"), token, "right") - 1
+        ended = np.searchsorted(self.store._map(shard, "borders"), token, "right") - 1
         return int(self.documents[shard] + ended - self.first[shard])
 
     def _shard_at(self, position: int) -> int:
         return int(np.searchsorted(self.offsets, position, "right")) - 1
-
-
-def _span(store: Documents, shard: int, first: int, last: int) -> tuple[int, int]:
-    """The tokens of a shard's documents from first to last."""
-    borders = store._load(shard, "borders")
-    return int(borders[first]), int(borders[last])
 
 
 # ---------------------------------------------------------------- checks
@@ -169,7 +173,8 @@ def check(store: Documents, identity: dict) -> None:
     found = store.manifest
     if found.get("tokenizer") != identity["tokenizer"]:
         raise InputError(f"{store.folder} was tokenised with another tokenizer than this run's")
-    for name in ("document_end", "template"):
+    rendered = RENDERED in found["report"]["changed"]  # else the template has no part in it
+    for name in ("document_end", *(["template"] if rendered else [])):
         if found.get(name) != identity[name]:
             raise InputError(f"{store.folder} was tokenised with another {name} than this run's")
     code = found.get("code") or {}
@@ -178,3 +183,21 @@ def check(store: Documents, identity: dict) -> None:
             f"{store.folder} was written by another version of nanomed ({', '.join(changed)} "
             "changed); tokenise the files again"
         )
+
+
+def verify(folder: Path) -> None:
+    """Reads the whole store and compares every file's hash. Raises InputError."""
+    files = {
+        name: facts
+        for shard in read_manifest(folder)["shards"]
+        for name, facts in shard["files"].items()
+    }
+    size = sum(facts["size"] for facts in files.values())
+    with tqdm(total=size, unit="B", unit_scale=True, desc="verifying", disable=None) as bar:
+        for name, facts in files.items():
+            if digest(folder / name) != facts["sha256"]:
+                raise InputError(
+                    f"{folder / name} is not what was written, its hash differs: copy it again or "
+                    "tokenise the files again"
+                )
+            bar.update(facts["size"])

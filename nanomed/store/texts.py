@@ -11,6 +11,7 @@ from nanomed.tally import Facts
 from nanomed.template import Encoder
 
 BATCH = 1 << 20  # characters that a process is given at a time
+RENDERED = "chat rendered by the template"  # its note in the report
 NO_LIMIT = 1 << 62  # tokens of a chat: here it is cut into slices, not shortened
 
 
@@ -87,8 +88,10 @@ def _ids(text: Document | Chat, encoder: Encoder) -> list[int]:
 def _facts(text: Document | Chat) -> Facts:
     if isinstance(text, Document):
         n_bytes, notes = len(text.text.encode()), []
-        return Facts(text.source, text.lang, n_bytes, notes, text.dropped)
+        # What records call their languages has no end; the report knows three.
+        lang = text.lang if text.lang in ("zh", "en") else language(text.text)
+        return Facts(text.source, lang, n_bytes, notes, text.dropped)
     turns = [turn for _, turn in text.turns]
     n_bytes = sum(len(turn.encode()) for turn in turns)
-    notes = [*text.notes, "chat rendered by the template"]
+    notes = [*text.notes, RENDERED]
     return Facts(text.source, language(" ".join(turns)), n_bytes, notes, text.dropped)

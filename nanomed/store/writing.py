@@ -7,22 +7,24 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import numpy as np
 
 from nanomed.config import InputError
 from nanomed.store.cache import FORMATTER, cached, code, digest, progress
+from nanomed.store.pool import in_order, n_cores
 from nanomed.store.shards import Shard, file_of, finished, write_json
 from nanomed.store.stream import Documents, check
-from nanomed.store.texts import Encoded, batches, encode
+from nanomed.store.texts import Encoded, batches
 from nanomed.tally import Facts, Tally, report_of
 from nanomed.template import Encoder
 
 SHARD_TOKENS = 32 << 20  # at most, 128 MiB; a document longer than that has a shard of its own
+SMALL = 8 << 20  # bytes of files that are read before other processes have started
 SOURCES = 100  # of so many in a file each is named in the report, the rest together
-CODE = (*FORMATTER, "store/shards", "store/texts", "store/build")
+CODE = (*FORMATTER, "store/shards", "store/texts", "store/writing")
 
 
 def documents(files: list[str], encoder: Encoder, text_key: str = "") -> Documents:
@@ -36,7 +38,12 @@ def documents(files: list[str], encoder: Encoder, text_key: str = "") -> Documen
     else:
         plan = _plan(files, encoder, text_key, SHARD_TOKENS)
         parts = [json.dumps(plan), *map(digest, files)]
-        write = lambda folder: build(folder, files, encoder, text_key)  # noqa: E731
+        small = sum(map(os.path.getsize, files)) < SMALL
+        processes = 1 if small else n_cores()
+
+        def write(folder: Path) -> None:
+            build(folder, files, encoder, text_key, n_processes=processes)
+
         folder = cached("documents", parts, write)
     store = Documents(folder)
     check(store, _identity(encoder))
@@ -49,29 +56,35 @@ def build(
     encoder: Encoder,
     text_key: str = "",
     shard_tokens: int = SHARD_TOKENS,
+    n_processes: int = 1,
 ) -> Documents:
     """Writes the store, or what of it is not written yet. Raises InputError as documents() does,
-    and if the folder holds another store or the files have changed since it was begun."""
+    and if the folder holds another store or the files have changed since it was begun. The
+    number of processes changes nothing in it."""
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # the data may be patients'
     plan = _plan(files, encoder, text_key, shard_tokens)
     if not (folder / "manifest.json").exists():
         with _locked(folder / "unfinished.json") as begun:
             _go_on(folder, begun, plan, files)
-            _write(folder, files, encoder, plan)
+            _write(folder, files, encoder, plan, n_processes)
     (folder / "unfinished.json").unlink(missing_ok=True)
     store = Documents(folder)
     _same(folder, plan, store.manifest)
     return store
 
 
-def _write(folder: Path, files: list[str], encoder: Encoder, plan: dict) -> None:
-    with ThreadPoolExecutor(1) as hasher:
+def _write(folder: Path, files: list[str], encoder: Encoder, plan: dict, n_processes: int) -> None:
+    hasher = ThreadPoolExecutor(1)  # reads beside the tokenising
+    try:
         hashes = hasher.map(digest, files)
-        _Builder(folder, files, plan["shard_tokens"]).run(encoder, plan["text_key"])
+        builder = _Builder(folder, files, plan["shard_tokens"])
+        builder.run(encoder, plan["text_key"], n_processes)
         sources = [
             {"path": path, "size": os.path.getsize(path), "sha256": sha256}
             for path, sha256 in zip(files, hashes, strict=True)
         ]
+    finally:
+        hasher.shutdown(cancel_futures=True)
     write_json(folder / "manifest.json", plan | _manifest(folder, sources))
 
 
@@ -132,13 +145,14 @@ def _go_on(folder: Path, begun, plan: dict, files: list[str]) -> None:
         plan = plan | {"times": [os.stat(path).st_mtime_ns for path in files]}
     except OSError as error:
         raise InputError(f"{error.filename}: {error.strerror}") from None
-    if text := begun.read():
-        _same(folder, plan, json.loads(text))
-        return
+    text = begun.read()
     if any(folder.glob("shard-*")):
-        raise InputError(f"{folder} holds shards of a store unknown; give --out another folder")
+        _same(folder, plan, json.loads(text or "{}"))
+        return
+    begun.truncate(0)  # what was begun, if anything, had come to nothing
     begun.write(json.dumps(plan))
     begun.flush()
+    os.fsync(begun.fileno())
 
 
 def _same(folder: Path, plan: dict, found: dict) -> None:
@@ -170,13 +184,14 @@ class _Builder:
         self.n_named = Counter(file for file, _ in self.named)
         self.tallies: dict[tuple[int, str], Tally] = defaultdict(Tally)  # of this shard
 
-    def run(self, encoder: Encoder, text_key: str) -> None:
+    def run(self, encoder: Encoder, text_key: str, n_processes: int) -> None:
         sizes = np.cumsum([0, *(os.path.getsize(path) for path in self.files)]).tolist()
         with progress(self.files, sizes[self.start[0]]) as bar:
-            for batch in batches(self.files, text_key, self.start):
-                encoded = encode(batch, encoder, text_key)
-                self._add(encoded)
-                bar.update(sizes[encoded.file] + encoded.n_bytes - bar.n)
+            todo = batches(self.files, text_key, self.start)
+            with closing(in_order(todo, encoder, text_key, n_processes)) as done:
+                for encoded in done:
+                    self._add(encoded)
+                    bar.update(sizes[encoded.file] + encoded.n_bytes - bar.n)
         if self.shard.n_tokens or self.tallies:
             self._finish((len(self.files), 1))
 
