@@ -203,9 +203,9 @@ class CPT(Run):
     stage: ClassVar[str] = "cpt"
     FRESH: ClassVar[dict[str, Any]] = {
         "lr": 2e-3,
-        "epochs": 4,
-        "batch_size": 16,
-        "seq_len": 512,
+        "epochs": 6,
+        "batch_size": 8,
+        "seq_len": 256,
         "val_fraction": 0.1,
         "min_lr_ratio": 0.1,
         "log_every": 10,

@@ -6,17 +6,20 @@ import json
 import os
 import random
 import signal
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import torch
 
+import train_cpt
 from nanomed import checkpoint, log, optim, trainer
-from nanomed.config import DPO, SFT, ModelConfig
+from nanomed.config import CPT, DPO, SFT, ModelConfig
 from nanomed.distributed import local, shard
 from nanomed.loader import Loader
 from nanomed.model import Aquila, init_weights
 from tests.data import ListData
+from tests.documents import random_documents, slices_of
 
 SMALL = ModelConfig(97, 2, 128, 2, 1, 96, 512, 1e6, 1e-5, True, dropout=0.2)
 N_STEPS = 12
@@ -51,6 +54,8 @@ def stage_of(name: str, world, out: str):
     if name == "sft":
         c = settings(out, resume="auto")
         return c, loader_of(world, c), lambda nll, row: (nll.sum(), {})
+    if name == "cpt":
+        return cpt(world, out)
     from tests import test_dpo
 
     c = DPO(
@@ -59,6 +64,18 @@ def stage_of(name: str, world, out: str):
     )  # fmt: skip
     loss = test_dpo.loss_of(test_dpo.random_reference(71), c)
     return c, test_dpo.loader_of(world, c, 64, n_val=7), loss
+
+
+def cpt(world, out: str):
+    """Two sources, one of which is gone through again in the middle of the run."""
+    c = CPT(
+        lr=1e-3, batch_size=16, epochs=3, seq_len=32, micro_tokens=128, save_every=2, eval_every=4,
+        steps=N_STEPS, out=out, resume="auto",
+    )  # fmt: skip
+    sources = [random_documents(60, 0), random_documents(20, 1)]
+    data = slices_of(sources, c.seq_len, [Fraction(1, 2)] * 2, [random_documents(5, 2)] * 2, 0)
+    loader = Loader.of(c, data, world.rank, world.size, (data.train, data.val), data.mixture)
+    return c, loader, train_cpt.next_token_loss(data, torch.arange(97) % 5)
 
 
 def train(world, out: str, dies: str = "", stage: str = "sft") -> None:

@@ -131,13 +131,15 @@ def test_the_whole_matrix_named_points(forks, straight, tmp_path, n_ranks, name)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("stage", ["cpt", "dpo"])
 @pytest.mark.parametrize("n_ranks", [1, 2])
 @pytest.mark.parametrize("seed", range(200, 206))
-def test_the_whole_matrix_dpo(forks, straight, tmp_path, n_ranks, seed):
-    kill_at_a_random_time(forks, straight, tmp_path / "run", n_ranks, seed, "dpo")
+def test_the_whole_matrix_other_stages(forks, straight, tmp_path, n_ranks, seed, stage):
+    kill_at_a_random_time(forks, straight, tmp_path / "run", n_ranks, seed, stage)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("stage", ["cpt", "dpo"])
 @pytest.mark.parametrize("name", ["between shards and manifest", "in the middle of accumulation"])
-def test_the_whole_matrix_dpo_named_points(forks, straight, tmp_path, name):
-    kill_at_a_point(forks, straight, tmp_path / "run", 2, name, "dpo")
+def test_the_whole_matrix_other_stages_named_points(forks, straight, tmp_path, name, stage):
+    kill_at_a_point(forks, straight, tmp_path / "run", 2, name, stage)
