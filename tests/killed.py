@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nanomed import checkpoint, log, optim, trainer
+from nanomed import checkpoint, log, optim, saves, trainer
 from nanomed.config import DPO, SFT, ModelConfig
 from nanomed.distributed import local, shard
 from nanomed.loader import Loader
@@ -68,7 +68,7 @@ def train(world, out: str, dies: str = "", stage: str = "sft") -> None:
     run = log.RunFolder(c, world, {"what": "the kill matrix"})
     if dies:
         arm(dies, world, run)
-    _note_saves(run, world)
+    _note_saves(run)
     examples = loader.examples
 
     def noted(step: int):
@@ -96,17 +96,15 @@ def digest(model, optimizer) -> str:
     return found.hexdigest()
 
 
-def _note_saves(run, world) -> None:
-    save = checkpoint.save
+def _note_saves(run) -> None:
+    complete = saves._complete
 
-    def noted(*arguments):
-        saved = save(*arguments)
-        if world.is_main:
-            with open(run.path / "saved.txt", "a") as file:
-                file.write(saved.name + "\n")
-        return saved
+    def noted(unfinished, target, *arguments):
+        complete(unfinished, target, *arguments)
+        with open(run.path / "saved.txt", "a") as file:
+            file.write(target.name + "\n")
 
-    checkpoint.save = noted
+    saves._complete = noted
 
 
 # ---------------------------------------------------------------- named points
@@ -118,13 +116,13 @@ def _is(name: str):
 
 # name -> (owner, function at whose call it dies, when, rank); the last rank is -1
 POINTS = {
-    "before the shards": (checkpoint, "_write", None, 0),
-    "one rank before its shard": (checkpoint, "_write", None, -1),
-    "while shards are hashed": (checkpoint, "_described", _is("__"), -1),
-    "between shards and manifest": (checkpoint, "_complete", None, 0),
-    "between manifest and rename": (checkpoint, "_fsync", _is("step-000006.unfinished"), 0),
+    "before the shards": (saves, "_write", None, 0),
+    "one rank before its shard": (saves, "_write", None, -1),
+    "while shards are hashed": (checkpoint, "described", _is("__"), -1),
+    "between shards and manifest": (saves, "_complete", None, 0),
+    "between manifest and rename": (checkpoint, "fsync", _is("step-000006.unfinished"), 0),
     "between rename and latest": (checkpoint, "point", _is("latest"), 0),
-    "after the save, before validation": (trainer, "_validate", None, 0),
+    "after the save, before validation": (trainer, "evaluate", None, 0),
     "in the middle of validation": (Aquila, "forward", lambda self, *_: not self.training, 0),
     "between validation and its note": (checkpoint, "mark_validated", None, 0),
     "between the note and best": (checkpoint, "point_best", None, 0),

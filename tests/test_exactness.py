@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from nanomed import checkpoint, hf
+from nanomed import checkpoint, hf, saves
 from nanomed.config import SFT
 from nanomed.distributed import World, full, shard
 from nanomed.loader import Loader
@@ -212,7 +212,7 @@ def still_after(world, model_config, before: str, folder: str) -> list[str]:
     meter = Meter(model_config, world.size)
     step = lambda k: train_step(c, model, optimizer, loader, next_token_loss, k, 1e-2, meter)  # noqa: E731
     if before == "load":
-        checkpoint.save(Path(folder), model, optimizer, {"step": 0})
+        saves.save(Path(folder), model, optimizer, {"step": 0})
         step(0)
         evaluate(model, loader, next_token_loss, Silent(world), step=0)
         checkpoint.load(Path(folder) / "latest", model, optimizer)
