@@ -32,7 +32,7 @@ def fit(config: Run, model: nn.Module, loader: Loader, loss: Loss, run: RunFolde
         if _due(config.eval_every, loader, start) and not validated:
             saver.validated(evaluate(model, loader, loss, run, start))
     else:
-        evaluate(model, loader, loss, run, step=0)
+        evaluate(model, loader, loss, run, start)
 
     meter, spikes = Meter(model.config, run.world.size), Spikes()
     n_bad, shown = 0, run.world.is_main and is_terminal()

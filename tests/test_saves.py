@@ -26,7 +26,7 @@ def train(world, out: str, hooks: tuple = (), **changes) -> dict:
     hooks = [*hooks, (trainer, "adamw", lambda f, *a: optimizers.append(f(*a)) or optimizers[-1])]
     before = [getattr(owner, name) for owner, name, _ in hooks]
     for original, (owner, name, function) in zip(before, hooks, strict=True):
-        setattr(owner, name, lambda *a, f=function, o=original, **k: f(o, *a, **k))
+        setattr(owner, name, lambda *a, f=function, o=original: f(o, *a))
     ending = None
     try:
         trainer.fit(c, model, loader_of(world, c), lambda nll, row: (nll.sum(), {}), run)
@@ -171,10 +171,10 @@ def test_a_failing_writer_on_one_rank_is_said_and_the_run_goes_on(pool, wanted, 
 
 
 def with_a_failing_evaluation(world, out: str) -> dict:
-    def evaluate(original, *arguments, **named):
+    def evaluate(original, *arguments):
         if arguments[-1] == 6:
             raise RuntimeError("sampling broke")
-        return original(*arguments, **named)
+        return original(*arguments)
 
     def write(original, *arguments):
         time.sleep(0.2)
