@@ -1,11 +1,13 @@
 """The training that the kill matrix kills: 12 steps with dropout, a checkpoint every second step,
-a validation every fourth, where an epoch ends."""
+a validation every fourth, where an epoch ends. A new stage is a function in STAGES."""
 
 import hashlib
 import json
 import os
 import random
 import signal
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -46,26 +48,33 @@ def loader_of(world, c: SFT) -> Loader:
     )  # fmt: skip
 
 
-def stage_of(name: str, world, out: str):
-    """(settings, loader, loss) of a stage."""
-    if name == "sft":
-        c = settings(out, resume="auto")
-        return c, loader_of(world, c), lambda nll, row: (nll.sum(), {})
+def _sft(world, given: dict):
+    c = settings(**given)
+    return c, loader_of(world, c), lambda nll, row: (nll.sum(), {})
+
+
+def _dpo(world, given: dict):
     from tests import test_dpo
 
-    c = DPO(
-        lr=1e-3, beta=0.1, batch_size=16, epochs=3, seq_len=64, micro_tokens=128, save_every=2,
-        eval_every=4, out=out, resume="auto",
-    )  # fmt: skip
+    fixed = dict(lr=1e-3, beta=0.1, batch_size=16, epochs=3, seq_len=64, micro_tokens=128)
+    c = DPO(**fixed, save_every=2, eval_every=4, **given)
     loss = test_dpo.loss_of(test_dpo.random_reference(71), c)
     return c, test_dpo.loader_of(world, c, 64, n_val=7), loss
 
 
-def train(world, out: str, dies: str = "", stage: str = "sft") -> None:
-    """Starts or goes on, to the end; at the named point it kills itself instead. Leaves behind
-    what it did (examples-N.jsonl), what it saved (saved.txt) and what became of it (end-N)."""
-    c, loader, loss = stage_of(stage, world, out)
+# name -> function(world, settings that are given) -> (all settings, loader, loss), of 12 steps
+STAGES = {"sft": _sft, "dpo": _dpo}
+
+
+def train(
+    world, out: str, dies: str = "", stage: str = "sft", save: str = "background", slow: float = 0.0
+) -> None:
+    """Starts or goes on, to the end; at the named point it kills itself instead. Each writer waits
+    for `slow` seconds first. Leaves behind what it did (examples-N.jsonl), what it saved
+    (saved.txt) and what became of it (end-N)."""
+    c, loader, loss = STAGES[stage](world, {"out": out, "resume": "auto", "save": save})
     run = log.RunFolder(c, world, {"what": "the kill matrix"})
+    _slow_down(slow)
     if dies:
         arm(dies, world, run)
     _note_saves(run)
@@ -107,11 +116,34 @@ def _note_saves(run) -> None:
     saves._complete = noted
 
 
+WRITES = threading.Event()  # this rank is about to write a shard
+
+
+def _slow_down(seconds: float) -> None:
+    write = saves._write
+
+    def slow(*arguments):
+        WRITES.set()
+        time.sleep(seconds)
+        WRITES.clear()
+        write(*arguments)
+
+    saves._write = slow
+
+
 # ---------------------------------------------------------------- named points
 
 
 def _is(name: str):
     return lambda path, *_: Path(path).name.startswith(name)
+
+
+def _meanwhile(*_) -> bool:
+    return WRITES.is_set()
+
+
+def _validates_meanwhile(model, *_) -> bool:
+    return WRITES.is_set() and not model.training
 
 
 # name -> (owner, function at whose call it dies, when, rank); the last rank is -1
@@ -133,11 +165,19 @@ POINTS = {
     "at an epoch's edge": (trainer, "train_step", lambda *a: a[5] == 8, 0),
     "while a line is logged": (log.RunFolder, "append", None, 0),
 }
+# These happen only while a writer in the background is slow.
+BESIDE_A_WRITER = {
+    "a step, while shards are written": (torch.optim.AdamW, "step", _meanwhile, -1),
+    "a validation, while shards are written": (Aquila, "forward", _validates_meanwhile, 0),
+    "a validation is over, its save is not": (saves.Saver, "validated", _meanwhile, 0),
+    "the next save waits": (saves.Saver, "save", _meanwhile, -1),
+    "the copy of the next save, before it is whole": (saves.HostCopy, "_copied", "third", -1),
+}
 
 
 def arm(name: str, world, run) -> None:
     """Makes this process kill itself at the point, once there is a checkpoint of step 4."""
-    owner, attribute, when, rank = POINTS[name]
+    owner, attribute, when, rank = (POINTS | BESIDE_A_WRITER)[name]
     if world.rank != rank % world.size:
         return
     original = getattr(owner, attribute)
