@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.state_dict import get_state_dict
 
 from nanomed import checkpoint, distributed, saves, trainer
 from nanomed.config import InputError
 from nanomed.log import RunFolder
 from tests.forks import Group, server
 from tests.killed import build, digest, loader_of, settings
+from tests.test_checkpoint import trained
 
 
 def train(world, out: str, hooks: tuple = (), **changes) -> dict:
@@ -78,7 +80,7 @@ def wanted(pool, tmp_path_factory):
 
 def as_late_as_can_be(world, out: str, copies: bool = True) -> dict:
     """Each writer begins only when somebody waits for it: a step and perhaps a validation later."""
-    awaited, threads = threading.Event(), set()
+    awaited, threads, unfinished = threading.Event(), set(), set()
 
     def start(original, writer):
         awaited.clear()
@@ -86,6 +88,7 @@ def as_late_as_can_be(world, out: str, copies: bool = True) -> dict:
 
     def write(original, *arguments):
         threads.add(threading.current_thread().name)
+        unfinished.add(len(list(arguments[1].parent.glob("*.unfinished"))))
         awaited.wait()
         original(*arguments)
 
@@ -100,7 +103,7 @@ def as_late_as_can_be(world, out: str, copies: bool = True) -> dict:
         *((saves.Writer, "start", start), (saves, "_write", write)),
         *((saves.Saver, "wait", wait), (saves.HostCopy, "take", take)),
     )
-    return {**train(world, out, hooks), "threads": threads}
+    return {**train(world, out, hooks), "threads": threads, "unfinished": unfinished}
 
 
 @pytest.mark.parametrize("n_ranks", [1, 2])
@@ -111,6 +114,7 @@ def test_a_late_writer_saves_what_the_model_was(pool, wanted, tmp_path, n_ranks)
     folder, straight = wanted(n_ranks)
     assert [r["end"] for r in results] == [r["end"] for r in straight]
     assert all(len(r["threads"]) == 8 and r["warnings"] == [] for r in results)
+    assert all(r["unfinished"] == {1} for r in results)  # never two at once
     assert contents(tmp_path / "x") == contents(folder)
     assert len(contents(folder)) == 8 * (n_ranks + 1) + 3 + 2  # shards and state, notes, links
 
@@ -121,6 +125,27 @@ def test_without_a_copy_it_would_not(pool, wanted, tmp_path):
     got, straight = contents(tmp_path / "x"), contents(wanted(1)[0])
     same = [name for name in straight if got[name] == straight[name] and name.endswith("distcp")]
     assert same == ["checkpoints/step-000008/__0_0.distcp"]  # nothing was trained after it
+
+
+def copied_twice(world) -> tuple[int, int, int, bool]:
+    model, optimizer = trained(world)
+    host, tensors = saves.HostCopy(), {"all": get_state_dict(model, optimizer)[1]["state"]}
+    tensors["model"] = dict(model.named_parameters())
+    host.take(tensors)
+    before = {place: buffer.data_ptr() for place, buffer in host._buffers.items()}
+    host.take(tensors)
+    again = before == {place: buffer.data_ptr() for place, buffer in host._buffers.items()}
+    mine = sum(buffer.nbytes for buffer in host._buffers.values())
+    counts = 4 * len(list(model.parameters()))  # Adam's number of steps, for each
+    return mine, counts, checkpoint.size_of(model), again
+
+
+def test_what_the_copy_takes(pool):
+    """12 bytes per parameter, shared among the ranks, allocated once."""
+    found = pool(2, copied_twice)
+    assert sum(mine - counts for mine, counts, _, _ in found) == found[0][2]
+    assert all(again for *_, again in found)
+    assert max(mine for mine, *_ in found) < 0.51 * sum(mine for mine, *_ in found)
 
 
 # ---------------------------------------------------------------- what fails
