@@ -7,7 +7,6 @@ import os
 import random
 import signal
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -67,14 +66,14 @@ STAGES = {"sft": _sft, "dpo": _dpo}
 
 
 def train(
-    world, out: str, dies: str = "", stage: str = "sft", save: str = "background", slow: float = 0.0
+    world, out: str, dies: str = "", stage: str = "sft", save: str = "background", held: float = 0.0
 ) -> None:
-    """Starts or goes on, to the end; at the named point it kills itself instead. Each writer waits
-    for `slow` seconds first. Leaves behind what it did (examples-N.jsonl), what it saved
-    (saved.txt) and what became of it (end-N)."""
+    """Starts or goes on, to the end; at the named point it kills itself instead. Writers in the
+    background are held for `held` seconds at most. Leaves behind what it did (examples-N.jsonl),
+    what it saved (saved.txt) and what became of it (end-N)."""
     c, loader, loss = STAGES[stage](world, {"out": out, "resume": "auto", "save": save})
     run = log.RunFolder(c, world, {"what": "the kill matrix"})
-    _slow_down(slow)
+    _hold_writers(held)
     if dies:
         arm(dies, world, run)
     _note_saves(run)
@@ -116,19 +115,28 @@ def _note_saves(run) -> None:
     saves._complete = noted
 
 
-WRITES = threading.Event()  # this rank is about to write a shard
+WRITES, AWAITED = threading.Event(), threading.Event()
 
 
-def _slow_down(seconds: float) -> None:
-    write = saves._write
+def _hold_writers(seconds: float) -> None:
+    """Each writer in the background begins when somebody waits for it, or after `seconds`."""
+    start, write, wait = saves.Writer.start, saves._write, saves.Saver.wait
 
-    def slow(*arguments):
+    def held_start(writer):
         WRITES.set()
-        time.sleep(seconds)
+        AWAITED.clear()
+        start(writer)
+
+    def held_write(*arguments):
+        AWAITED.wait(seconds)
         WRITES.clear()
         write(*arguments)
 
-    saves._write = slow
+    def noted_wait(saver):
+        AWAITED.set()
+        wait(saver)
+
+    saves.Writer.start, saves._write, saves.Saver.wait = held_start, held_write, noted_wait
 
 
 # ---------------------------------------------------------------- named points
@@ -165,7 +173,7 @@ POINTS = {
     "at an epoch's edge": (trainer, "train_step", lambda *a: a[5] == 8, 0),
     "while a line is logged": (log.RunFolder, "append", None, 0),
 }
-# These happen only while a writer in the background is slow.
+# These happen only while a writer in the background is held.
 BESIDE_A_WRITER = {
     "a step, while shards are written": (torch.optim.AdamW, "step", _meanwhile, -1),
     "a validation, while shards are written": (Aquila, "forward", _validates_meanwhile, 0),

@@ -79,8 +79,8 @@ def kill_at_a_random_time(
 ):
     """Some milliseconds after some line of metrics.jsonl, however busy the machine is."""
     rng = random.Random(seed)
-    slow = rng.choice([0.0, 0.05]) if save == "background" else 0.0  # a step takes less
-    group = Group(forks, n_ranks, train, str(folder), "", stage, save, slow)
+    held = rng.choice([0.0, 0.05])  # a step takes less
+    group = Group(forks, n_ranks, train, str(folder), "", stage, save, held)
     n_lines, metrics = rng.randrange(N_STEPS + 3), folder / "metrics.jsonl"
     while n_lines and (not metrics.exists() or len(metrics.read_text().split("\n")) <= n_lines):
         time.sleep(0.001)
@@ -97,8 +97,8 @@ def kill_at_a_random_time(
 def kill_at_a_point(
     forks, straight, folder: Path, n_ranks: int, name: str, stage="sft", save="background"
 ):
-    slow = 0.3 if name in BESIDE_A_WRITER else 0.0
-    codes = Group(forks, n_ranks, train, str(folder), name, stage, save, slow).wait(PATIENCE)
+    held = PATIENCE if name in BESIDE_A_WRITER else 0.0
+    codes = Group(forks, n_ranks, train, str(folder), name, stage, save, held).wait(PATIENCE)
     assert -9 in codes and None not in codes and 0 not in codes
     goes_on_as_if_nothing_had_been(forks, straight, folder, n_ranks, stage, save)
 
