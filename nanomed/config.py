@@ -129,6 +129,11 @@ class Run:
     log_every: int = _flag(1, "steps between two logged lines")
     eval_every: int = _flag(0, "steps between two validations; 0: at each epoch's end")
     save_every: int = _flag(0, "steps between two checkpoints; 0: at each validation")
+    save: str = _flag(
+        "auto", "background: training goes on while a copy in host memory (12 bytes per parameter, "
+        "shared among processes) is written; auto: that on CPU, blocking on CUDA",
+        choices=("auto", "background", "blocking"),
+    )  # fmt: skip
     keep_last: int = _flag(2, "newest checkpoints kept; the best one always is")
     max_bad: int = _flag(5, "steps in a row with a loss or gradient not finite that end the run")
     show_text: bool = _flag(False, "print text of examples though --data is not samples/")

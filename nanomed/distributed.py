@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -140,6 +141,13 @@ def shard(model: nn.Module, world: World, compute_dtype: torch.dtype) -> nn.Modu
     return model
 
 
+def host_mesh() -> DeviceMesh:
+    """All ranks, for tensors in host memory, joined by a gloo group of its own: another thread may
+    exchange there while this one trains. Whoever is early there waits for the slowest disk; a rank
+    that is gone is noticed at once, by its closed connection. All ranks call it."""
+    return DeviceMesh.from_group(dist.new_group(backend="gloo", timeout=timedelta(days=1)), "cpu")
+
+
 def fill(param: Tensor, full: Tensor) -> None:
     """Copies this rank's rows of the whole tensor `full` into a parameter, sharded or not."""
     with torch.no_grad():
@@ -179,12 +187,13 @@ def from_main(value):
     return box[0]
 
 
-def from_all(value) -> list:
-    """Every rank's value, by rank; any picklable object. Without a group there is one."""
+def from_all(value, group: dist.ProcessGroup | None = None) -> list:
+    """Every rank's value, by rank; any picklable object. Without processes there is one. `group`
+    is another way between the same ranks: see host_mesh()."""
     if not dist.is_initialized():
         return [value]
     values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group)
     return values
 
 

@@ -51,7 +51,7 @@ def _fresh(c: Run) -> tuple[ModelConfig, template.Encoder]:
 FREE = {
     *("config", "model", "tokenizer", "template", "data", "val_data", "out", "resume"),
     *("steps", "epochs", "micro_tokens", "recompute", "kernels", "device", "allow_drop"),
-    *("log_every", "eval_every", "save_every", "keep_last", "max_bad", "show_text"),
+    *("log_every", "eval_every", "save_every", "save", "keep_last", "max_bad", "show_text"),
     *("dry_run", "hardware", "mfu", "examples", "repeat"),
 }
 
