@@ -23,8 +23,10 @@ def rebuilt_for(
     if node is None:  # no gradient is wanted
         return block(out)
 
+    known = id(out)  # autograd keeps these functions, and so would keep an `out` named in them
+
     def pack(tensor: Tensor) -> object:
-        return node if tensor is out else tensor
+        return node if id(tensor) == known else tensor
 
     def unpack(kept: object) -> Tensor:
         return _again(node)[1].detach() if kept is node else kept
