@@ -138,7 +138,7 @@ WHAT = {
     "gradients": "4 bytes x parameters / GPUs: float32",
     "optimizer": "8 bytes x parameters / GPUs: AdamW's two moments in float32",
     "activations": "{c.micro_tokens:,} tokens in a row, recompute {c.recompute}",
-    "loss's chunk": "logits of at most {chunk:,} tokens",
+    "loss's chunk": "logits of {chunk:,} tokens or fewer",
     "computed again": "of one layer",
     "gradients here": "of what the part that is running backward made, before they are summed",
     "FSDP": "matrices gathered, and gradients on their way into the sum",
