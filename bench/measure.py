@@ -8,6 +8,7 @@ that say on which machine and of which code they were taken.
 
 import hashlib
 import json
+import math
 import os
 import platform
 import statistics
@@ -120,9 +121,9 @@ def fingerprint(device: torch.device | str = "cpu") -> dict:
     cores = len(os.sched_getaffinity(0))
     load = os.getloadavg()[0]
     found = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "date": datetime.now(UTC).isoformat(timespec="milliseconds"),
         "commit": _said("git", "rev-parse", "--short=12", "HEAD"),
-        "dirty": bool(_said("git", "status", "--porcelain", "--untracked-files=no")),
+        "dirty": bool(_said("git", "status", "--porcelain", "--", "*.py")),
         "source": _source_hash(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -191,6 +192,7 @@ class Results:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         found = fingerprint(device)
+        self.lines: list[dict] = []  # of this run
         self.run = hashlib.sha256(json.dumps(found).encode()).hexdigest()[:12]
         self._append({"kind": "fingerprint", "run": self.run, **found})
 
@@ -212,9 +214,10 @@ class Results:
         line = {
             "kind": kind, "name": name, "run": self.run, "shapes": shapes or {},
             "dtype": str(dtype).removeprefix("torch."), "convention": convention,
-            "unit": unit, "samples": list(samples), "facts": facts,
+            "unit": unit, "samples": [float(f"{x:.6g}") for x in samples], "facts": facts,
         }  # fmt: skip
         self._append(line)
+        self.lines.append(line)
         return line
 
     def _append(self, line: dict) -> None:
@@ -227,6 +230,22 @@ def read(paths: Iterable[Path | str]) -> tuple[list[dict], dict[str, dict]]:
     lines = [json.loads(x) for p in paths for x in Path(p).read_text("utf-8").splitlines()]
     runs = {line["run"]: line for line in lines if line["kind"] == "fingerprint"}
     return [line for line in lines if line["kind"] != "fingerprint"], runs
+
+
+def shown(line: dict) -> dict[str, object]:
+    """A measurement as the cells of a table: name, sizes, time (seconds as milliseconds), facts."""
+    scale, unit = (1000, "ms") if line["unit"] == "s" else (1, line["unit"])
+    low, middle, high = quartiles([scale * x for x in line["samples"]] or [float("nan")])
+    spread = {
+        f"median {unit}": middle,
+        f"min {unit}": scale * min(line["samples"], default=float("nan")),
+        f"IQR {unit}": high - low,
+    }
+    if len(line["samples"]) == 1:  # a count, or something that is done once
+        spread = {unit: middle}
+    measured = {key: None if math.isnan(x) else x for key, x in spread.items()}
+    facts = {key.replace("_", " "): value for key, value in line["facts"].items()}
+    return {"name": line["name"], **line["shapes"], "dtype": line["dtype"], **measured, **facts}
 
 
 def table(rows: list[dict[str, object]]) -> str:
@@ -255,3 +274,7 @@ def _cell(value: object) -> str:
 
 def _is_number(value: object) -> bool:
     return value is None or isinstance(value, int | float)
+
+
+if __name__ == "__main__":
+    print(json.dumps(fingerprint("cuda" if torch.cuda.is_available() else "cpu"), indent=1))
