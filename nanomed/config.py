@@ -113,8 +113,8 @@ class Run:
     )
     seed: int = _flag(0, "number that decides the order of examples, fresh weights and dropout")
     recompute: str = _flag(
-        "none", "full: keep only each layer's input, compute it again in backward",
-        choices=("none", "full"),
+        "none", "in backward compute again: lean, norms and SwiGLU's product; full, whole layers",
+        choices=("none", "lean", "full"),
     )  # fmt: skip
     kernels: str = _flag(
         "auto", "version of the fused ops; auto: Triton on CUDA, the plain definition elsewhere",

@@ -135,9 +135,11 @@ def shard(model: nn.Module, world: World, compute_dtype: torch.dtype) -> nn.Modu
     for unit in (model.embed_tokens, *model.layers, model.norm, model.lm_head, model):
         fully_shard(unit, mesh=world.mesh, mp_policy=precision)
         # Gradients are plain sums: fit() divides by the trained tokens of the whole step. gloo
-        # cannot divide within a reduction, so without the second line the first raises there.
-        unit.set_gradient_divide_factor(1.0)
-        unit.set_force_sum_reduction_for_comms(True)
+        # cannot divide within a reduction, so without the second line the first raises there. Alone
+        # there is nothing to divide by, and FSDP would make a copy of each gradient to divide by 1.
+        if world.size > 1:
+            unit.set_gradient_divide_factor(1.0)
+            unit.set_force_sum_reduction_for_comms(True)
     return model
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 import kernels
-from nanomed import checkpoint, hf, pretrained, slices, template, tokenizer
+from nanomed import checkpoint, hf, memory, pretrained, slices, template, tokenizer
 from nanomed.config import MODELS, InputError, ModelConfig, Run
 from nanomed.distributed import World, rank_from_env, shard
 from nanomed.loader import Loader
@@ -131,6 +131,8 @@ def load_best(model: Aquila, run: RunFolder) -> None:
 
 def export(c: Run, model: Aquila, encoder: template.Encoder, run: RunFolder) -> None:
     """The Hugging Face folder of the weights that the model now has; the last line says where."""
+    if run.world.device.type == "cuda":
+        run.print(memory.compared(model.config, c, run.world.size))
     folder, dtype = run.path / "export", compute_dtype(c, run.world.device)
     about = {"stage": c.stage} | dataclasses.asdict(c)
     hf.export(model, encoder.tokenizer, folder, dtype, encoder.template, replace=True, about=about)

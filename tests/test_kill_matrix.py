@@ -156,11 +156,7 @@ def test_the_whole_matrix_beside_a_writer(forks, straight, tmp_path, n_ranks, na
 
 
 @pytest.mark.slow
-<<<<<<< HEAD
-@pytest.mark.parametrize("stage", ["cpt", "dpo"])
-=======
 @pytest.mark.parametrize("stage", OTHERS)
->>>>>>> h-save
 @pytest.mark.parametrize("n_ranks", [1, 2])
 @pytest.mark.parametrize("seed", range(200, 206))
 def test_the_whole_matrix_other_stages(forks, straight, tmp_path, n_ranks, seed, stage):
@@ -168,11 +164,7 @@ def test_the_whole_matrix_other_stages(forks, straight, tmp_path, n_ranks, seed,
 
 
 @pytest.mark.slow
-<<<<<<< HEAD
-@pytest.mark.parametrize("stage", ["cpt", "dpo"])
-=======
 @pytest.mark.parametrize("stage", OTHERS)
->>>>>>> h-save
 @pytest.mark.parametrize("name", ["between shards and manifest", "in the middle of accumulation"])
 def test_the_whole_matrix_other_stages_named_points(forks, straight, tmp_path, name, stage):
     kill_at_a_point(forks, straight, tmp_path / "run", 2, name, stage)
