@@ -17,6 +17,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kernels.chunk import chunk_tokens
+
 BLOCK = 4096  # logits that a program holds at once
 
 
@@ -66,22 +68,6 @@ def _backward(
     z = tl.where(v < V, z, -float("inf"))
     dz = (tl.exp(z - lse) - tl.where(v == label, 1.0, 0.0)) * dnll
     tl.store(logits_ptr + v, dz, mask=v < STRIDE)  # zeros into the padding
-
-
-def chunk_tokens(n_tokens: int, d_model: int) -> int:
-    """C, the tokens whose logits exist at once.
-
-    Small chunks cost time: each adds its part to the head's float32 gradient, reading and writing
-    8 V D bytes beside matmuls of 6 C V D operations. An H100 moves 3.35e12 bytes and computes
-    about 7e14 operations in a second, so this takes 280 / C of the matmuls' time: 27% at 1,024
-    tokens, 7% at 4,096, 3% at 8,192 (computed, not measured). Large chunks cost memory: 2 C V bytes
-    of logits in bfloat16, beside the 4 V D of that gradient; C = 2 D takes as much again. V is in
-    both and decides neither. So: at most 2 D, this limit kept between 4,096 and 8,192, and the
-    tokens shared out evenly.
-    """
-    most = min(max(2 * d_model, 4096), 8192)
-    n_chunks = max(1, -(-n_tokens // most))
-    return max(1, -(-n_tokens // n_chunks))
 
 
 def _workspace(n_tokens: int, hidden: Tensor, weight: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _own_folder(tmp_path, monkeypatch):
     """Tests write nothing into the checkout."""
-    monkeypatch.setattr(store, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(store.cache, "CACHE", tmp_path / "cache")
 
 
 @pytest.fixture(scope="session")

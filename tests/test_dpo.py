@@ -21,6 +21,7 @@ from nanomed.optim import adamw
 from nanomed.packing import filler, row_from
 from nanomed.records import PreferencePair
 from nanomed.reference import check_start, reference_logps
+from nanomed.segment import Segment
 from nanomed.step import reduced, train_step
 from nanomed.trainer import fit
 from tests.data import ListData
@@ -49,7 +50,7 @@ class PairData(ListData):
         self.divisors = np.ones(n, int)
 
     def __getitem__(self, i):
-        return [(np.array(ids), np.array(trained)) for ids, trained in self.pairs[i]]
+        return [Segment(np.array(ids), np.array(trained)) for ids, trained in self.pairs[i]]
 
 
 def loader_of(world, c: DPO, n: int, n_val: int = 0):
