@@ -1,4 +1,4 @@
-"""Causal attention within packed segments in Triton: `kernels/reference.py::attention`, fast.
+"""Causal attention within packed segments, as `kernels/reference.py` defines it, in Triton.
 
 Shapes: T tokens of a packed row, H query heads, K key/value heads, G = H/K query heads that share
 one key/value head, E head size.
@@ -31,7 +31,7 @@ LN_2 = tl.constexpr(0.6931471805599453)  # the kernels' scale is log2(e) / sqrt(
 # it walks over. Chosen by the compiler's reports (registers, spills, shared memory), not by time.
 BLOCKS = {
     ("hopper", 128): ((128, 128, 8, 2), (128, 64, 8, 3), (64, 128, 8, 2)),
-    ("hopper", 64): ((128, 128, 8, 3), (128, 128, 8, 2), (64, 128, 8, 3)),
+    ("hopper", 64): ((128, 128, 8, 3), (128, 128, 8, 2), (64, 128, 8, 2)),
     ("ampere", 128): ((128, 64, 8, 2), (64, 64, 4, 2), (64, 64, 8, 2)),
     ("ampere", 64): ((128, 64, 4, 2), (64, 64, 4, 3), (32, 128, 8, 3)),
 }
