@@ -178,9 +178,7 @@ def compare(b: Bench, stage: str, sides: dict[str, Callable], about: dict[str, s
         sides[first].tokens[-2 * b.rounds :][k::2] for k in (0, 1)
     )  # the two turns of a round
     tokens[f"{first}, again"] = again_tokens
-    per_token = {
-        n: [s / t for s, t in zip(seconds[n], tokens[n], strict=True)] for n in seconds
-    }
+    per_token = {n: [s / t for s, t in zip(seconds[n], tokens[n], strict=True)] for n in seconds}
     lines = []
     for name in sides:
         rate = sum(tokens[name]) / sum(seconds[name])
@@ -310,7 +308,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, start(device) as world:
         store.CACHE = Path(folder) / "cache"
         b = Bench(given, world, Path(folder))
-        print(f"{b.config.n_params():,} parameters, {given.dtype}, {torch.get_num_threads()} threads")
+        print(
+            f"{b.config.n_params():,} parameters, {given.dtype}, {torch.get_num_threads()} threads"
+        )
         if {"sft", "dpo", "cpt"} & set(parts):
             from bench.theirs import hide_our_kernels
 

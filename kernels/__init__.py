@@ -62,6 +62,13 @@ def triton_error() -> str:
     return ""
 
 
+def triton_head_sizes() -> tuple[int, ...]:
+    """Of Triton's attention; the definition takes any."""
+    from kernels.flash_attention import HEAD_SIZES
+
+    return HEAD_SIZES
+
+
 def _version(op: str, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> str:
     if _chosen != "auto":
         return _chosen

@@ -2,9 +2,8 @@
 
 T tokens, n of them trained, D model width, V vocabulary, C tokens of a chunk.
 
-Matmuls are torch's: no kernel written here would beat them. Between them the logits of a chunk are
-read once in forward and overwritten by their gradient in backward, where separate operations would
-go over them about ten times, in float32.
+Matmuls are torch's own. Between them a kernel reads a chunk of logits once in forward, and in
+backward overwrites it by its gradient; the definition makes several float32 copies of it instead.
 
 Backward computes the logits again. To take the gradient in forward, while they are there, would
 leave out one of four matmuls, but hold a [T,D] and a [V,D] gradient until backward comes; and it
@@ -17,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from kernels.chunk import chunk_tokens
 
 BLOCK = 4096  # logits that a program holds at once
 
@@ -64,24 +65,9 @@ def _backward(
     lse = tl.load(lse_ptr + i)
     logits_ptr += i * STRIDE
     z = tl.load(logits_ptr + v, mask=v < STRIDE, other=0).to(tl.float32)
+    z = tl.where(v < V, z, -float("inf"))
     dz = (tl.exp(z - lse) - tl.where(v == label, 1.0, 0.0)) * dnll
-    tl.store(logits_ptr + v, tl.where(v < V, dz, 0.0), mask=v < STRIDE)  # the padding, too
-
-
-def chunk_tokens(n_tokens: int, d_model: int) -> int:
-    """C, the tokens whose logits exist at once.
-
-    Small chunks cost time: each adds its part to the head's float32 gradient, reading and writing
-    8 V D bytes beside matmuls of 6 C V D operations. An H100 moves 3.35e12 bytes and computes
-    about 7e14 operations in a second, so this takes 280 / C of the matmuls' time: 27% at 1,024
-    tokens, 7% at 4,096, 3% at 8,192 (computed, not measured). Large chunks cost memory: 2 C V bytes
-    of logits in bfloat16, beside the 4 V D of that gradient; C = 2 D takes as much again. V is in
-    both and decides neither. So: at most 2 D, this limit kept between 4,096 and 8,192, and the
-    tokens shared out evenly.
-    """
-    most = min(max(2 * d_model, 4096), 8192)
-    n_chunks = max(1, -(-n_tokens // most))
-    return max(1, -(-n_tokens // n_chunks))
+    tl.store(logits_ptr + v, dz, mask=v < STRIDE)  # zeros into the padding
 
 
 def _workspace(n_tokens: int, hidden: Tensor, weight: Tensor) -> Tensor:

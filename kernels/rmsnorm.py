@@ -53,19 +53,20 @@ def _backward(
 
 
 def _launch_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x[N,D] -> y[N,D], rstd[N]."""
-    n_rows, d = x.shape
+    """x[..., D] -> y[..., D], rstd[N]."""
     y = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, weight.dtype), device=x.device)
-    rstd = torch.empty(n_rows, dtype=torch.float32, device=x.device)
-    _forward[(n_rows,)](x, weight, y, rstd, x.stride(0), eps, **_tile(d))
+    x = _rows(x)
+    rstd = torch.empty(len(x), dtype=torch.float32, device=x.device)
+    _forward[(len(x),)](x, weight, y, rstd, x.stride(0), eps, **_tile(x.shape[1]))
     return y, rstd
 
 
 def _launch_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    """dy[N,D], x[N,D] -> dx[N,D], dweight[D]."""
+    """dy[..., D], x[..., D] -> dx[..., D], dweight[D]."""
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dy, x = _rows(dy), _rows(x)
     n_rows, d = x.shape
     n_programs = min(n_rows, PROGRAMS_PER_SM * _n_processors(x.device))
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dw = torch.empty(n_programs, d, dtype=torch.float32, device=x.device)
     strides = dy.stride(0), x.stride(0)
     _backward[(n_programs,)](dy, x, weight, rstd, dx, dw, *strides, n_rows, **_tile(d))
@@ -92,16 +93,15 @@ def _rows(x: Tensor) -> Tensor:
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        y, rstd = _launch_forward(_rows(x), weight.contiguous(), eps)
+        y, rstd = _launch_forward(x, weight.contiguous(), eps)
         ctx.save_for_backward(x, weight, rstd)
-        return y.view(x.shape)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor):
         x, weight, rstd = ctx.saved_tensors
-        dx, dweight = _launch_backward(_rows(dy), _rows(x), weight.contiguous(), rstd)
-        return dx.view(x.shape), dweight, None
+        return *_launch_backward(dy, x, weight.contiguous(), rstd), None
 
 
 def rmsnorm(x: Tensor, weight: Tensor, eps: float) -> Tensor:  # x[..., D], weight[D]

@@ -42,17 +42,19 @@ def _backward(
 
 
 def _launch_forward(gate: Tensor, up: Tensor) -> Tensor:
-    """gate[N,F], up[N,F] -> y[N,F]."""
+    """gate[..., F], up[..., F] -> y[..., F]."""
     y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    gate, up = _rows(gate), _rows(up)
     tile = _tile(gate.shape[1])
     _forward[_grid(gate, tile)](gate, up, y, gate.stride(0), up.stride(0), **tile)
     return y
 
 
 def _launch_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """dy[N,F], gate[N,F], up[N,F] -> dgate[N,F], dup[N,F]."""
+    """dy[..., F], gate[..., F], up[..., F] -> dgate[..., F], dup[..., F]."""
     dgate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     dup = torch.empty_like(dgate)
+    dy, gate, up = _rows(dy), _rows(gate), _rows(up)
     tile = _tile(gate.shape[1])
     strides = dy.stride(0), gate.stride(0), up.stride(0)
     _backward[_grid(gate, tile)](dy, gate, up, dgate, dup, *strides, **tile)
@@ -79,14 +81,12 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return _launch_forward(_rows(gate), _rows(up)).view(gate.shape)
+        return _launch_forward(gate, up)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor):
-        gate, up = ctx.saved_tensors
-        dgate, dup = _launch_backward(_rows(dy), _rows(gate), _rows(up))
-        return dgate.view(gate.shape), dup.view(gate.shape)
+        return _launch_backward(dy, *ctx.saved_tensors)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:  # gate[..., F], up[..., F]

@@ -14,6 +14,7 @@ import dataclasses
 
 import torch
 
+from kernels.chunk import chunk_tokens
 from kernels.reference import CHUNK_CUDA
 from nanomed.config import ModelConfig, Run
 
@@ -43,7 +44,9 @@ def kept_per_token(model: ModelConfig, c: Run) -> dict[str, float]:
     b, d, f = width(c), model.d_model, model.d_ff
     if c.recompute == "full":
         return {"layer's input": b * d}
-    kv = d if is_plain(c) else model.n_kv_heads * model.head_size  # plain: heads are repeated
+    # Triton's attention reads each key/value head where it lies; "auto" keeps torch's, for which
+    # they are repeated (kernels.LEFT_ALONE).
+    kv = model.n_kv_heads * model.head_size if c.kernels == "triton" else d
     kept = {
         "inputs of both norms": 2 * b * d,
         "q, k, v": b * (d + 2 * kv),
@@ -76,6 +79,13 @@ def activations(model: ModelConfig, c: Run, layers: int) -> float:
     return layers * c.micro_tokens * sum(kept_per_token(model, c).values())
 
 
+def chunk_of(model: ModelConfig, c: Run) -> int:
+    """Tokens whose logits exist at once."""
+    if is_plain(c):
+        return min(c.micro_tokens, CHUNK_CUDA)
+    return chunk_tokens(c.micro_tokens, model.d_model)
+
+
 def head_moment(model: ModelConfig, c: Run, n_gpus: int) -> dict[str, float]:
     """Bytes while linear_nll runs backward, or right after, while the head's gradient is summed
     over the GPUs. No layer has gone back yet, nor the last norm."""
@@ -83,7 +93,7 @@ def head_moment(model: ModelConfig, c: Run, n_gpus: int) -> dict[str, float]:
     norm = (2 * b + 4 * is_plain(c)) * model.d_model * t  # plain: its input in float32
     kept = {"activations": activations(model, c, model.n_layers) + norm}
     per_logit = 4 + 4 + b if is_plain(c) else b  # softmax, times the incoming gradient, cast
-    chunk = per_logit * min(t, CHUNK_CUDA) * model.vocab_size
+    chunk = per_logit * chunk_of(model, c) * model.vocab_size
     hidden = b * model.d_model * t
     loss = {"loss's chunk": chunk, "gradients here": 4 * matrix + hidden, "FSDP": b * matrix}
     summed = {"gradients here": b * matrix + hidden, "FSDP": 4 * matrix * (1 + 1 / n_gpus)}
@@ -153,7 +163,7 @@ def lines(model: ModelConfig, c: Run, n_gpus: int, limit: float) -> list[str]:
     fits = "fits" if total <= limit else f"DOES NOT FIT; {remedy(model, c, n_gpus, limit)}"
     head = f"memory: {total:.1f} GiB predicted of {limit} GiB on each GPU: {fits}"
     return [head] + [
-        f"  {name:15} {size:6.2f} GiB  {WHAT[name].format(c=c, chunk=CHUNK_CUDA)}"
+        f"  {name:15} {size:6.2f} GiB  {WHAT[name].format(c=c, chunk=chunk_of(model, c))}"
         for name, size in parts.items()
     ]
 

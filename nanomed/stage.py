@@ -78,15 +78,20 @@ def compute_dtype(c: Run, device: torch.device) -> torch.dtype:
     return named[c.dtype if c.dtype != "auto" else "bf16" if device.type == "cuda" else "fp32"]
 
 
-def choose_kernels(c: Run, device: torch.device) -> None:
+def choose_kernels(c: Run, model: ModelConfig, device: torch.device) -> None:
     """--kernels, for all that follows. The Triton interpreter, on a CPU, is for tests alone."""
-    if c.kernels == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
-        if device.type != "cuda":
+    if c.kernels == "triton":
+        if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
             raise InputError("--kernels triton needs a CUDA device; on a CPU use --kernels auto")
         if kernels.triton_error():
             raise InputError(
                 f"--kernels triton: it does not import ({kernels.triton_error()}); install a torch "
                 "built for CUDA, which brings it, or use --kernels reference"
+            )
+        if model.head_size not in kernels.triton_head_sizes():
+            raise InputError(
+                f"--kernels triton: its attention takes heads of {kernels.triton_head_sizes()}, "
+                f"the model's are {model.head_size} wide; use --kernels auto"
             )
     kernels.use(c.kernels)
 
@@ -94,7 +99,7 @@ def choose_kernels(c: Run, device: torch.device) -> None:
 def build_model(c: Run, model_config: ModelConfig, world: World) -> Aquila:
     """The sharded model with its weights: no rank ever holds more than its share. Nothing has been
     written when bad weights raise InputError here."""
-    choose_kernels(c, world.device)
+    choose_kernels(c, model_config, world.device)
     with torch.device("meta"):
         model = Aquila(model_config, c.recompute)
     shard(model, world, compute_dtype(c, world.device))

@@ -7,9 +7,6 @@ tests/test_flash_attention_gpu.py.
 
 import importlib.util
 import json
-import os
-import re
-import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -21,7 +18,7 @@ import triton.language as tl
 
 from kernels import flash_attention, reference
 from kernels.flash_attention import _find_tile, attention
-from tests.conftest import ROOT
+from tests import aot
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SOURCE = Path(flash_attention.__file__)
@@ -197,85 +194,28 @@ def test_unfit_shapes_are_refused():
         attention(*case(3, 3, 2, 64)[:3], segments([3]), 3)
 
 
-# Compiling for GPUs that are not there, by the launches themselves, in a process of its own (the
-# interpreter replaces the compiler in a whole process).
+# Compiling for GPUs that are not there (tests/aot.py).
 
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes that a program may have
 CHIPS = {80: "ampere", 90: "hopper"}
 KERNELS = ("_forward_kernel", "_dq_kernel", "_dk_dv_kernel")
 
 
-class Absent:
-    """What Triton asks of the GPU in order to compile for it."""
-
-    def __init__(self, architecture: int):
-        self.target = triton.backends.compiler.GPUTarget("cuda", architecture, 32)
-
-    def get_current_target(self):
-        return self.target
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device):
-        return 0
-
-
-class Compiled:
-    """A kernel whose launches only compile it."""
-
-    def __init__(self, kernel):
-        self.kernel, self.made = kernel, {}
-
-    def __getitem__(self, grid):
-        return lambda *args, **options: self.note(self.kernel.warmup(*args, grid=grid, **options))
-
-    def note(self, compiled):
-        self.made[compiled.hash] = compiled
-
-
-def stack_bytes(cubin: bytes, folder: Path) -> int:
-    """Registers that a thread keeps in memory, by NVIDIA's own reader, which Triton brings."""
-    (folder / "cubin").write_bytes(cubin)
-    reader = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    command = [reader, "--dump-resource-usage", folder / "cubin"]
-    report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return int(re.search(r"STACK:(\d+)", report)[1])
-
-
 def compile_all(architecture: int, head_size: int, lengths: list[list[int]], folder: Path):
     """Prints what a step of each row of segments compiles, per kernel."""
-    triton.runtime.driver.set_active(Absent(architecture))
     blocks = flash_attention.BLOCKS.get((CHIPS[architecture], head_size), flash_attention.SMALL)
     flash_attention.choose_blocks = lambda q: blocks
-    kernels = [Compiled(getattr(flash_attention, name)) for name in KERNELS]
-    for name, kernel in zip(KERNELS, kernels, strict=True):
-        setattr(flash_attention, name, kernel)
+    kernels = aot.compiling(architecture, flash_attention, KERNELS)
     for row in lengths:
         # q, k and v as they come out of one projection.
         packed = torch.zeros(sum(row), 48, head_size, dtype=torch.bfloat16)
         tensors = packed.split((32, 8, 8), 1)
         run(attention, *tensors, torch.zeros_like(tensors[0]), segments(row))
-    report = {}
-    for name, kernel in zip(KERNELS, kernels, strict=True):
-        made = list(kernel.made.values())
-        report[name] = {
-            "times": len(made),
-            "shared": made[0].metadata.shared,
-            "stack": stack_bytes(made[0].asm["cubin"], folder),
-            "wide": "cp.async.cg" in made[0].asm["ptx"],  # 16 bytes at a time
-        }
-    print(json.dumps(report))
+    print(json.dumps({name: aot.report(kernel, folder) for name, kernel in kernels.items()}))
 
 
 def compiled_elsewhere(folder: Path, *arguments) -> dict:
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.test_flash_attention", json.dumps(arguments), folder],
-        env={**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(folder / "cache")},
-        cwd=ROOT, capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout)
+    return aot.elsewhere("tests.test_flash_attention", folder, *arguments)
 
 
 def test_compiled_once_for_all_lengths(tmp_path):
@@ -294,7 +234,7 @@ def test_every_kernel_fits_the_chip(tmp_path, architecture, head_size):
         assert made["shared"] <= SHARED_MEMORY[architecture], name
         # dK and dV at head size 128 keep values there, nearly all used outside the hot loop.
         assert made["stack"] <= (400 if name == "_dk_dv_kernel" else 64), name
-        assert made["wide"], f"{name} does not load 16 bytes at a time"
+        assert "cp.async.cg" in made["ptx"], f"{name} does not load 16 bytes at a time"
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
 from kernels import reference
+from kernels.chunk import chunk_tokens
 
 
 def randn(*shape: int, dtype=torch.float64) -> torch.Tensor:
@@ -193,8 +194,6 @@ def test_a_file_takes_no_functions_place(monkeypatch):
 
 
 def test_the_heads_chunks_are_even_and_bounded():
-    from kernels.linear_nll import chunk_tokens
-
     assert chunk_tokens(0, 4096) == 1 and chunk_tokens(1, 4096) == 1
     assert chunk_tokens(8192, 4096) == 8192 and chunk_tokens(8193, 4096) == 4097
     assert chunk_tokens(100_000, 256) == 4000  # 25 chunks; the limit is 4,096

@@ -6,6 +6,7 @@ is a GPU these tests run on it; tests/test_kernels_gpu.py has those that need on
 
 import importlib
 import importlib.util
+import warnings
 
 import pytest
 import torch
@@ -185,7 +186,10 @@ def nll_and_gradients(model, row) -> list[torch.Tensor]:
 
 
 def worst(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> float:
-    return max(kernel_cases.error(a, b.double()) for a, b in zip(ours, theirs, strict=True))
+    """Relative, norm-wise. Adding to all keys alike would move no softmax if RoPE did not turn
+    them: the gradient of k_proj.bias is a small rest of large terms, and counts from 0.01 up."""
+    pairs = zip(ours, theirs, strict=True)
+    return max(((a - b).norm() / b.norm().clamp(min=0.01)).item() for a, b in pairs)
 
 
 SEGMENTS = [[5, 90, 3, 41], [8], [60, 61, 9]]
@@ -197,9 +201,9 @@ def test_the_model_on_triton_packed_and_alone(small, on_triton):
     packed = nll_and_gradients(model, row)
     alone = [nll_and_gradients(model, row_from([s]).to(DEVICE)) for s in SEGMENTS]
     nll, *gradients = zip(*alone, strict=True)
-    assert worst(packed, [torch.cat(nll), *map(sum, gradients)]) <= 1e-5
+    assert worst(packed, [torch.cat(nll), *map(sum, gradients)]) <= 3e-6
     kernels.use("reference")
-    assert worst(packed, nll_and_gradients(model, row)) <= 1e-5
+    assert worst(packed, nll_and_gradients(model, row)) <= 3e-6
 
 
 def on_two_ranks(world, config) -> float:
@@ -209,7 +213,9 @@ def on_two_ranks(world, config) -> float:
     results = []
     for name in ("triton", "reference"):
         kernels.use(name)
-        nll, *gradients = nll_and_gradients(model, row)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # FSDP2 warns of an output that is a view
+            nll, *gradients = nll_and_gradients(model, row)
         results.append([nll, *(g.full_tensor() for g in gradients)])
     kernels.use("auto")
     return worst(*results)
@@ -217,4 +223,4 @@ def on_two_ranks(world, config) -> float:
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="gloo ranks on a CPU need the interpreter")
 def test_two_sharded_ranks_on_triton_equal_the_definition(small, pool):
-    assert max(pool(2, on_two_ranks, small)) <= 1e-5
+    assert max(pool(2, on_two_ranks, small)) <= 3e-6

@@ -79,7 +79,7 @@ def _model(c: Run, folder: Path, facts: dict, world: World) -> Aquila:
     config = ModelConfig(**{**_json(folder / "model.json"), "dropout": 0.0})
     if world.device.type == "cpu":
         c = dataclasses.replace(c, kernels="auto")  # the run's own may need its GPU
-    stage.choose_kernels(c, world.device)
+    stage.choose_kernels(c, config, world.device)
     saved = facts["checkpoint"] and folder / "checkpoints" / Path(facts["checkpoint"]).name
     if saved and not saved.exists():
         gone, saved = saved.name, checkpoint.newest(folder / "checkpoints")
