@@ -62,6 +62,9 @@ def test_stage_1_and_the_command_that_it_prints(world, monkeypatch, tmp_path, ca
     printed = capsys.readouterr().out
     assert "50.0% of the draws" in printed and "stage 2: " not in printed
     assert "x chat rendered by the template" in printed
+    other = f"{flags} {SMALL} --out {tmp_path / 'two'} --resume".replace("jsonl:0.2", "jsonl:0.4")
+    with pytest.raises(InputError, match=r"weights of the data was \[5, 3, 2\], is \[5, 3, 4\]"):
+        run_script(other, world, monkeypatch)
     first, *_, end = metrics_of(tmp_path / "two")
     for name in ("cpt_medical", "cpt_general"):  # the same documents are held out
         name = f"val_bits_per_byte/{name}"
