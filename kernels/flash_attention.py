@@ -35,15 +35,16 @@ BLOCKS = {
     ("ampere", 128): ((128, 64, 8, 2), (64, 64, 4, 2), (64, 64, 8, 2)),
     ("ampere", 64): ((128, 64, 4, 2), (64, 64, 4, 3), (32, 128, 8, 3)),
 }
-# Float32, other head sizes, GPUs with less shared memory, and the interpreter.
+# Other head sizes, GPUs with less shared memory, and the interpreter.
 SMALL = ((64, 32, 4, 2), (64, 32, 4, 2), (32, 64, 4, 2))
+FLOAT32 = ((16, 16, 4, 1),) * 3  # "ieee" matmuls, unrolled into FMAs: larger tiles only spill
 HEAD_SIZES = (16, 32, 64, 128)
 
 
 def choose_blocks(q: Tensor) -> tuple[tuple[int, int, int, int], ...]:
     """Lengths have no say: nothing compiles again for them."""
     if not q.is_cuda or q.dtype == torch.float32:
-        return SMALL
+        return FLOAT32 if q.is_cuda else SMALL
     chip = {(9, 0): "hopper", (8, 0): "ampere"}.get(torch.cuda.get_device_capability(q.device))
     return BLOCKS.get((chip, q.shape[2]), SMALL)
 
@@ -313,8 +314,7 @@ class _Attention(torch.autograd.Function):
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         lse = torch.empty(q.shape[1::-1], dtype=torch.float32, device=q.device)  # [H, T]
         blocks, G = choose_blocks(q)[0], q.shape[1] // k.shape[1]
-        rows = (q, k, v, out, lse, cu_seqlens)
-        _launch(_forward_kernel, blocks, blocks[0], G, rows, q, k, v)
+        _launch(_forward_kernel, blocks, blocks[0], G, (q, k, v, out, lse, cu_seqlens), q, k, v)
         ctx.save_for_backward(q, k, v, out, lse, cu_seqlens)
         return out
 
@@ -346,5 +346,5 @@ def attention(
     The segments cover all T tokens. max_seqlen is not needed: programs find their tiles.
     Raises ValueError for a head size outside HEAD_SIZES, or H that is no multiple of K."""
     if q.shape[2] not in HEAD_SIZES or q.shape[1] % k.shape[1]:
-        raise ValueError(f"flash attention: E not in {HEAD_SIZES} or H % K: {q.shape}, {k.shape}")
+        raise ValueError(f"q{[*q.shape]}, k{[*k.shape]}: E must be in {HEAD_SIZES} and K divide H")
     return _Attention.apply(q, k, v, cu_seqlens)

@@ -6,12 +6,12 @@ is a GPU these tests run on it; tests/test_kernels_gpu.py has those that need on
 
 import importlib
 import importlib.util
-from collections.abc import Callable
 
 import pytest
 import torch
 
 import kernels
+from kernels import reference
 from nanomed.model import Aquila
 from nanomed.packing import row_from
 from tests import aot, kernel_cases
@@ -20,8 +20,6 @@ from tests.kernel_cases import CASES, DEVICE, check
 from tests.test_exactness import sharded
 
 MODULES = ["rmsnorm", "rope", "swiglu", "linear_nll"]
-KERNELS = [f"kernels.{m}:_{k}" for m in MODULES for k in ("forward", "backward")]
-KERNELS.remove("kernels.rope:_backward")  # the forward kernel is both
 # float32 against float64; a GPU's exp, log and rsqrt are approximate to some 1e-7.
 TOLERANCE = 1e-5 if DEVICE.type == "cuda" else 1e-6
 
@@ -73,6 +71,14 @@ def test_the_same_bits_every_time(op):
     kernel_cases.check_same_bits(triton_op(op), CASES[op](5))
 
 
+def test_rmsnorm_rounds_where_the_definition_does():
+    """To x's dtype before the weight. The interpreter knows float16: 1 element in 50 may differ by
+    the last bit of rstd; without that rounding a quarter does."""
+    x, weight = (kernel_cases.like(x, torch.float16) for x in kernel_cases.rmsnorm(20).inputs)
+    ours, definition = (f(x, weight, 1e-5) for f in (triton_op("rmsnorm"), reference.rmsnorm))
+    assert ours.dtype == torch.float16 and (ours != definition).float().mean() < 0.02
+
+
 def test_head_in_several_chunks(monkeypatch):
     """Their sums are one gradient; the last chunk is smaller."""
     monkeypatch.setattr(module_of("linear_nll"), "chunk_tokens", lambda n, d: 7)
@@ -94,8 +100,11 @@ def test_a_label_outside_the_vocabulary_is_nan():
 
 
 def test_logits_far_from_zero():
-    """exp would overflow, or the sum of exps be zero, without the running maximum."""
-    case = kernel_cases.linear_nll(9, v=4099)
+    """exp would overflow, or the sum of exps be zero, without the running maximum. It changes: the
+    largest logits are in the second block."""
+    case = kernel_cases.linear_nll(9, v=4500)
+    case.inputs[1][4200:] *= 2
+    check(triton_op("linear_nll"), case, tolerance=TOLERANCE)
     case.inputs = (200 * case.inputs[0], case.inputs[1])
     check(triton_op("linear_nll"), case, tolerance=TOLERANCE)
 
@@ -147,44 +156,25 @@ def test_a_planted_bug_is_seen(name, tmp_path):
         check(getattr(mutant, op), CASES[op](3), tolerance=TOLERANCE)
 
 
-def compiled_for(target: str, seen: dict) -> Callable:
-    """A hook that notes at a launch what Triton compiles the kernel for: the value of each constant
-    and integer (of an integer, whether it is 1 or a multiple of 16), unless told not to look."""
-    name, kernel = target.split(":")
-    kernel = getattr(importlib.import_module(name), kernel)
-    options = kernel.kwargs if hasattr(kernel, "kwargs") else vars(kernel)
-    free = options.get("do_not_specialize") or []
-
-    def note(*args, **kwargs):
-        named = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
-        numbers = {k: v for k, v in named.items() if isinstance(v, int | float)}
-        seen.setdefault(target, []).append({k: v for k, v in numbers.items() if k not in free})
-
-    kernel.pre_run_hooks[:] = [note]
-    return kernel.pre_run_hooks.clear
+def test_compiled_once_for_any_number_of_tokens(tmp_path):
+    """1, odd, and multiples of 16, which Triton by itself would tell apart; for an H100, in
+    bfloat16, at the sizes of AquilaMed. Rows are read 16 bytes at a time; no sine is approximate,
+    nothing is atomic."""
+    check_compiled(aot.elsewhere("tests.aot", tmp_path, 90, MODULES, [1, 3, 16, 21]))
 
 
-def test_nothing_that_triton_compiles_for_depends_on_the_number_of_tokens():
-    counts = {3: {}, 16: {}, 21: {}}
-    for n, seen in counts.items():
-        forget = [compiled_for(target, seen) for target in KERNELS]
-        for op in MODULES:
-            case = CASES[op](n)
-            inputs = tuple(kernel_cases.like(x, torch.float32) for x in case.inputs)
-            others = tuple(x.to(DEVICE) if torch.is_tensor(x) else x for x in case.others)
-            kernel_cases.run(triton_op(op), inputs, others)
-        for stop in forget:
-            stop()
-    assert counts[3] == counts[16] == counts[21] and counts[3].keys() == set(KERNELS)
+@pytest.mark.slow
+def test_compiled_for_an_a100(tmp_path):
+    check_compiled(aot.elsewhere("tests.aot", tmp_path, 80, MODULES, [1, 3, 16, 21]))
 
 
-def test_every_kernel_compiles_for_a100_and_h100():
-    """In bfloat16 at the sizes of AquilaMed, with no GPU; rows are read 16 bytes at a time, and no
-    sine is a fast approximation."""
-    for name, made in aot.compile_all(KERNELS).items():
-        assert made["bytes"] > 0 and "ld.global.v4.b32" in made["ptx"], name
-        assert "st.global.v4.b32" in made["ptx"] or "linear_nll:_forward" in name, name
+def check_compiled(reports: dict[str, dict]) -> None:
+    assert len(reports) == 7  # RoPE's backward kernel is its forward kernel
+    for name, made in reports.items():
+        assert made["times"] == 1 and "ld.global.v4.b32" in made["ptx"], name
         assert "sin.approx" not in made["ptx"] and "atom" not in made["ptx"], name
+        # Exact sines of huge angles need a little memory; nothing else is spilled.
+        assert made["stack"] <= (64 if name == "rope_forward" else 0), (name, made["stack"])
 
 
 def nll_and_gradients(model, row) -> list[torch.Tensor]:
