@@ -138,6 +138,21 @@ def test_the_docs_show_what_the_formulas_give():
     text = (ROOT / "docs/kernels.md").read_text("utf-8")
     for rows in (counts.floors, counts.plain_traffic):
         assert measure.table(rows(AQUILAMED, counts.TOKENS)) in text
+    c, t, head = AQUILAMED, counts.TOKENS, AQUILAMED.vocab_size * counts.TOKENS
+    for figure in (
+        f"{counts.H200.flops / counts.H200.bandwidth:.0f} operations for each byte",
+        f"{2 * c.d_model * 2 + 4:,} bytes a token",
+        f"{counts.rmsnorm(c, t)[0].bytes / 1e6:.0f} MB / 4.8 TB/s = 28 µs",
+        f"{counts.naive('rmsnorm', c, t)[0] / c.d_model / t:.0f} bytes for the 4",
+        f"{2 * c.d_ff:,} bytes a token and layer, {2 * c.d_ff * c.n_layers * t / 1e9:.1f} GB",
+        f"{t * c.n_heads * 2 / 1e3:.0f} KB",
+        f"{counts.attention(c, [t])[0].flops / 1e12:.2f} TFLOP forward",
+        f"{head / 1e9:.2f} billion logits of 8,192 tokens are {2 * head / 1e9:.1f} GB in bf16",
+        f"{16 * head / 1e9:.0f} GB with a float32 copy",
+        f"{6 * c.vocab_size * c.d_model / 1e9:.1f} GFLOP a token",
+        f"{2 * head * c.d_model / counts.H200.flops * 1e3:.1f} ms each",
+    ):
+        assert figure in " ".join(text.split()), figure
     packed = kernels.documents(counts.TOKENS, "chats")
     pairs = counts.attention(AQUILAMED, [counts.TOKENS])[0].flops
     share = pairs / counts.attention(AQUILAMED, packed)[0].flops
