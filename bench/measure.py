@@ -244,9 +244,8 @@ def shown(line: dict) -> dict[str, object]:
     if len(line["samples"]) == 1:  # a count, or something that is done once
         spread = {unit: middle}
     measured = {key: None if math.isnan(x) else x for key, x in spread.items()}
-    return {"name": line["name"], **line["shapes"], "dtype": line["dtype"], **measured} | line[
-        "facts"
-    ]
+    facts = {key.replace("_", " "): value for key, value in line["facts"].items()}
+    return {"name": line["name"], **line["shapes"], "dtype": line["dtype"], **measured, **facts}
 
 
 def table(rows: list[dict[str, object]]) -> str:

@@ -1,11 +1,13 @@
 """What every stage does before and after fit(): settings into a model, and a word on the screen."""
 
 import dataclasses
+import os
 from pathlib import Path
 
 import torch
 
-from nanomed import checkpoint, hf, pretrained, slices, template, tokenizer
+import kernels
+from nanomed import checkpoint, hf, memory, pretrained, slices, template, tokenizer
 from nanomed.config import MODELS, InputError, ModelConfig, Run
 from nanomed.distributed import World, rank_from_env, shard
 from nanomed.loader import Loader
@@ -49,7 +51,7 @@ def _fresh(c: Run) -> tuple[ModelConfig, template.Encoder]:
 FREE = {
     *("config", "model", "tokenizer", "template", "data", "val_data", "out", "resume"),
     *("steps", "epochs", "micro_tokens", "recompute", "kernels", "device", "allow_drop"),
-    *("log_every", "eval_every", "save_every", "keep_last", "max_bad", "show_text"),
+    *("log_every", "eval_every", "save_every", "save", "keep_last", "max_bad", "show_text"),
     *("dry_run", "hardware", "mfu", "examples", "repeat"),
 }
 
@@ -76,9 +78,23 @@ def compute_dtype(c: Run, device: torch.device) -> torch.dtype:
     return named[c.dtype if c.dtype != "auto" else "bf16" if device.type == "cuda" else "fp32"]
 
 
+def choose_kernels(c: Run, device: torch.device) -> None:
+    """--kernels, for all that follows. The Triton interpreter, on a CPU, is for tests alone."""
+    if c.kernels == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
+        if device.type != "cuda":
+            raise InputError("--kernels triton needs a CUDA device; on a CPU use --kernels auto")
+        if kernels.triton_error():
+            raise InputError(
+                f"--kernels triton: it does not import ({kernels.triton_error()}); install a torch "
+                "built for CUDA, which brings it, or use --kernels reference"
+            )
+    kernels.use(c.kernels)
+
+
 def build_model(c: Run, model_config: ModelConfig, world: World) -> Aquila:
     """The sharded model with its weights: no rank ever holds more than its share. Nothing has been
     written when bad weights raise InputError here."""
+    choose_kernels(c, world.device)
     with torch.device("meta"):
         model = Aquila(model_config, c.recompute)
     shard(model, world, compute_dtype(c, world.device))
@@ -115,6 +131,8 @@ def load_best(model: Aquila, run: RunFolder) -> None:
 
 def export(c: Run, model: Aquila, encoder: template.Encoder, run: RunFolder) -> None:
     """The Hugging Face folder of the weights that the model now has; the last line says where."""
+    if run.world.device.type == "cuda":
+        run.print(memory.compared(model.config, c, run.world.size))
     folder, dtype = run.path / "export", compute_dtype(c, run.world.device)
     about = {"stage": c.stage} | dataclasses.asdict(c)
     hf.export(model, encoder.tokenizer, folder, dtype, encoder.template, replace=True, about=about)
@@ -126,7 +144,7 @@ def export(c: Run, model: Aquila, encoder: template.Encoder, run: RunFolder) -> 
 # documents.
 SECOND = (
     "--data samples/cpt_medical.jsonl:0.5 samples/sft.jsonl:0.3 samples/cpt_general.jsonl:0.2 "
-    "--lr 2e-4 --warmup_ratio 0.01 --batch_size 16 --seq_len 512 --val_fraction 0.1 --steps 20 "
+    "--lr 2e-4 --warmup_ratio 0.01 --batch_size 8 --seq_len 256 --val_fraction 0.1 --steps 60 "
     "--log_every 10"
 )
 
@@ -168,8 +186,10 @@ def begin(
     run.print(
         f"model: {model.n_params():,} parameters, masters and gradient sums in float32, "
         f"computing in {str(dtype).removeprefix('torch.')} on {run.world.size} x "
-        f"{_device_name(run.world.device)}, kernels: reference"
+        f"{_device_name(run.world.device)}"
     )
+    device, reasons = run.world.device, kernels.reasons(run.world.device)
+    run.print(f"kernels: {kernels.in_force(device)}" + (f" ({reasons})" if reasons else ""))
     spare = model.vocab_size - encoder.tokenizer.vocab_size
     run.print(
         f"vocabulary: {encoder.tokenizer.vocab_size:,} ids of {encoder.tokenizer.path}"

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from nanomed.config import InputError
 from nanomed.loader import Loader
 from nanomed.model import Aquila, init_weights
+from nanomed.packing import row_from
 from nanomed.slices import Slices, names_of, report, seen
 from tests.documents import random_documents, slices_of
 
@@ -135,9 +136,9 @@ def test_losses_equal_each_piece_seen_alone(small):
             piece = stream[start : start + 16]
             for d in {d for _, d in piece}:
                 at = [start + k for k, (_, owner) in enumerate(piece) if owner == d]
-                ids = torch.tensor([stream[t][0] for t in at])
                 following = [stream[t + 1] if t + 1 < len(stream) else (0, -1) for t in at]
-                logp = logits_alone(model, ids).log_softmax(-1)
+                ids = [stream[t][0] for t in at]
+                logp = model(row_from([ids]), logits=True).log_softmax(-1)
                 for k, (label, owner) in enumerate(following):
                     if owner == d:
                         wanted -= logp[k, label].item()
@@ -147,12 +148,6 @@ def test_losses_equal_each_piece_seen_alone(small):
         total = sum(model(row).double().sum().item() for row in rows)
     assert n_cut > 20 and total == pytest.approx(wanted, rel=1e-6)
     assert sum(loader.divisor(k) for k in range(loader.n_steps)) == len(stream) - len(documents)
-
-
-def logits_alone(model, ids):
-    from nanomed.packing import row_from
-
-    return model(row_from([ids.tolist()]), logits=True)
 
 
 # ---------------------------------------------------------------- in the background
