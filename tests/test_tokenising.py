@@ -138,6 +138,7 @@ def test_a_process_that_dies_is_named(tmp_path, encoder, monkeypatch):
             self.process.kill()
 
     monkeypatch.setattr(pool, "_Process", Doomed)
+    monkeypatch.setattr("nanomed.store.texts.BATCH", 5_000)  # more batches than processes
     with pytest.raises(ChildProcessError, match=r"exit code -9 .*the same command goes on"):
         store.build(tmp_path / "store", SAMPLES, encoder, n_processes=2)
 
