@@ -31,8 +31,8 @@ QUICK = MODELS["tiny"]
 PARTS = ("sft", "dpo", "cpt", "fsdp", "scaling", "ranks", "startup")
 FASTER = "nanomed_is_faster_by"
 CONVENTION = (
-    "Ratios are of the time per real token. TRL with its defaults but for what `setting` names, the "
-    "batch, the length and AdamW's constants"
+    "Ratios are of the time per real token. TRL has its defaults but for what `setting` names, "
+    "the batch, the length and AdamW's constants"
 )
 
 

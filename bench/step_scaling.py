@@ -31,7 +31,7 @@ def fsdp(b) -> None:
     lines = [
         b.results.add("step", f"one process: {n}", seconds[n], dtype=torch.float32,
                       shapes={"parameters": b.config.n_params(), "tokens": b.tokens},
-                      **cost.get(n, {}))
+                      **facts.get(n, {}))
         for n in names if n != "FSDP2, again"
     ]  # fmt: skip
     print("\nOne process, the same loop with and without FSDP2:")

@@ -81,13 +81,13 @@ def _run(op: str, x: Tensor, *arguments):
 @functools.cache
 def _triton_ops() -> dict:
     """Imported when the first is needed: `import kernels` works without Triton."""
+    from kernels.flash_attention import attention
     from kernels.linear_nll import linear_nll
     from kernels.rmsnorm import rmsnorm
     from kernels.rope import rope
     from kernels.swiglu import swiglu
 
-    ops = {"linear_nll": linear_nll, "rmsnorm": rmsnorm, "rope": rope, "swiglu": swiglu}
-    return {**ops, "attention": reference.attention}
+    return {f.__name__: f for f in (attention, linear_nll, rmsnorm, rope, swiglu)}
 
 
 def rmsnorm(x: Tensor, weight: Tensor, eps: float) -> Tensor:  # x[..., D], weight[D]

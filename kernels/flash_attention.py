@@ -17,8 +17,6 @@ Every sum is taken by one program in a fixed order, without atomics: same inputs
 No tensor descriptors and no warp specialisation yet: nothing here has been measured on a GPU.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -26,35 +24,27 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 LOG2_E = 1.4426950408889634
+LN_2 = tl.constexpr(0.6931471805599453)  # the kernels' scale is log2(e) / sqrt(E)
 
-
-class Blocks(NamedTuple):
-    """Size of a tile of scores and how the program that works on it is compiled."""
-
-    queries: int
-    keys: int
-    warps: int
-    stages: int  # tiles of keys (or queries) in shared memory, being loaded or used
-
-
-# chip, head size: forward, dQ, dK and dV. The loops need a whole number of the tile they walk over
-# inside the tile they keep: keys in queries for the first two, queries in keys for the third.
-# tests/test_flash_attention.py compiles all of them and checks shared memory and spills.
+# Queries and keys of a tile of scores, warps of its program, tiles in flight (num_stages); for the
+# forward, dQ and dK/dV kernels. The tile that a program keeps must be a whole number of the tiles
+# it walks over. Chosen by the compiler's reports (registers, spills, shared memory), not by time.
 BLOCKS = {
-    ("hopper", 128): (Blocks(128, 128, 8, 2), Blocks(128, 64, 8, 2), Blocks(64, 128, 8, 2)),
-    ("hopper", 64): (Blocks(128, 128, 8, 2), Blocks(128, 64, 8, 2), Blocks(64, 128, 8, 2)),
-    ("ampere", 128): (Blocks(128, 64, 8, 2), Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 2)),
-    ("ampere", 64): (Blocks(128, 64, 4, 2), Blocks(128, 64, 8, 2), Blocks(64, 128, 8, 2)),
+    ("hopper", 128): ((128, 128, 8, 2), (128, 64, 8, 3), (64, 128, 8, 2)),
+    ("hopper", 64): ((128, 128, 8, 3), (128, 128, 8, 2), (64, 128, 8, 3)),
+    ("ampere", 128): ((128, 64, 8, 2), (64, 64, 4, 2), (64, 64, 8, 2)),
+    ("ampere", 64): ((128, 64, 4, 2), (64, 64, 4, 3), (32, 128, 8, 3)),
 }
-# Float32, other head sizes, GPUs with less shared memory, and the interpreter.
-SMALL = (Blocks(64, 32, 4, 1), Blocks(32, 32, 4, 1), Blocks(32, 32, 4, 1))
+# Other head sizes, GPUs with less shared memory, and the interpreter.
+SMALL = ((64, 32, 4, 2), (64, 32, 4, 2), (32, 64, 4, 2))
+FLOAT32 = ((16, 16, 4, 1),) * 3  # "ieee" matmuls, unrolled into FMAs: larger tiles only spill
 HEAD_SIZES = (16, 32, 64, 128)
 
 
-def choose_blocks(q: Tensor) -> tuple[Blocks, Blocks, Blocks]:
-    """For forward, dQ, dK and dV. Lengths have no say: nothing compiles again for them."""
+def choose_blocks(q: Tensor) -> tuple[tuple[int, int, int, int], ...]:
+    """Lengths have no say: nothing compiles again for them."""
     if not q.is_cuda or q.dtype == torch.float32:
-        return SMALL
+        return FLOAT32 if q.is_cuda else SMALL
     chip = {(9, 0): "hopper", (8, 0): "ampere"}.get(torch.cuda.get_device_capability(q.device))
     return BLOCKS.get((chip, q.shape[2]), SMALL)
 
@@ -93,10 +83,9 @@ def _load(x, row, length, stride, ROWS: tl.constexpr, E: tl.constexpr, BOUNDED: 
     rows = tl.arange(0, ROWS)[:, None]
     pointers = _at(x, row, stride, 0, 0) + (rows * stride + tl.arange(0, E)[None, :])
     if BOUNDED:
-        tile = tl.load(pointers, mask=row + rows < length, other=0.0)
+        return tl.load(pointers, mask=row + rows < length, other=0.0)
     else:
-        tile = tl.load(pointers)
-    return tile
+        return tl.load(pointers)
 
 
 @triton.jit
@@ -105,9 +94,6 @@ def _store(x, tile, row, length, stride, ROWS: tl.constexpr, E: tl.constexpr):
     rows = tl.arange(0, ROWS)[:, None]
     pointers = _at(x, row, stride, 0, 0) + (rows * stride + tl.arange(0, E)[None, :])
     tl.store(pointers, tile.to(x.dtype.element_ty), mask=row + rows < length)
-
-
-# Forward
 
 
 @triton.jit
@@ -128,7 +114,8 @@ def _visit_keys(
         shrink = tl.exp2(top - new_top)
         total = total * shrink + tl.sum(p, 1)
         v_tile = _load(v, key, length, v_stride, KEYS, E, DIAGONAL)
-        acc = tl.dot(p.to(v.dtype.element_ty), v_tile, acc * shrink[:, None], input_precision="ieee")
+        acc *= shrink[:, None]
+        acc = tl.dot(p.to(v.dtype.element_ty), v_tile, acc, input_precision="ieee")
         top = new_top
     return acc, total, top
 
@@ -137,18 +124,17 @@ def _visit_keys(
 def _forward_kernel(
     q, k, v, out, lse, cu_seqlens, T, n_segments, scale,
     q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride,
-    H: tl.constexpr, K: tl.constexpr, E: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """out[T,H,E] and lse[H,T] for one tile of queries and one head."""
-    # A segment's last tiles see most keys: they start first. The G heads that read the same keys
-    # run side by side, and one key head comes after another, so that k and v stay in the L2 cache.
-    kv_head = tl.program_id(1)
-    head = kv_head * (H // K) + tl.program_id(0) % (H // K)
+    # A segment's last queries see most keys: they start first. The heads that read the same keys
+    # run side by side, one key head comes after another: its k and v stay in the L2 cache.
     slot = (tl.num_programs(0) - 1 - tl.program_id(0)) // (H // K)
     start, length, first = _find_tile(cu_seqlens, n_segments, slot, QUERIES)
     if first >= length:
         return
+    kv_head = tl.program_id(1)
+    head = kv_head * (H // K) + tl.program_id(0) % (H // K)
     q = _at(q, start, q_stride, head, q_head_stride)
     k = _at(k, start, k_stride, kv_head, k_head_stride)
     v = _at(v, start, v_stride, kv_head, v_head_stride)
@@ -207,20 +193,17 @@ def _gather_dq(
 
 @triton.jit(do_not_specialize=["T", "n_segments"])
 def _dq_kernel(
-    q, k, v, out, dout, lse, delta, dq, cu_seqlens, T, n_segments, scale,
-    q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride,
-    dout_stride, dout_head_stride,
-    H: tl.constexpr, K: tl.constexpr, E: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    q, k, v, out, dout, lse, delta, dq, cu_seqlens, T, n_segments, scale, q_stride, q_head_stride,
+    k_stride, k_head_stride, v_stride, v_head_stride, dout_stride, dout_head_stride,
+    H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """dq[T,H,E] for one tile of queries and one head; and delta[H,T], which the next kernel reads.
-    The order of programs is the forward kernel's."""
-    kv_head = tl.program_id(1)
-    head = kv_head * (H // K) + tl.program_id(0) % (H // K)
+    """dq[T,H,E] for one tile of queries and one head; and delta[H,T], read by the next kernel."""
     slot = (tl.num_programs(0) - 1 - tl.program_id(0)) // (H // K)
     start, length, first = _find_tile(cu_seqlens, n_segments, slot, QUERIES)
     if first >= length:
         return
+    kv_head = tl.program_id(1)
+    head = kv_head * (H // K) + tl.program_id(0) % (H // K)
     q = _at(q, start, q_stride, head, q_head_stride)
     k = _at(k, start, k_stride, kv_head, k_head_stride)
     v = _at(v, start, v_stride, kv_head, v_head_stride)
@@ -245,8 +228,7 @@ def _dq_kernel(
         total, q_tile, dout_tile, lse_rows, delta_rows, k, v, k_stride, v_stride, scale,
         first, length, first, tl.minimum(first + QUERIES, length), E, QUERIES, KEYS, True,
     )  # fmt: skip
-    # scale is log2(e) / sqrt(E).
-    _store(dq, total * (scale * 0.6931471805599453), first, length, H * E, QUERIES, E)
+    _store(dq, total * (scale * LN_2), first, length, H * E, QUERIES, E)
 
 
 @triton.jit
@@ -260,28 +242,27 @@ def _gather_dk_dv(
     for query in range(low, high, QUERIES):
         # Queries past the segment's end are zeros here, and add zero to both sums.
         q_tile = _load(q, query, length, q_stride, QUERIES, E, True)
+        dout_tile = _load(dout, query, length, dout_stride, QUERIES, E, True)
+        s = tl.dot(k, tl.trans(q_tile), input_precision="ieee")
+        dp = tl.dot(v, tl.trans(dout_tile), input_precision="ieee")
+        # Loaded late: four accumulators leave few registers.
         rows = query + tl.arange(0, QUERIES)
         lse_rows = tl.load(lse + rows, mask=rows < length, other=0.0)
-        s = tl.dot(k, tl.trans(q_tile), input_precision="ieee")
         p = tl.exp2(s * scale - lse_rows[None, :])
         if DIAGONAL:
             p = tl.where(rows[None, :] >= keys, p, 0.0)
-        dout_tile = _load(dout, query, length, dout_stride, QUERIES, E, True)
-        dv = tl.dot(p.to(q.dtype.element_ty), dout_tile, dv, input_precision="ieee")
         delta_rows = tl.load(delta + rows, mask=rows < length, other=0.0)
-        dp = tl.dot(v, tl.trans(dout_tile), input_precision="ieee")
         ds = p * (dp - delta_rows[None, :])
+        dv = tl.dot(p.to(q.dtype.element_ty), dout_tile, dv, input_precision="ieee")
         dk = tl.dot(ds.to(q.dtype.element_ty), q_tile, dk, input_precision="ieee")
     return dk, dv
 
 
 @triton.jit(do_not_specialize=["T", "n_segments"])
 def _dk_dv_kernel(
-    q, k, v, dout, lse, delta, dk, dv, cu_seqlens, T, n_segments, scale,
-    q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride,
-    dout_stride, dout_head_stride,
-    H: tl.constexpr, K: tl.constexpr, E: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    q, k, v, dout, lse, delta, dk, dv, cu_seqlens, T, n_segments, scale, q_stride, q_head_stride,
+    k_stride, k_head_stride, v_stride, v_head_stride, dout_stride, dout_head_stride,
+    H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """dk[T,K,E] and dv[T,K,E] for one tile of keys and one key/value head, summed over the query
     heads that read it. A segment's first keys are seen most: they start first."""
@@ -310,48 +291,19 @@ def _dk_dv_kernel(
             q_stride, dout_stride, scale, first, length,
             first + KEYS, length, E, QUERIES, KEYS, False,
         )  # fmt: skip
-    dk_sum *= scale * 0.6931471805599453
+    dk_sum *= scale * LN_2
     _store(_at(dk, start, K * E, kv_head, E), dk_sum, first, length, K * E, KEYS, E)
     _store(_at(dv, start, K * E, kv_head, E), dv_sum, first, length, K * E, KEYS, E)
 
 
-# Launchers
-
-
-def _forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-    """-> out[T,H,E], lse[H,T] float32 in units of log 2."""
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
-    blocks = choose_blocks(q)[0]
-    strides = *q.stride()[:2], *k.stride()[:2], *v.stride()[:2]
-    rows = (q, k, v, out, lse, cu_seqlens)
-    _launch(_forward_kernel, blocks, blocks.queries, True, rows, strides, k.shape[1])
-    return out, lse
-
-
-def _backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """-> dq[T,H,E], dk[T,K,E], dv[T,K,E]. dQ goes first: it writes the delta that dK needs."""
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    delta = torch.empty_like(lse)
-    _, for_dq, for_dk_dv = choose_blocks(q)
-    strides = *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *dout.stride()[:2]
-    rows = (q, k, v, out, dout, lse, delta, dq, cu_seqlens)
-    _launch(_dq_kernel, for_dq, for_dq.queries, True, rows, strides, k.shape[1])
-    rows = (q, k, v, dout, lse, delta, dk, dv, cu_seqlens)
-    _launch(_dk_dv_kernel, for_dk_dv, for_dk_dv.keys, False, rows, strides, k.shape[1])
-    return dq, dk, dv
-
-
-def _launch(kernel, blocks: Blocks, tile: int, per_query_head: bool, rows, strides, K: int) -> None:
-    T, H, E = rows[0].shape
-    n_segments = len(rows[-1]) - 1
-    slots = T // tile + n_segments
-    kernel[slots * (H // K if per_query_head else 1), K](
-        *rows, T, n_segments, LOG2_E / E**0.5, *strides,
-        H=H, K=K, E=E, QUERIES=blocks.queries, KEYS=blocks.keys,
-        num_warps=blocks.warps, num_stages=blocks.stages,
+def _launch(kernel, blocks: tuple[int, ...], tile: int, heads: int, rows: tuple, *strided: Tensor):
+    """One program for each of `heads` query heads of a key head, key head and tile."""
+    (T, H, E), K, n_segments = strided[0].shape, strided[1].shape[1], len(rows[-1]) - 1
+    queries, keys, warps, stages = blocks
+    kernel[(T // tile + n_segments) * heads, K](
+        *rows, T, n_segments, LOG2_E / E**0.5, *(n for x in strided for n in x.stride()[:2]),
+        H=H, K=K, E=E, QUERIES=queries, KEYS=keys,
+        num_warps=warps, num_stages=stages, enable_fp_fusion=True,
     )  # fmt: skip
 
 
@@ -359,19 +311,31 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
         q, k, v = (_readable(x) for x in (q, k, v))
-        out, lse = _forward(q, k, v, cu_seqlens)
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        lse = torch.empty(q.shape[1::-1], dtype=torch.float32, device=q.device)  # [H, T]
+        blocks, G = choose_blocks(q)[0], q.shape[1] // k.shape[1]
+        _launch(_forward_kernel, blocks, blocks[0], G, (q, k, v, out, lse, cu_seqlens), q, k, v)
         ctx.save_for_backward(q, k, v, out, lse, cu_seqlens)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout: Tensor):
-        return *_backward(_readable(dout), *ctx.saved_tensors), None
+        q, k, v, out, lse, cu_seqlens = ctx.saved_tensors
+        dout, delta, G = _readable(dout), torch.empty_like(lse), q.shape[1] // k.shape[1]
+        dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+        _, for_dq, for_dk_dv = choose_blocks(q)
+        rows = (q, k, v, out, dout, lse, delta, dq, cu_seqlens)
+        _launch(_dq_kernel, for_dq, for_dq[0], G, rows, q, k, v, dout)  # first: it writes delta
+        rows = (q, k, v, dout, lse, delta, dk, dv, cu_seqlens)
+        _launch(_dk_dv_kernel, for_dk_dv, for_dk_dv[1], 1, rows, q, k, v, dout)
+        return dq, dk, dv, None
 
 
 def _readable(x: Tensor) -> Tensor:
-    """Views of a projection are read where they lie; the elements of a head must be adjacent."""
-    return x if x.stride(2) == 1 else x.contiguous()
+    """Views of a projection are read where they lie, if a head's elements are adjacent and offsets
+    within a tile of up to 128 rows fit int32."""
+    return x if x.stride(2) == 1 and x.stride(0) < 2**24 else x.contiguous()
 
 
 def attention(
@@ -379,8 +343,8 @@ def attention(
 ) -> Tensor:  # q[T,H,E], k[T,K,E], v[T,K,E], cu_seqlens[n+1] int32 -> [T,H,E]
     """Causal softmax attention within each segment: segment i is tokens cu_seqlens[i] up to
     cu_seqlens[i+1], and sees nothing else. Query head h reads key/value head h // (H/K).
-    The segments must cover all T tokens. max_seqlen is not needed: the schedule finds its tiles
-    on the GPU. Raises ValueError for a head size that is not in HEAD_SIZES."""
-    if q.shape[2] not in HEAD_SIZES:
-        raise ValueError(f"flash attention takes head sizes {HEAD_SIZES}, not {q.shape[2]}")
+    The segments cover all T tokens. max_seqlen is not needed: programs find their tiles.
+    Raises ValueError for a head size outside HEAD_SIZES, or H that is no multiple of K."""
+    if q.shape[2] not in HEAD_SIZES or q.shape[1] % k.shape[1]:
+        raise ValueError(f"q{[*q.shape]}, k{[*k.shape]}: E must be in {HEAD_SIZES} and K divide H")
     return _Attention.apply(q, k, v, cu_seqlens)

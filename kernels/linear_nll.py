@@ -74,9 +74,10 @@ def chunk_tokens(n_tokens: int, d_model: int) -> int:
     Small chunks cost time: each adds its part to the head's float32 gradient, reading and writing
     8 V D bytes beside matmuls of 6 C V D operations. An H100 moves 3.35e12 bytes and computes
     about 7e14 operations in a second, so this takes 280 / C of the matmuls' time: 27% at 1,024
-    tokens, 7% at 4,096, 3% at 8,192 [computed, not measured]. Large chunks cost memory: 2 C V bytes of logits in bfloat16,
-    beside the 4 V D of that gradient; C = 2 D takes as much again. V is in both and decides
-    neither. So: 2 D, but between 4,096 and 8,192, the tokens shared out evenly.
+    tokens, 7% at 4,096, 3% at 8,192 (computed, not measured). Large chunks cost memory: 2 C V bytes
+    of logits in bfloat16, beside the 4 V D of that gradient; C = 2 D takes as much again. V is in
+    both and decides neither. So: at most 2 D, this limit kept between 4,096 and 8,192, and the
+    tokens shared out evenly.
     """
     most = min(max(2 * d_model, 4096), 8192)
     n_chunks = max(1, -(-n_tokens // most))
@@ -86,7 +87,8 @@ def chunk_tokens(n_tokens: int, d_model: int) -> int:
 def _workspace(n_tokens: int, hidden: Tensor, weight: Tensor) -> Tensor:
     """Room for a chunk of logits, [C, V rounded up to 128]. AquilaMed's V, 151,851, is odd: rows of
     that length would not begin at multiples of 16 bytes, and fast matmul kernels ask for that."""
-    return hidden.new_empty(chunk_tokens(n_tokens, weight.shape[1]), _stride(len(weight)))
+    chunk = chunk_tokens(n_tokens, weight.shape[1])
+    return torch.empty(chunk, _stride(len(weight)), dtype=hidden.dtype, device=hidden.device)
 
 
 def _stride(v: int) -> int:

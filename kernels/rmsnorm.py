@@ -84,7 +84,7 @@ def _n_processors(device: torch.device) -> int:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """x[..., D] as [N,D] with neighbouring elements in a row; a copy only where there is no view."""
+    """x[..., D] as [N,D], elements of a row adjacent; a copy only where there is no view."""
     x = x.reshape(-1, x.shape[-1])
     return x if x.stride(1) == 1 else x.contiguous()
 

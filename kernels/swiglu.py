@@ -30,7 +30,7 @@ def _backward(
 ):  # fmt: skip
     """ds/dg = s (1 - s), so with silu(g) = g s
 
-        du = dy g s        dg = dy u (s + g s (1 - s)) = dy u s (1 + g (1 - s))"""
+    du = dy g s        dg = dy u (s + g s (1 - s)) = dy u s (1 + g (1 - s))"""
     row = tl.program_id(0).to(tl.int64)
     f = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     dy = tl.load(dy_ptr + row * dy_stride + f, mask=f < F, other=0).to(tl.float32)
@@ -69,8 +69,8 @@ def _grid(x: Tensor, tile: dict[str, int]) -> tuple[int, int]:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """x[..., F] as [N,F] with neighbouring elements in a row; a copy only where there is no view:
-    halves of one packed gate|up matrix are read as they lie."""
+    """x[..., F] as [N,F], elements of a row adjacent; a copy only where there is no view: halves of
+    one packed gate|up matrix are read as they lie."""
     x = x.reshape(-1, x.shape[-1])
     return x if x.stride(1) == 1 else x.contiguous()
 

@@ -116,7 +116,10 @@ class Run:
         "none", "in backward compute again: lean, norms and SwiGLU's product; full, whole layers",
         choices=("none", "lean", "full"),
     )  # fmt: skip
-    kernels: str = _flag("auto", "implementation of the fused ops", choices=("auto", "reference"))
+    kernels: str = _flag(
+        "auto", "version of the fused ops; auto: Triton on CUDA, the plain definition elsewhere",
+        choices=("auto", "triton", "reference"),
+    )  # fmt: skip
     dtype: str = _flag(
         "auto", "of the computation; auto: bf16 on CUDA, fp32 on CPU",
         (UNPUBLISHED, UNPUBLISHED, "bf16", UNPUBLISHED), ("auto", "bf16", "fp32"),

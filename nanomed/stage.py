@@ -1,10 +1,12 @@
 """What every stage does before and after fit(): settings into a model, and a word on the screen."""
 
 import dataclasses
+import os
 from pathlib import Path
 
 import torch
 
+import kernels
 from nanomed import checkpoint, hf, memory, pretrained, template, tokenizer
 from nanomed.config import MODELS, InputError, ModelConfig, Run
 from nanomed.distributed import World, rank_from_env, shard
@@ -75,9 +77,23 @@ def compute_dtype(c: Run, device: torch.device) -> torch.dtype:
     return named[c.dtype if c.dtype != "auto" else "bf16" if device.type == "cuda" else "fp32"]
 
 
+def choose_kernels(c: Run, device: torch.device) -> None:
+    """--kernels, for all that follows. The Triton interpreter, on a CPU, is for tests alone."""
+    if c.kernels == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
+        if device.type != "cuda":
+            raise InputError("--kernels triton needs a CUDA device; on a CPU use --kernels auto")
+        if kernels.triton_error():
+            raise InputError(
+                f"--kernels triton: it does not import ({kernels.triton_error()}); install a torch "
+                "built for CUDA, which brings it, or use --kernels reference"
+            )
+    kernels.use(c.kernels)
+
+
 def build_model(c: Run, model_config: ModelConfig, world: World) -> Aquila:
     """The sharded model with its weights: no rank ever holds more than its share. Nothing has been
     written when bad weights raise InputError here."""
+    choose_kernels(c, world.device)
     with torch.device("meta"):
         model = Aquila(model_config, c.recompute)
     shard(model, world, compute_dtype(c, world.device))
@@ -147,8 +163,10 @@ def begin(
     run.print(
         f"model: {model.n_params():,} parameters, masters and gradient sums in float32, "
         f"computing in {str(dtype).removeprefix('torch.')} on {run.world.size} x "
-        f"{_device_name(run.world.device)}, kernels: reference"
+        f"{_device_name(run.world.device)}"
     )
+    device, reasons = run.world.device, kernels.reasons(run.world.device)
+    run.print(f"kernels: {kernels.in_force(device)}" + (f" ({reasons})" if reasons else ""))
     spare = model.vocab_size - encoder.tokenizer.vocab_size
     run.print(
         f"vocabulary: {encoder.tokenizer.vocab_size:,} ids of {encoder.tokenizer.path}"

@@ -1,79 +1,126 @@
-"""Compiles kernels for GPUs that are not here, as a launch on one would: tests call compile_all().
+"""Compiles kernels for GPUs that are not here, by the launches of the ops themselves.
 
-The interpreter replaces the compiler in a process, so compiling needs another one:
-TRITON_INTERPRET=0 python -m tests.aot kernels.rope:_forward [...]
+Triton's interpreter replaces its compiler in a whole process, so tests do this in another one:
+elsewhere() starts a module of tests/ that calls compiling() and prints report()s. This module, so
+started, does it for RMSNorm, RoPE, SwiGLU and the head, in bfloat16 at the sizes of AquilaMed.
 """
 
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
+from types import ModuleType
+
+import torch
+import triton
 
 ROOT = Path(__file__).parents[1]
 
-ARCHITECTURES = 80, 90  # A100, H100 and H200
 
-# Of an AquilaMed layer in bfloat16: what each module's _tile() takes.
-SIZES = {
-    "kernels.rmsnorm": (4096,),
-    "kernels.rope": (32, 8, 128),
-    "kernels.swiglu": (14336,),
-    "kernels.linear_nll": (151851,),
-}
-FLOATS = {"eps", "direction"}
-FLOAT32 = {"rstd_ptr", "dw_ptr", "wavelengths_ptr", "nll_ptr", "dnll_ptr", "lse_ptr"}
-INT64 = {"positions_ptr", "rows_ptr", "labels_ptr"}
+class Absent:
+    """What Triton asks of the GPU in order to compile for it."""
 
+    def __init__(self, architecture: int):
+        self.target = triton.backends.compiler.GPUTarget("cuda", architecture, 32)
 
-def type_of(name: str, constants: dict[str, int]) -> str:
-    if name in constants:
-        return "constexpr"
-    if not name.endswith("_ptr"):
-        return "fp32" if name in FLOATS else "i32"
-    return "*fp32" if name in FLOAT32 else "*i64" if name in INT64 else "*bf16"
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
 
 
-def compile_one(target: str, architecture: int) -> dict:
-    """The PTX, and the length of the machine code that ptxas made of it."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+class Compiled:
+    """A kernel whose launches only compile it."""
 
-    name, kernel = target.split(":")
-    module = importlib.import_module(name)
-    constants = dict(module._tile(*SIZES[name]))
-    options = {"num_warps": constants.pop("num_warps")}
-    function = getattr(module, kernel)
-    signature = {name: type_of(name, constants) for name in function.arg_names}
-    # Pointers and strides that torch makes are multiples of 16, save for lengths.
-    attrs = {
-        (i,): [["tt.divisibility", 16]]
-        for i, (name, kind) in enumerate(signature.items())
-        if kind not in ("fp32", "constexpr")
-        and name not in function.do_not_specialize
-        and name not in function.do_not_specialize_on_alignment
+    def __init__(self, kernel):
+        self.kernel, self.made = kernel, {}
+
+    def __getitem__(self, grid):
+        return lambda *args, **options: self.note(self.kernel.warmup(*args, grid=grid, **options))
+
+    def note(self, compiled):
+        self.made[compiled.hash] = compiled
+
+
+def compiling(architecture: int, module: ModuleType, names: tuple[str, ...]) -> dict[str, Compiled]:
+    """From here on these kernels of the module are compiled when launched, and do nothing."""
+    triton.runtime.driver.set_active(Absent(architecture))
+    kernels = {name: Compiled(getattr(module, name)) for name in names}
+    for name, kernel in kernels.items():
+        setattr(module, name, kernel)
+    return kernels
+
+
+def report(kernel: Compiled, folder: Path) -> dict:
+    """How many times it was compiled; of the first: bytes of shared memory and of a thread's
+    stack, and the PTX."""
+    made = list(kernel.made.values())
+    return {
+        "times": len(made),
+        "shared": made[0].metadata.shared,
+        "stack": stack_bytes(made[0].asm["cubin"], folder),
+        "ptx": made[0].asm["ptx"],
     }
-    source = ASTSource(function, signature, constants, attrs)
-    gpu = GPUTarget("cuda", architecture, 32)
-    compiled = triton.compile(source, target=gpu, options=options)
-    return {"ptx": compiled.asm["ptx"], "bytes": len(compiled.asm["cubin"])}
 
 
-def compile_all(targets: list[str]) -> dict[str, dict]:
-    """{"kernels.rope:_forward sm90": what came out}; fails with the compiler's words."""
-    with tempfile.TemporaryDirectory() as cache:
-        env = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": cache}
-        run = subprocess.run(
-            [sys.executable, "-m", "tests.aot", *targets],
-            cwd=ROOT, env=env, capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
+def stack_bytes(cubin: bytes, folder: Path) -> int:
+    """Registers that a thread keeps in memory, by NVIDIA's own reader, which Triton brings."""
+    (folder / "cubin").write_bytes(cubin)
+    reader = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    command = [reader, "--dump-resource-usage", folder / "cubin"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return int(re.search(r"STACK:(\d+)", said)[1])
+
+
+def elsewhere(module: str, folder: Path, *arguments) -> dict:
+    """What the module prints, started with these arguments and the folder."""
+    run = subprocess.run(
+        [sys.executable, "-m", module, json.dumps(arguments), folder],
+        env={**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(folder / "cache")},
+        cwd=ROOT, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout)
 
 
+def tensor(*shape: int) -> torch.Tensor:
+    return torch.zeros(*shape, dtype=torch.bfloat16).requires_grad_()
+
+
+def launch(op: str, n: int) -> None:
+    """Forward and backward of n tokens; the head's width does not reach its kernels."""
+    module = importlib.import_module(f"kernels.{op}")
+    if op == "rmsnorm":
+        out = module.rmsnorm(tensor(n, 4096), tensor(4096), 1e-5)
+    elif op == "swiglu":
+        out = module.swiglu(tensor(n, 14336), tensor(n, 14336))
+    elif op == "rope":
+        q, k, _ = tensor(n, 48, 128).split((32, 8, 8), 1)
+        out = torch.cat(module.rope(q, k, torch.arange(n + 3)[3:], 1e6), 1)
+    else:
+        module._add_matmul = lambda *_: None  # bfloat16 into float32 is CUDA's
+        out = module.linear_nll(tensor(n, 8), tensor(151851, 8), torch.arange(n + 1)[1:])
+    out.sum().backward()
+
+
+def main(architecture: int, ops: list[str], n_tokens: list[int], folder: Path) -> None:
+    reports = {}
+    for op in ops:
+        module = importlib.import_module(f"kernels.{op}")
+        names = [name for name in ("_forward", "_backward") if hasattr(module, name)]
+        kernels = compiling(architecture, module, tuple(names))
+        for n in n_tokens:
+            launch(op, n)
+        reports |= {f"{op}{name}": report(kernel, folder) for name, kernel in kernels.items()}
+    print(json.dumps(reports))
+
+
 if __name__ == "__main__":
-    results = {f"{t} sm{a}": compile_one(t, a) for t in sys.argv[1:] for a in ARCHITECTURES}
-    print(json.dumps(results))
+    main(*json.loads(sys.argv[1]), Path(sys.argv[2]))

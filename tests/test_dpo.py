@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import kernels
 import train_dpo
 from nanomed import store
 from nanomed.arguments import parse
@@ -164,6 +165,10 @@ def test_a_resume_reads_the_reference_and_refuses_another_key(world, small, tmp_
     assert torch.equal(first, again)
     with pytest.raises(InputError, match="dtype: float32 there, bfloat16 now"):
         reference_logps(model, loader, run, {"data": "x", "dtype": "bfloat16"})
+    monkeypatch.setattr(kernels, "in_force", lambda device: "triton")  # its sums round otherwise
+    with pytest.raises(InputError, match="kernels: reference there, triton now"):
+        reference_logps(model, loader, run, {"data": "x", "dtype": "float32"})
+    monkeypatch.undo()
     init_weights(model, seed=1)
     with pytest.raises(InputError, match="weights: "):
         reference_logps(model, loader, run, {"data": "x", "dtype": "float32"})

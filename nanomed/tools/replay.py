@@ -8,6 +8,7 @@ samples/, else with --show_text only.
 """
 
 import argparse
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -75,6 +76,9 @@ def run_alone(model: nn.Module, segments: list, device: torch.device) -> tuple[f
 
 def _model(c: Run, folder: Path, facts: dict, world: World) -> Aquila:
     config = ModelConfig(**{**_json(folder / "model.json"), "dropout": 0.0})
+    if world.device.type == "cpu":
+        c = dataclasses.replace(c, kernels="auto")  # the run's own may need its GPU
+    stage.choose_kernels(c, world.device)
     saved = facts["checkpoint"] and folder / "checkpoints" / Path(facts["checkpoint"]).name
     if saved and not saved.exists():
         gone, saved = saved.name, checkpoint.newest(folder / "checkpoints")
