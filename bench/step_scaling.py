@@ -25,9 +25,8 @@ def fsdp(b) -> None:
     sides = {n: side(b.world, b.config, sharded=s, **given) for n, s in names.items()}
     seconds = interleaved(sides, b.rounds)
     first, again, plain = seconds.values()
-    cost = {
-        "unsharded loop": {"FSDP2_takes": f"{ratio(first, plain, _noise(first, again, plain))}"}
-    }
+    cost = ratio(first, plain, _noise(first, again, plain))
+    facts = {"unsharded loop": {"FSDP2_takes": str(cost)}}
     lines = [
         b.results.add("step", f"one process: {n}", seconds[n], dtype=torch.float32,
                       shapes={"parameters": b.config.n_params(), "tokens": b.tokens},
