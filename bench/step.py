@@ -131,11 +131,11 @@ def next_token_loss(b: Bench, segments: list[tuple]) -> torch.Tensor:
     return b.plain(row).sum() / (row.labels >= 0).sum()
 
 
-def trl_gate(b: Bench, name: str, trainer, data: Examples | None = None) -> None:
+def trl_gate(b: Bench, name: str, trainer, dpo: bool) -> None:
     batch = next(iter(trainer.get_train_dataloader()))
     model = trainer.model
     model.train()
-    if data is None:
+    if not dpo:
         segments = segments_of(batch)
         ours = next_token_loss(b, segments)
         n = sum(int(trained[1:].sum()) for _, trained in segments)
@@ -208,12 +208,16 @@ def trl_sides(
     from bench.theirs import Stepped, qwen2
 
     sides, about, tok = {}, {}, b.tokenizer()
-    for name, given in settings.items():
+
+    def trainer(**given):
         model = qwen2(b.config, b.plain, b.world.device)
+        return build(model, data, c, tok, b.folder, b.world.device.type, **given)
+
+    for name, given in settings.items():
+        # In float32: in bf16 the reference of DPO is rounded otherwise than the policy.
+        trl_gate(b, f"TRL {name}", trainer(**given, bf16=False), dpo)
         given = {"bf16": b.dtype == torch.bfloat16, **given}
-        trainer = build(model, data, c, tok, b.folder, b.world.device.type, **given)
-        trl_gate(b, f"TRL {name}", trainer, data if dpo else None)
-        sides[f"TRL {name}"] = Stepped(trainer)
+        sides[f"TRL {name}"] = Stepped(trainer(**given))
         words = ", ".join(f"{key}={value}" for key, value in given.items())
         about[f"TRL {name}"] = f"TRL {trl.__version__}: {words}"
     return sides, about
@@ -320,11 +324,10 @@ def main() -> None:
             step_scaling.fsdp(b)
         if "scaling" in parts:
             step_scaling.rows(b)
-        results = b.results
     if "ranks" in parts:
-        step_scaling.ranks(b, results)
+        step_scaling.ranks(b)
     if "startup" in parts:
-        startup.measure(results, times=1 if given.quick else 3)
+        startup.measure(b.results, times=1 if given.quick else 3)
 
 
 if __name__ == "__main__":

@@ -91,9 +91,12 @@ def examples(stage: str, row: int, config: ModelConfig) -> Examples:
         length = min(row, config.max_seq_len)
         return Examples.of_lengths([length] * (row // length) * ROWS, config.vocab_size)
     segments = 2 if stage == "dpo" else 1
-    drawn = documents(row * ROWS // segments, "chats")
-    longest = min(2048, row // segments)
-    lengths = [min(n, longest) for n in drawn if n > 1]
+    total, longest, lengths = row * ROWS // segments, min(2048, row // segments), []
+    for n in documents(8 * total, "chats"):
+        n = min(n, longest, total - sum(lengths))
+        if n < 2:
+            break
+        lengths.append(n)
     return Examples.of_lengths(lengths, config.vocab_size, segments)
 
 

@@ -65,8 +65,8 @@ def _line(results: Results, config: ModelConfig, dtype: torch.dtype, shape, seco
 
 
 def ranks(b) -> None:
-    """One process with all cores and as many processes as cores with one each, on the same rows, in
-    turns. The processes are started once, outside the time."""
+    """One process with all cores, and as many processes as cores with one each, on the same rows,
+    in turns. The processes are started once, outside the time."""
     from tests.ranks import Pool
 
     n = max(2, torch.get_num_threads())
