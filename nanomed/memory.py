@@ -15,6 +15,7 @@ import dataclasses
 import torch
 
 import kernels
+from kernels.chunk import chunk_tokens
 from kernels.reference import CHUNK_CUDA
 from nanomed.config import ModelConfig, Run
 
@@ -98,9 +99,8 @@ def loss_chunk(model: ModelConfig, c: Run) -> float:
     """Bytes of the logits that exist at once."""
     if is_plain(c):  # softmax, its product with the incoming gradient, the cast one
         return (4 + 4 + width(c)) * min(c.micro_tokens, CHUNK_CUDA) * model.vocab_size
-    n_chunks = -(-c.micro_tokens // min(max(2 * model.d_model, 4096), 8192))
     padded = -(-model.vocab_size // 128) * 128
-    return width(c) * -(-c.micro_tokens // n_chunks) * padded
+    return width(c) * chunk_tokens(c.micro_tokens, model.d_model) * padded
 
 
 def layer_moment(model: ModelConfig, c: Run, n_gpus: int) -> dict[str, float]:
