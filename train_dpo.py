@@ -40,12 +40,14 @@ def preference_loss(reference: Tensor, kinds: Tensor, names: list[str], c: confi
         losses = losses - c.sft_weight * logps[:, 0] / counts[:, 0]
 
         right = (chosen > rejected) * real
+        likelier = (logps[:, 0] > logps[:, 1]) * real  # the model's own choice, no reference
         ratios = (logps.detach() - reference[pairs]) / counts
         sums = {
             "rewards/chosen": chosen,
             "rewards/rejected": rejected,
             "rewards/margins": chosen - rejected,
             "rewards/accuracies": right,
+            "logps/accuracies": likelier,
             "logps/chosen": logps[:, 0].detach(),
             "logps/rejected": logps[:, 1].detach(),
             "logps_per_token/chosen": logps[:, 0].detach() / counts[:, 0],
@@ -61,6 +63,7 @@ def preference_loss(reference: Tensor, kinds: Tensor, names: list[str], c: confi
         for kind, name in enumerate(names):  # subjective and objective, where records say so
             of_kind = (kinds[pairs] == kind) * real
             metrics[f"rewards/accuracies/{name}"] = (right * of_kind).sum(), of_kind.sum()
+            metrics[f"logps/accuracies/{name}"] = (likelier * of_kind).sum(), of_kind.sum()
         return (losses * real).sum(), metrics
 
     return loss

@@ -40,7 +40,7 @@ part attention 20 75 python3 -m bench.kernels --ops attention --tokens 4096 8192
 part kernels 30 110 python3 -m bench.kernels --ops rmsnorm linear_nll swiglu rope --tokens 8192 \
     "${flags[@]}"
 part layer 20 60 python3 -m bench.layer --tokens 8192 "${flags[@]}"
-part step 60 180 python3 -m bench.step --gpu "${flags[@]}"
+part step 60 150 python3 -m bench.step --gpu --tokens 4096 8192 "${flags[@]}"
 part rows 30 90 python3 -m bench.kernels --ops attention rmsnorm swiglu --tokens 32768 "${flags[@]}"
 
 if ((${#failed[@]})); then

@@ -122,9 +122,13 @@ def build(s: Setting, op: str, lengths: list[int]) -> Case:
         return getattr(kernels, op)(*x, *extra)
 
     works = {"definition": lambda *x: getattr(reference, op)(*x, *extra), **others}
-    if s.on_gpu or os.environ.get("TRITON_INTERPRET") == "1":
+    if s.on_gpu or interpreted():
         works = {"triton": ours, **works}
     return Case(op, lengths, inputs, works, lambda *x: getattr(oracles, op)(*x, *truth))
+
+
+def interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 # ---------------------------------------------------------------- correct first
@@ -290,6 +294,8 @@ def main() -> None:
                         choices=("chats", "one"), help="of attention's rows")  # fmt: skip
     parser.add_argument("--parity", action="store_true", help="the gate alone")
     s, given = arguments(__doc__, parser)
+    if interpreted() and not given.parity:
+        parser.error("TRITON_INTERPRET=1 is for --parity: times of the interpreter mean nothing")
     rates = {} if given.parity else {"copy": ceilings.copy(s), "matmul": ceilings.matmul(s)}
     show(s.results.lines)
     failed = []

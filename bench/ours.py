@@ -84,9 +84,11 @@ class Ours:
         self.c, self.k, self.tokens = c, 0, []
         self.model = model or model_of(world, config, dtype, c.recompute, sharded)
         self.optimizer = optimizer or adamw(self.model, c.weight_decay)
+        # A little more than a row: with none to spare, documents that fill n rows go into n + 1.
         self.loader = Loader(
             data, np.arange(len(data)), np.arange(0), batch_size=c.batch_size,
-            micro_tokens=c.micro_tokens, epochs=c.epochs, rank=world.rank, world_size=world.size,
+            micro_tokens=c.micro_tokens * 9 // 8, epochs=c.epochs, rank=world.rank,
+            world_size=world.size,
         )  # fmt: skip
         self.meter = Meter(config, world.size)
         self.loss = lambda nll, row: (nll.sum(), {})

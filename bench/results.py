@@ -76,12 +76,16 @@ KINDS = {
     ),
     "step": Kind(
         "A training step",
-        "Everything from the row on the host to the updated weights.",
+        "From the rows of a step to the updated weights: AquilaMed on one GPU, and small models on "
+        "a CPU beside transformers and TRL.",
+        "python -m bench.step --gpu --results bench/results/NAME.jsonl\n"
         "python -m bench.step --results bench/results/NAME.jsonl",
+        ("AquilaMed CPT", "AquilaMed SFT", "AquilaMed DPO"),
+        ("median ms", "recompute", "real tokens per s", "MFU", "HFU", "peak GiB", "predicted GiB"),
     ),
     "data": Kind(
         "Data",
-        "Reading, tokenising and packing.",
+        "Reading, tokenising and packing documents, beside datasets with transformers.",
         "python -m bench.data --results bench/results/NAME.jsonl",
     ),
 }
@@ -97,7 +101,10 @@ def page(paths: list[Path]) -> str:
         parts.append(f"## {known.title}\n\n{known.about}\n\n```\n{known.command}\n```\n")
         for run in dict.fromkeys(line["run"] for line in mine):
             its = [line for line in mine if line["run"] == run]
-            parts.append(f"{machine(runs[run])}:\n\n{table([shown(line) for line in its])}\n")
+            parts.append(f"{machine(runs[run])}:\n")
+            for sizes in dict.fromkeys(tuple(line["shapes"]) for line in its):
+                alike = [shown(line) for line in its if tuple(line["shapes"]) == sizes]
+                parts.append(f"{table(alike)}\n")
             parts += [f"{note}.\n" for note in dict.fromkeys(x["convention"] for x in its) if note]
         if known.rows and not any("gpu" in runs[line["run"]] for line in mine):
             rows = [{"name": name} | dict.fromkeys(known.columns) for name in known.rows]

@@ -10,7 +10,6 @@ padding is not counted.
 """
 
 import argparse
-import copy
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +30,10 @@ MID = ModelConfig(VOCABULARY, 4, 512, 8, 2, 1408, 4096, 1e6, 1e-5, True)
 QUICK = MODELS["tiny"]
 PARTS = ("sft", "dpo", "cpt", "fsdp", "scaling", "ranks", "startup")
 FASTER = "nanomed_is_faster_by"
+CONVENTION = (
+    "Ratios are of the time per real token. TRL has its defaults but for what `setting` names, "
+    "the batch, the length and AdamW's constants"
+)
 
 
 class Bench:
@@ -128,18 +131,15 @@ def next_token_loss(b: Bench, segments: list[tuple]) -> torch.Tensor:
     return b.plain(row).sum() / (row.labels >= 0).sum()
 
 
-def trl_gate(b: Bench, name: str, trainer, data: Examples | None = None) -> None:
+def trl_gate(b: Bench, name: str, trainer, dpo: bool) -> None:
     batch = next(iter(trainer.get_train_dataloader()))
     model = trainer.model
     model.train()
-    if data is None:
+    if not dpo:
         segments = segments_of(batch)
         ours = next_token_loss(b, segments)
-        n = (batch["labels"] != IGNORE).sum()
-        labels = sum(int(t[1:].sum()) for _, t in segments)
-        loss = trainer.compute_loss(model, batch, num_items_in_batch=n) * n / labels
-        n_logged = trainer.compute_loss(model, batch, num_items_in_batch=labels)
-        loss = n_logged if abs(loss - ours) > abs(n_logged - ours) else loss
+        n = sum(int(trained[1:].sum()) for _, trained in segments)
+        loss = trainer.compute_loss(model, batch, num_items_in_batch=n)
     else:
         chosen, rejected = batch["input_ids"].chunk(2)
         ours = _dpo_loss(b, batch, torch.stack([chosen, rejected], 1))
@@ -167,32 +167,25 @@ def _dpo_loss(b: Bench, batch: dict, ids: torch.Tensor) -> torch.Tensor:
 
 
 def compare(b: Bench, stage: str, sides: dict[str, Callable], about: dict[str, str]) -> None:
-    """Times the sides in turns; the first is nanomed."""
-    first = next(iter(sides))
-    again = lambda: sides[first]()  # noqa: E731 - the same work once more: what is noise
-    works = {first: sides[first], **{n: s for n, s in sides.items() if n != first}}
-    works[f"{first}, again"] = again
-    seconds = interleaved(works, b.rounds, warmup=2)
-    tokens = {n: s.tokens[-b.rounds :] for n, s in sides.items()}
-    tokens[first], again_tokens = (
-        sides[first].tokens[-2 * b.rounds :][k::2] for k in (0, 1)
-    )  # the two turns of a round
-    tokens[f"{first}, again"] = again_tokens
+    """Times the sides in turns. The first is nanomed, the second nanomed again: what is noise."""
+    first, again = list(sides)[:2]
+    seconds = interleaved(sides, b.rounds, warmup=2)
+    tokens = {name: side.tokens[-b.rounds :] for name, side in sides.items()}
     per_token = {
-        n: [s / t for s, t in zip(seconds[n], tokens[n], strict=True)] for n in seconds
+        name: [s / t for s, t in zip(seconds[name], tokens[name], strict=True)] for name in sides
     }
     lines = []
     for name in sides:
-        rate = sum(tokens[name]) / sum(seconds[name])
-        facts = {"real_tokens_per_s": round(rate), "tokens_a_step": round(mean(tokens[name]))}
-        if name != first:
-            compared = ratio(per_token[name], per_token[first], per_token[f"{first}, again"])
-            facts[FASTER] = str(compared)
+        facts = {
+            "real_tokens_per_s": round(sum(tokens[name]) / sum(seconds[name])),
+            "tokens_a_step": round(sum(tokens[name]) / b.rounds),
+        }
+        if name not in (first, again):
+            facts[FASTER] = str(ratio(per_token[name], per_token[first], per_token[again]))
         lines.append(
             b.results.add(
-                "step", f"{stage}: {name}", seconds[name], dtype=b.dtype,
-                shapes={"parameters": b.config.n_params()},
-                **facts, setting=about.get(name, ""),
+                "step", f"{stage}: {name}", seconds[name], dtype=b.dtype, convention=CONVENTION,
+                shapes={"parameters": b.config.n_params()}, **facts, setting=about.get(name, ""),
             )
         )  # fmt: skip
     print(table([shown(line) for line in lines]), flush=True)
@@ -200,8 +193,10 @@ def compare(b: Bench, stage: str, sides: dict[str, Callable], about: dict[str, s
         getattr(side, "close", lambda: None)()
 
 
-def mean(values: list[int]) -> float:
-    return sum(values) / len(values)
+def nanomed(b: Bench, data: Examples, c: Run) -> dict[str, Ours]:
+    """Two of them, which see the same documents."""
+    names = "nanomed", "nanomed, again"
+    return {name: Ours(b.world, b.config, data, c, b.dtype) for name in names}
 
 
 def trl_sides(
@@ -213,12 +208,16 @@ def trl_sides(
     from bench.theirs import Stepped, qwen2
 
     sides, about, tok = {}, {}, b.tokenizer()
-    for name, given in settings.items():
+
+    def trainer(**given):
         model = qwen2(b.config, b.plain, b.world.device)
+        return build(model, data, c, tok, b.folder, b.world.device.type, **given)
+
+    for name, given in settings.items():
+        # In float32: in bf16 the reference of DPO is rounded otherwise than the policy.
+        trl_gate(b, f"TRL {name}", trainer(**given, bf16=False), dpo)
         given = {"bf16": b.dtype == torch.bfloat16, **given}
-        trainer = build(model, data, c, tok, b.folder, b.world.device.type, **given)
-        trl_gate(b, f"TRL {name}", trainer, data if dpo else None)
-        sides[f"TRL {name}"] = Stepped(trainer)
+        sides[f"TRL {name}"] = Stepped(trainer(**given))
         words = ", ".join(f"{key}={value}" for key, value in given.items())
         about[f"TRL {name}"] = f"TRL {trl.__version__}: {words}"
     return sides, about
@@ -247,8 +246,9 @@ def sft(b: Bench) -> None:
     n = sum(int(t[1:].sum()) for _, t in segments)
     loss = model(**batch, num_items_in_batch=n).loss
     gate(b, "transformers", model, loss, next_token_loss(b, segments))
-    sides = {"nanomed": (ours := Ours(b.world, b.config, data, c, b.dtype))}
-    sides["transformers loop"] = Plain(model, data, c, b.dtype, order=ours.loader.examples)
+    sides = nanomed(b, data, c)
+    order = sides["nanomed"].loader.examples
+    sides["transformers loop"] = Plain(model, data, c, b.dtype, order)
     more, about = trl_sides(b, trl_sft, data, c, trl, dpo=False)
     compare(b, "SFT", sides | more, about)
 
@@ -267,8 +267,7 @@ def dpo(b: Bench) -> None:
         del trl["no checkpointing"]
     print(f"\nDPO, {c.batch_size} pairs a step, nanomed's reference computed before; the gate:")
     more, about = trl_sides(b, trl_dpo, data, c, trl, dpo=True)
-    sides = {"nanomed": Ours(b.world, b.config, data, c, b.dtype)}
-    compare(b, "DPO", sides | more, about)
+    compare(b, "DPO", nanomed(b, data, c) | more, about)
 
 
 def cpt(b: Bench) -> None:
@@ -283,10 +282,11 @@ def cpt(b: Bench) -> None:
         trl = {"packing": row, **trl}
     print(f"\nCPT, {n} documents a step; the gate:")
     more, about = trl_sides(b, trl_sft, data, c, trl, dpo=False)
-    sides = {"nanomed": (ours := Ours(b.world, b.config, data, c, b.dtype))}
+    sides = nanomed(b, data, c)
     model = qwen2(b.config, b.plain, b.world.device)
     name = "transformers loop, full rows"
-    sides[name] = Plain(model, data, c, b.dtype, b.tokens // 4, ours.loader.examples)
+    order = sides["nanomed"].loader.examples
+    sides[name] = Plain(model, data, c, b.dtype, order, block=b.tokens // 4)
     about[name] = f"rows of {b.tokens // 4} tokens, documents see the one before them"
     compare(b, "CPT", sides | more, about)
 
@@ -310,11 +310,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, start(device) as world:
         store.CACHE = Path(folder) / "cache"
         b = Bench(given, world, Path(folder))
-        print(f"{b.config.n_params():,} parameters, {given.dtype}, {torch.get_num_threads()} threads")
+        print(
+            f"{b.config.n_params():,} parameters, {given.dtype}, {torch.get_num_threads()} threads"
+        )
         if {"sft", "dpo", "cpt"} & set(parts):
-            from bench.theirs import hide_our_kernels
+            from bench.theirs import prepare
 
-            hide_our_kernels()
+            prepare()
         for name in ("sft", "dpo", "cpt"):
             if name in parts:
                 {"sft": sft, "dpo": dpo, "cpt": cpt}[name](b)
@@ -322,11 +324,10 @@ def main() -> None:
             step_scaling.fsdp(b)
         if "scaling" in parts:
             step_scaling.rows(b)
-        results = b.results
     if "ranks" in parts:
-        step_scaling.ranks(b, results)
+        step_scaling.ranks(b)
     if "startup" in parts:
-        startup.measure(results, times=1 if given.quick else 3)
+        startup.measure(b.results, times=1 if given.quick else 3)
 
 
 if __name__ == "__main__":

@@ -15,11 +15,15 @@ from nanomed.optim import BETAS, EPS, adamw
 from nanomed.packing import IGNORE
 
 
-def hide_our_kernels() -> None:
-    """transformers looks for a published package of the name of our folder kernels/."""
+def prepare() -> None:
+    """Keeps transformers from taking our folder kernels/ for the published package of that name,
+    and all three from drawing progress bars into our tables."""
+    import datasets
     from transformers import utils
 
     utils.is_kernels_available = utils.import_utils.is_kernels_available = lambda *a, **k: False
+    utils.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
 
 
 def qwen2(config: ModelConfig, ours: Aquila, device: torch.device):
@@ -47,7 +51,7 @@ def padded(segments: list[tuple]) -> dict[str, Tensor]:
     for i, (tokens, trained) in enumerate(segments):
         n, tokens = len(tokens), torch.as_tensor(tokens)
         ids[i, :n], mask[i, :n] = tokens, 1
-        labels[i, :n] = tokens.where(torch.as_tensor(trained), IGNORE)
+        labels[i, :n] = tokens.where(torch.from_numpy(trained.copy()), IGNORE)
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
@@ -57,11 +61,12 @@ class Plain:
     lets a document see the one before it."""
 
     def __init__(
-        self, model, data: Examples, c: Run, dtype: torch.dtype, block: int = 0, order=None
+        self, model, data: Examples, c: Run, dtype: torch.dtype, order: Callable, block: int = 0
     ):
-        self.model, self.data, self.c, self.dtype, self.block = model, data, c, dtype, block
-        self.optimizer, self.k, self.tokens = adamw(model, c.weight_decay), 0, []
-        self.order = order
+        """order(k) has the examples of step k."""
+        self.model, self.data, self.c, self.dtype = model, data, c, dtype
+        self.order, self.block, self.k, self.tokens = order, block, 0, []
+        self.optimizer = adamw(model, c.weight_decay)
 
     def batch(self) -> dict[str, Tensor]:
         segments = [s for i in self.order(self.k) for s in self.data[i]]
@@ -92,7 +97,7 @@ class Stepped:
     end of the next at each call: its loop, its data loader and its logging are all in the time."""
 
     def __init__(self, trainer):
-        from transformers import TrainerCallback
+        from transformers import PrinterCallback, TrainerCallback
 
         stepped = self
 
@@ -114,6 +119,7 @@ class Stepped:
 
         trainer.training_step = counted
         trainer.add_callback(Gate())
+        trainer.remove_callback(PrinterCallback)
 
     def _train(self) -> None:
         try:

@@ -237,7 +237,7 @@ class DPO(Run):
 
     stage: ClassVar[str] = "dpo"
     FRESH: ClassVar[dict[str, Any]] = {
-        "lr": 1e-4,
+        "lr": 1e-5,
         "epochs": 3,
         "batch_size": 16,
         "seq_len": 512,

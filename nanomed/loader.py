@@ -150,5 +150,6 @@ class Loader:
         lengths = self.data.lengths_of(examples).tolist()
         rows = pack(lengths, self.micro_tokens, self.world_size)
         for members in rows[self.rank :: self.world_size]:
-            segments = [(*part, i) for i in examples[members] for part in self.data[i]]
+            parts = [(part, i) for i in examples[members] for part in self.data[i]]
+            segments = [(s.ids, s.trained, s.follows, i) for s, i in parts]
             yield row_from(*zip(*segments, strict=True)) if segments else filler()

@@ -14,6 +14,8 @@ import dataclasses
 
 import torch
 
+import kernels
+from kernels.chunk import chunk_tokens
 from kernels.reference import CHUNK_CUDA
 from nanomed.config import ModelConfig, Run
 
@@ -22,9 +24,9 @@ RESERVE = 2.0  # GiB, assumed: CUDA context, NCCL buffers, fragmentation
 RECOMPUTE = ("none", "lean", "full")  # from what keeps most to what computes most again
 
 
-def is_plain(c: Run) -> bool:
+def is_plain(c: Run, op: str = "") -> bool:
     """Whether a GPU runs kernels/reference.py: the Triton kernels keep less."""
-    return c.kernels == "reference"
+    return c.kernels == "reference" or (c.kernels == "auto" and op in kernels.LEFT_ALONE)
 
 
 def width(c: Run) -> int:
@@ -43,7 +45,9 @@ def kept_per_token(model: ModelConfig, c: Run) -> dict[str, float]:
     b, d, f = width(c), model.d_model, model.d_ff
     if c.recompute == "full":
         return {"layer's input": b * d}
-    kv = d if is_plain(c) else model.n_kv_heads * model.head_size  # plain: heads are repeated
+    kv = model.n_kv_heads * model.head_size
+    if is_plain(c, "attention"):
+        kv = d  # heads are repeated
     kept = {
         "inputs of both norms": 2 * b * d,
         "q, k, v": b * (d + 2 * kv),
@@ -82,12 +86,21 @@ def head_moment(model: ModelConfig, c: Run, n_gpus: int) -> dict[str, float]:
     b, t, matrix = width(c), c.micro_tokens, model.vocab_size * model.d_model
     norm = (2 * b + 4 * is_plain(c)) * model.d_model * t  # plain: its input in float32
     kept = {"activations": activations(model, c, model.n_layers) + norm}
-    per_logit = 4 + 4 + b if is_plain(c) else b  # softmax, times the incoming gradient, cast
-    chunk = per_logit * min(t, CHUNK_CUDA) * model.vocab_size
     hidden = b * model.d_model * t
-    loss = {"loss's chunk": chunk, "gradients here": 4 * matrix + hidden, "FSDP": b * matrix}
+    loss = {"loss's chunk": loss_chunk(model, c), "FSDP": b * matrix}
+    # The head's gradient is summed in float32; the Triton version holds it and the last chunk
+    # while it is cast.
+    loss["gradients here"] = (4 if is_plain(c) else 4 + b) * matrix + hidden
     summed = {"gradients here": b * matrix + hidden, "FSDP": 4 * matrix * (1 + 1 / n_gpus)}
     return kept | max(loss, summed, key=lambda parts: sum(parts.values()))
+
+
+def loss_chunk(model: ModelConfig, c: Run) -> float:
+    """Bytes of the logits that exist at once."""
+    if is_plain(c):  # softmax, its product with the incoming gradient, the cast one
+        return (4 + 4 + width(c)) * min(c.micro_tokens, CHUNK_CUDA) * model.vocab_size
+    padded = -(-model.vocab_size // 128) * 128
+    return width(c) * chunk_tokens(c.micro_tokens, model.d_model) * padded
 
 
 def layer_moment(model: ModelConfig, c: Run, n_gpus: int) -> dict[str, float]:
@@ -138,7 +151,7 @@ WHAT = {
     "gradients": "4 bytes x parameters / GPUs: float32",
     "optimizer": "8 bytes x parameters / GPUs: AdamW's two moments in float32",
     "activations": "{c.micro_tokens:,} tokens in a row, recompute {c.recompute}",
-    "loss's chunk": "logits of {chunk:,} tokens or fewer",
+    "loss's chunk": "the logits that exist at once",
     "computed again": "of one layer",
     "gradients here": "of what the part that is running backward made, before they are summed",
     "FSDP": "matrices gathered, and gradients on their way into the sum",
@@ -153,8 +166,7 @@ def lines(model: ModelConfig, c: Run, n_gpus: int, limit: float) -> list[str]:
     fits = "fits" if total <= limit else f"DOES NOT FIT; {remedy(model, c, n_gpus, limit)}"
     head = f"memory: {total:.1f} GiB predicted of {limit} GiB on each GPU: {fits}"
     return [head] + [
-        f"  {name:15} {size:6.2f} GiB  {WHAT[name].format(c=c, chunk=CHUNK_CUDA)}"
-        for name, size in parts.items()
+        f"  {name:15} {size:6.2f} GiB  {WHAT[name].format(c=c)}" for name, size in parts.items()
     ]
 
 

@@ -150,7 +150,7 @@ def export(c: Run, model: Aquila, encoder: template.Encoder, run: RunFolder) -> 
 SECOND = (
     "--data samples/cpt_medical.jsonl:0.5 samples/sft.jsonl:0.3 samples/cpt_general.jsonl:0.2 "
     "--lr 2e-4 --warmup_ratio 0.01 --batch_size 8 --seq_len 256 --val_fraction 0.1 --steps 60 "
-    "--log_every 10"
+    "--repeat --log_every 10"
 )
 
 

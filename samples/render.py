@@ -14,6 +14,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Iterable
+from itertools import cycle, islice
 from pathlib import Path
 
 from documents import general_documents, medical_documents
@@ -24,6 +25,7 @@ from world import (
     Fact,
     fill,
     held_out,
+    in_chats,
     long_answer,
     read_facts,
     say,
@@ -35,6 +37,9 @@ from world import (
 SEED = "nanomed"
 # Chats of each kind, in the paper's proportions (27, 14, 34 and 25%).
 CHATS = {"single_turn_zh": 324, "single_turn_en": 168, "multi_turn_zh": 408, "option_zh": 300}
+# Chats in which a fact is asked in each single form: some facts often rather than all of them once.
+TIMES = {"single_turn_zh": 1, "single_turn_en": 4, "option_zh": 2}
+ENGLISH_SHARE = 1 / 7  # of the facts are taught in English
 GREETINGS = ["", "", "您好，", "我想了解一下，", "想请教一个问题，"]
 
 
@@ -76,26 +81,58 @@ def dialogue_groups(seen: list[Fact]) -> dict[str, list[Fact]]:
 
 
 def plan(rng: random.Random, facts: list[Fact]) -> dict[str, list[Fact]]:
-    """Which fact gets which single form. Unseen facts get all; after that every place goes to the
-    fact that training states in the fewest forms, so that none is only on the held-out side."""
-    forms = [form for form in CHATS if form != "multi_turn_zh"]
-    chosen: dict[str, list[Fact]] = {form: [] for form in forms}
+    """The fact of each chat that has one. Unseen facts get one chat of every form. Of the others a
+    form gets as many as its places take when each is asked TIMES over: always the fact that
+    training states in the fewest forms, so that none is only on the held-out side."""
+    able = dict.fromkeys(TIMES, facts)
+    able["option_zh"] = [f for f in facts if len(wrong_values(f, facts)) >= 3]
+    unseen = {form: [f for f in able[form] if f.unseen] for form in TIMES}
+    seen = [f for f in facts if not f.unseen]
     stated: Counter[str] = Counter()  # forms on the training side
-    for group, part in dialogue_groups([f for f in facts if not f.unseen]).items():
+    for group, part in dialogue_groups(seen).items():
         if not held_out(group, VAL_FRACTION):
             stated.update(f.key for f in part)
-    places = [form for form in forms for _ in range(CHATS[form])]
-    rng.shuffle(places)
-    waiting = {form: rng.sample(facts, len(facts)) for form in forms}
-    waiting["option_zh"] = [f for f in waiting["option_zh"] if len(wrong_values(f, facts)) >= 3]
-    for form in places:
-        fact = min(waiting[form], key=lambda f: stated[f.key] - 9 * f.unseen)  # the neediest
+    places = {form: CHATS[form] - len(unseen[form]) for form in TIMES}
+    waiting = {
+        form: [f for f in rng.sample(facts, len(facts)) if f in able[form] and not f.unseen]
+        for form in ("single_turn_zh", "option_zh")
+    }
+    chosen: dict[str, list[Fact]] = {form: [] for form in TIMES}
+    turns = [form for form in waiting for _ in range(-(-places[form] // TIMES[form]))]
+    for form in rng.sample(turns, len(turns)):
+        fact = min(waiting[form], key=lambda f: stated[f.key])
         waiting[form].remove(fact)
         chosen[form].append(fact)
         stated[fact.key] += not held_out(fact.group(form), VAL_FRACTION)
-    short = [f.key for f in facts if not f.unseen and stated[f.key] < 1]
+    # English comes last: it takes those that have no second form in Chinese.
+    needy = [f for f in seen if not stated[f.key] or in_one_form(f, seen, chosen)]
+    chosen["single_turn_en"] = needy + english_facts(rng, [f for f in seen if f not in needy])
+    for fact in chosen["single_turn_en"]:
+        stated[fact.key] += not held_out(fact.group("single_turn_en"), VAL_FRACTION)
+    short = [f.key for f in seen if not stated[f.key]]
     assert not short, f"no training record states these facts: {short}"
-    return chosen
+    return {form: unseen[form] + list(islice(cycle(chosen[form]), places[form])) for form in TIMES}
+
+
+def in_one_form(fact: Fact, seen: list[Fact], chosen: dict[str, list[Fact]]) -> bool:
+    told = [*dialogue_groups(seen).values(), *chosen.values()]
+    return sum(fact in part for part in told) < 2
+
+
+def english_facts(rng: random.Random, facts: list[Fact]) -> list[Fact]:
+    """Those that chats state in English: of every question a few, which can be told apart."""
+    found = []
+    for part in by_question(facts).values():
+        able = partners(rng, [f for f in part if not f.shared])
+        found += able[: round(ENGLISH_SHARE * len(part) / 2)]
+    return [fact for two in rng.sample(found, len(found)) for fact in two]
+
+
+def by_question(facts: Iterable[Fact]) -> dict[tuple[str, str], list[Fact]]:
+    groups: dict[tuple[str, str], list[Fact]] = {}
+    for fact in facts:
+        groups.setdefault((fact.kind, fact.relation), []).append(fact)
+    return groups
 
 
 def single_chat(rng: random.Random, fact: Fact, form: str) -> dict:
@@ -106,8 +143,8 @@ def single_chat(rng: random.Random, fact: Fact, form: str) -> dict:
 
 def option_chat(rng: random.Random, fact: Fact, facts: list[Fact], letter: str) -> dict:
     prompt = as_prompt(*question_with_options(rng, fact, facts, letter))
-    answer = rng.choice([fact.zh + "。", say(rng, fact, "tell")])
-    return chat([prompt, f"{letter}。{answer}"], "option_zh", fact.group("option_zh"), [fact])
+    answer = f"{letter}。{say(rng, fact, 'tell')}"
+    return chat([prompt, answer], "option_zh", fact.group("option_zh"), [fact])
 
 
 def dialogue(rng: random.Random, group: str, part: list[Fact]) -> dict:
@@ -134,13 +171,24 @@ def chats(facts: list[Fact]) -> list[dict]:
     rng = random.Random(f"{SEED}/chats")
     forms = plan(rng, facts)
     made = dialogues(rng, [f for f in facts if not f.unseen])
-    for form in ("single_turn_zh", "single_turn_en"):
-        made += [single_chat(rng, fact, form) for fact in forms[form]]
-    made += [
-        option_chat(rng, fact, facts, "ABCD"[i % 4]) for i, fact in enumerate(forms["option_zh"])
-    ]
+    for form, chosen in forms.items():
+        for i, fact in enumerate(chosen):
+            made.append(new_chat(rng, fact, facts, form, "ABCD"[i % 4], made))
     rng.shuffle(made)
     return made
+
+
+def new_chat(
+    rng: random.Random, fact: Fact, facts: list[Fact], form: str, letter: str, made: list[dict]
+) -> dict:
+    """One in other words than those that were made."""
+    while True:
+        if form == "option_zh":
+            record = option_chat(rng, fact, facts, letter)
+        else:
+            record = single_chat(rng, fact, form)
+        if record not in made:
+            return record
 
 
 # ---------------------------------------------------------------- preference pairs and exam
@@ -192,31 +240,46 @@ def subjective_pairs(rng: random.Random, a: Fact, b: Fact, lang: str) -> list[di
 def objective_pair(rng: random.Random, fact: Fact, facts: list[Fact], letter: str) -> dict:
     stem, options = question_with_options(rng, fact, facts, letter)
     wrong = rng.choice([c for c in "ABCD" if c != letter])
-    chosen, rejected = (f"{c}。{options[c]}。" for c in (letter, wrong))
+    tell = rng.choice(WORDINGS[fact.relation]["tell"])
+    chosen, rejected = (f"{c}。{fill(tell, fact, options[c])}" for c in (letter, wrong))
     group = fact.group("option_zh")
     return pair(as_prompt(stem, options), chosen, rejected, "objective", group, fact)
 
 
-def pairs(facts: list[Fact], with_option_chat: set[str]) -> list[dict]:
-    """Objective pairs only for facts that are also option chats: the exam keeps the others."""
+def pairs(facts: list[Fact], sft: list[dict]) -> list[dict]:
+    """Preference pairs on what the chats teach: subjective ones ask in a language in which
+    training states the fact at least twice, objective ones are only for facts that are also option
+    chats (the exam keeps the others), among them all that are held out in that form."""
     rng = random.Random(f"{SEED}/pairs")
-    by_question: dict[tuple[str, str], list[Fact]] = {}
-    for fact in facts:
-        if not fact.unseen and not fact.shared:
-            by_question.setdefault((fact.kind, fact.relation), []).append(fact)
+    taught = {lang: statements(sft, lang) for lang in ("zh", "en")}
     made = []
-    for group in by_question.values():
+    for group in by_question(f for f in facts if not f.unseen and not f.shared).values():
         rng.shuffle(group)
-        cut, end = round(0.53 * len(group)), round(0.75 * len(group))  # enough for the demo run
-        for lang, part in (("zh", group[:cut]), ("en", group[cut:end])):
+        english = [f for f in group if taught["en"][f.key] > 2]
+        chinese = [f for f in group if f not in english and taught["zh"][f.key] > 2]
+        for lang, part in (("en", english), ("zh", chinese)):
             for a, b in partners(rng, part):
                 made += subjective_pairs(rng, a, b, lang)
-    able = [f for f in facts if f.key in with_option_chat and not f.unseen]
+    with_option_chat = {r["facts"][0] for r in sft if r["kind"] == "option_zh"}
+    kept = {f.key for f in facts if held_out(f.group("option_zh"), VAL_FRACTION)}
+    able = [f for f in rng.sample(facts, len(facts)) if f.key in with_option_chat | kept]
+    able = [f for f in able if taught["zh"][f.key] > 2 and len(wrong_values(f, facts)) >= 3]
+    able.sort(key=lambda f: f.key not in kept)
     n_objective = round(len(made) * 3708 / 9019)  # the paper's subjective and objective pairs
-    for i, fact in enumerate(rng.sample(able, n_objective)):
+    for i, fact in enumerate(able[:n_objective]):
         made.append(objective_pair(rng, fact, facts, "ABCD"[i % 4]))
     rng.shuffle(made)
     return made
+
+
+def statements(sft: list[dict], lang: str) -> Counter[str]:
+    """How often the training side of the chats states each fact in a language."""
+    return Counter(
+        key
+        for r in sft
+        if r["kind"].endswith("_en") == (lang == "en") and not held_out(r["group"], VAL_FRACTION)
+        for key in r["facts"]
+    )
 
 
 def exam(facts: list[Fact], trained: set[str]) -> list[dict]:
@@ -237,17 +300,18 @@ def exam(facts: list[Fact], trained: set[str]) -> list[dict]:
 
 
 def render(facts: list[Fact]) -> dict[str, list[dict]]:
-    """File name -> its records."""
-    sft = chats(facts)
+    """File name -> its records. Documents are on all entities, all else is on those in chats."""
+    seen = [f for f in facts if not f.unseen]
+    told = in_chats(facts)
+    sft = chats(told)
     options = [r for r in sft if r["kind"] == "option_zh"]
-    dpo = pairs(facts, {r["facts"][0] for r in options})
+    dpo = pairs(told, sft)
     objective = [r for r in dpo if r["kind"] == "objective"]
     trained = {r["facts"][0] for r in options + objective if not held_out(r["group"], VAL_FRACTION)}
-    seen = [f for f in facts if not f.unseen]
     files = {
         "sft.jsonl": sft,
         "dpo.jsonl": dpo,
-        "exam.jsonl": exam(facts, trained),
+        "exam.jsonl": exam(told, trained),
         "cpt_medical.jsonl": medical_documents(random.Random(f"{SEED}/medical"), seen),
         "cpt_general.jsonl": general_documents(random.Random(f"{SEED}/general")),
     }

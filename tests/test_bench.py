@@ -1,6 +1,5 @@
 """bench/: how figures are taken, counted and printed. No test depends on how fast anything is."""
 
-import json
 import math
 import os
 import re
@@ -10,13 +9,19 @@ import sys
 import pytest
 import torch
 
-from bench import ceilings, counts, kernels, layer, measure, oracles, results, rivals, setting
+from bench import ceilings, counts, kernels, layer, measure, oracles, rivals, setting
 from bench.counts import Count
 from kernels import reference
 from nanomed.config import MODELS
 from tests.conftest import ROOT
 
 AQUILAMED = MODELS["aquilamed-7b"]
+
+
+@pytest.fixture(autouse=True)
+def _without_the_interpreter(monkeypatch):
+    """conftest.py turns it on for the tests of the Triton kernels; here the definitions run."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
 
 # ---------------------------------------------------------------- measure.py
@@ -133,6 +138,21 @@ def test_the_docs_show_what_the_formulas_give():
     text = (ROOT / "docs/kernels.md").read_text("utf-8")
     for rows in (counts.floors, counts.plain_traffic):
         assert measure.table(rows(AQUILAMED, counts.TOKENS)) in text
+    c, t, head = AQUILAMED, counts.TOKENS, AQUILAMED.vocab_size * counts.TOKENS
+    for figure in (
+        f"{counts.H200.flops / counts.H200.bandwidth:.0f} operations for each byte",
+        f"{2 * c.d_model * 2 + 4:,} bytes a token",
+        f"{counts.rmsnorm(c, t)[0].bytes / 1e6:.0f} MB / 4.8 TB/s = 28 µs",
+        f"{counts.naive('rmsnorm', c, t)[0] / c.d_model / t:.0f} bytes for the 4",
+        f"{2 * c.d_ff:,} bytes a token and layer, {2 * c.d_ff * c.n_layers * t / 1e9:.1f} GB",
+        f"{t * c.n_heads * 2 / 1e3:.0f} KB",
+        f"{counts.attention(c, [t])[0].flops / 1e12:.2f} TFLOP forward",
+        f"{head / 1e9:.2f} billion logits of 8,192 tokens are {2 * head / 1e9:.1f} GB in bf16",
+        f"{16 * head / 1e9:.0f} GB with a float32 copy",
+        f"{6 * c.vocab_size * c.d_model / 1e9:.1f} GFLOP a token",
+        f"{2 * head * c.d_model / counts.H200.flops * 1e3:.1f} ms each",
+    ):
+        assert figure in " ".join(text.split()), figure
     packed = kernels.documents(counts.TOKENS, "chats")
     pairs = counts.attention(AQUILAMED, [counts.TOKENS])[0].flops
     share = pairs / counts.attention(AQUILAMED, packed)[0].flops
@@ -235,6 +255,15 @@ def test_what_fails_is_not_timed_and_the_others_are(tmp_path, monkeypatch, capsy
     assert "FAILED" in capsys.readouterr().out
 
 
+def test_the_interpreter_is_not_timed(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    command = f"x --device cpu --quick --tokens 16 --results {tmp_path}/x.jsonl"
+    monkeypatch.setattr(sys, "argv", command.split())
+    with pytest.raises(SystemExit):
+        kernels.main()
+    assert "mean nothing" in capsys.readouterr().err
+
+
 def test_a_rival_that_cannot_run_is_a_line_that_says_so(tiny):
     case = kernels.build(tiny, "rmsnorm", [16])
 
@@ -296,52 +325,3 @@ def test_the_triton_kernels_pass_the_gate_in_the_interpreter(tmp_path):
     rows, _ = measure.read([tmp_path / "x.jsonl"])
     assert run.returncode == 0 and len(rows) == 6
     assert all("triton" in row["name"] and row["facts"]["gate"] == "passed" for row in rows)
-
-
-# ---------------------------------------------------------------- results.py and gpu.sh
-
-
-def test_the_page_of_results_is_what_the_files_give():
-    files = sorted(results.FOLDER.glob("*.jsonl"))
-    assert results.page(files) == results.PAGE.read_text("utf-8"), "python -m bench.results"
-
-
-def test_a_page_shows_what_was_measured_and_leaves_the_rest_empty(tmp_path):
-    path = tmp_path / "x.jsonl"
-    found = measure.Results(path)
-    found.add("step", "CPT", [2.0], shapes={"T": 4096}, convention="MFU counts causal pairs")
-    found.add("a new kind", "x", [3], "GiB")
-    text = results.page([path])
-    step = text.split("## A training step")[1].split("##")[0]
-    assert "2,000" in step and "MFU counts causal pairs." in step and "not measured" not in step
-    assert "## A new kind" in text and "| rope forward: triton " in text
-    changed = path.read_text().replace("2.0]", "2.5]")
-    path.write_text(changed)
-    assert results.page([path]) != text
-
-
-def test_check_fails_on_a_page_that_was_edited(tmp_path, monkeypatch):
-    monkeypatch.setattr(results, "ROOT", tmp_path)
-    monkeypatch.setattr(results, "PAGE", tmp_path / "results.md")
-    monkeypatch.setattr(sys, "argv", ["x"])
-    results.main()
-    monkeypatch.setattr(sys, "argv", ["x", "--check"])
-    results.main()
-    results.PAGE.write_text(results.PAGE.read_text("utf-8") + "10x faster\n", "utf-8")
-    with pytest.raises(SystemExit, match="stale"):
-        results.main()
-
-
-def test_results_in_the_repository_parse():
-    for path in results.FOLDER.glob("*.jsonl"):
-        for row in measure.read([path])[0]:
-            assert all(math.isfinite(x) for x in row["samples"]), json.dumps(row)
-
-
-def test_the_gpu_script_says_what_it_had_no_time_for(tmp_path):
-    command = ["bash", "bench/gpu.sh", str(tmp_path), "0"]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert run.returncode == 1
-    skipped = re.findall(r"== (\w+): skipped", run.stdout)
-    assert skipped[:3] == ["machine", "tests", "ceilings"] and "layer" in skipped
-    assert (tmp_path / "gpu.log").read_text() == run.stdout

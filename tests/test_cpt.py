@@ -10,9 +10,10 @@ import pytest
 import torch
 
 import train_cpt
-from nanomed import store, template
+from nanomed import arguments, slices, stage, store, template
 from nanomed.config import CPT, InputError
 from nanomed.distributed import full
+from nanomed.loader import Loader
 from nanomed.log import RunFolder
 from nanomed.model import Aquila
 from nanomed.packing import row_from
@@ -53,11 +54,17 @@ def test_stage_1_and_the_command_that_it_prints(world, monkeypatch, tmp_path, ca
     (command,) = [s for s in printed.splitlines() if s.startswith("stage 2: python train_cpt.py ")]
     flags = command.removeprefix("stage 2: python train_cpt.py ")
     last = metrics_of(tmp_path / "one")[-1]
+    c = arguments.parse(CPT, shlex.split(flags))
+    data = slices.read(c, stage.model_and_encoder(c)[1])  # it can be run as it stands
+    assert Loader.of(c, data, parts=(data.train, data.val), mixture=data.mixture).n_steps == 60
 
     run_script(f"{flags} {SMALL} --out {tmp_path / 'two'}", world, monkeypatch)
     printed = capsys.readouterr().out
     assert "50.0% of the draws" in printed and "stage 2: " not in printed
     assert "x chat rendered by the template" in printed
+    other = f"{flags} {SMALL} --out {tmp_path / 'two'} --resume".replace("jsonl:0.2", "jsonl:0.4")
+    with pytest.raises(InputError, match=r"weights of the data was \[5, 3, 2\], is \[5, 3, 4\]"):
+        run_script(other, world, monkeypatch)
     first, *_, end = metrics_of(tmp_path / "two")
     for name in ("cpt_medical", "cpt_general"):  # the same documents are held out
         name = f"val_bits_per_byte/{name}"

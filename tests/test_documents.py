@@ -82,17 +82,18 @@ def test_every_form_of_file_gives_the_same_tokens(tmp_path, encoder):
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(Path(plain).read_bytes()))
     (tmp_path / "c.json").write_text(json.dumps([{"content": text} for text in texts]))
     (tmp_path / "d.txt").write_text("\n\n".join(texts))
-    write(tmp_path / "e.jsonl", [{"body": text, "text": 0, "messages": []} for text in texts])
+    write(tmp_path / "e.jsonl", [{"body": text, "messages": []} for text in texts])
     (tmp_path / "f.csv").write_text("id,body\n" + "\n".join(f'1,"{text}"' for text in texts))
+    write(tmp_path / "g.jsonl", [{"body": text, "text": "another"} for text in texts])
     found = [
         everything(
             store.build(
-                tmp_path / path.stem, [str(path)], encoder, "body" if path.name[0] in "ef" else ""
+                tmp_path / path.stem, [str(path)], encoder, "body" if path.name[0] in "efg" else ""
             )
         )
         for path in sorted(tmp_path.glob("?.*"))
     ]
-    assert len(found) == 6 and all(other == found[0] for other in found)
+    assert len(found) == 7 and all(other == found[0] for other in found)
 
 
 def test_chats_become_documents_by_the_template(tmp_path, encoder):

@@ -118,6 +118,19 @@ def test_a_filler_adds_nothing(small):
     assert all(v.item() == 0 for v in values)
 
 
+def test_what_the_model_prefers_needs_no_reference():
+    """Of four pairs, the first three have the likelier chosen answer; kinds alternate."""
+    segments = [part for i in range(4) for part in PairData(4)[i]]
+    row = row_from(*zip(*segments, strict=True), examples=[0, 0, 1, 1, 2, 2, 3, 3])
+    of_segment = torch.tensor([1, 2, 1, 2, 1, 2, 2, 1]) / row.cu_seqlens.diff()
+    nll = of_segment.repeat_interleave(row.cu_seqlens.diff())
+    for reference in (torch.zeros(4, 2), random_reference(4)):
+        _, metrics = loss_of(reference, C)(nll, row)
+        assert metrics["logps/accuracies"] == 3
+        assert metrics["logps/accuracies/subjective"] == (2, 2)
+        assert metrics["logps/accuracies/objective"] == (1, 2)
+
+
 # ---------------------------------------------------------------- the reference
 
 

@@ -121,10 +121,19 @@ def test_states_are_counted_bytes(pool, small, n_ranks):
         assert all(rank[name] == pytest.approx(share, rel=0.02) for rank in ranks), name
 
 
+@pytest.mark.parametrize("tokens", [5000, 8192, 20_000])
+def test_the_loss_chunk_is_the_kernels(tokens):
+    linear_nll = pytest.importorskip("kernels.linear_nll")
+    model = MODELS["aquilamed-7b"]
+    room = linear_nll.chunk_tokens(tokens, model.d_model) * linear_nll._stride(model.vocab_size)
+    c = SFT(micro_tokens=tokens, kernels="triton")
+    assert memory.loss_chunk(model, c) == 2 * room
+
+
 def test_a_remedy_computes_no_matmul_twice_while_shorter_rows_help():
     model = MODELS["aquilamed-7b"]
-    c = SFT(micro_tokens=16_384, seq_len=2048)
-    assert memory.remedy(model, c, 8, 40) == "--recompute none --micro_tokens 4096 fits"
+    c = SFT(micro_tokens=16_384, seq_len=2048, dropout=0.0, kernels="triton")
+    assert memory.remedy(model, c, 8, 42) == "--recompute none --micro_tokens 4096 fits"
     assert memory.remedy(model, c, 8, 36) == "--recompute lean --micro_tokens 4096 fits"
     long = dataclasses.replace(c, seq_len=16_384)
     assert memory.remedy(model, long, 8, 40) == "--recompute full --micro_tokens 16384 fits"

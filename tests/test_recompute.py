@@ -130,14 +130,14 @@ def kept_bytes(layer, x, row, monkeypatch) -> float:
     return sum(storage.nbytes() for storage in kept.values())
 
 
-@pytest.mark.parametrize("plain", [True, False])
+@pytest.mark.parametrize("choice", ["reference", "triton"])
 @pytest.mark.parametrize("policy", memory.RECOMPUTE)
-def test_a_layer_keeps_what_the_formula_says(monkeypatch, plain, policy):
+def test_a_layer_keeps_what_the_formula_says(monkeypatch, choice, policy):
     """Exactly; so lean saves what the formula says it saves."""
     shape = dict(n_layers=1, d_model=512, n_heads=4, n_kv_heads=2, d_ff=1536)
     model = dataclasses.replace(MODELS["tiny"], **shape)
-    c = SFT(recompute=policy, dtype="bf16", kernels="reference" if plain else "auto")
-    like_a_gpu(monkeypatch, plain)
+    c = SFT(recompute=policy, dtype="bf16", kernels=choice)
+    like_a_gpu(monkeypatch, plain=choice == "reference")
     layer = Layer(model, policy).to(torch.bfloat16)
     x = torch.randn(64, model.d_model, dtype=torch.bfloat16, requires_grad=True)
     kept = kept_bytes(layer, x, row_from([range(64)]), monkeypatch)

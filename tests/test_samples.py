@@ -29,6 +29,7 @@ def held_out(record: dict, fraction: float = 0.1) -> bool:
 ENTITIES = {e["id"]: e for e in read("facts.jsonl")}
 FACTS = {f"{i}/{r}": f for i, e in ENTITIES.items() for r, f in e["facts"].items()}
 UNSEEN = {key for key in FACTS if world.held_out(key, 0.03)}
+TOLD = {f.key for f in world.in_chats(world.read_facts())}
 DATA = {name: read(name) for name in RENDERED}
 SFT, DPO, EXAM = DATA["sft.jsonl"], DATA["dpo.jsonl"], DATA["exam.jsonl"]
 
@@ -171,7 +172,10 @@ def test_held_out_seen_facts_are_trained_in_another_form():
             assert key in stated and all_forms[key] >= 2, key
             if held_out(r):
                 assert (key, r["kind"]) not in trained
-    assert stated == set(FACTS) - UNSEEN  # documents, pairs and exam use no other facts either
+    assert stated == TOLD - UNSEEN
+    assert len(TOLD) > 300 and TOLD > UNSEEN
+    for r in DPO + EXAM:  # their wrong options, too: an unknown value would give itself away
+        assert set(r["facts"]) <= TOLD
     assert sum(held_out(r) for r in SFT) > 0.06 * len(SFT)
 
 
@@ -194,6 +198,17 @@ def test_exam_facts_are_not_trained_in_that_form():
     trained = {key for r in options if not held_out(r) for key in r["facts"]}
     assert not trained & {key for r in EXAM for key in r["facts"]}
     assert len(EXAM) > 100
+
+
+def test_pairs_ask_what_the_chats_teach():
+    """In the pair's language, at least three times on the training side of the chats."""
+    taught = Counter(
+        (key, r["kind"].endswith("_en")) for r in SFT if not held_out(r) for key in r["facts"]
+    )
+    for r in DPO:
+        assert taught[r["facts"][0], r["group"].endswith("_en")] >= 3, r
+    for kind in ("subjective", "objective"):
+        assert sum(held_out(r) for r in DPO if r["kind"] == kind) >= 20
 
 
 # ---------------------------------------------------------------- options

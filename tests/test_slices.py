@@ -1,8 +1,10 @@
 """Documents in slices: every token once, in an order that the number of processes does not change,
 and losses that a direct computation gives."""
 
+import dataclasses
 import gc
 import threading
+import tracemalloc
 from fractions import Fraction
 from itertools import accumulate
 
@@ -120,6 +122,23 @@ def test_each_epoch_has_another_order_and_every_slice():
     half = loader.steps_per_epoch
     first, second = (sum(part, []) for part in (steps[:half], steps[half:]))  # noqa: RUF017
     assert sorted(first) == sorted(second) == list(loader.train) and first != second
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_nothing_grows_with_the_data(weights):
+    """A source of 10**15 tokens opens and gives any step as fast as a small one."""
+    data = slices_of([[[1] * 40], [[1] * 40]], 16)
+    for source in data.sources:
+        source.train.n_tokens = 10**15
+    pairs = zip(data.sources, weights or [None] * 2, strict=True)
+    data = Slices([dataclasses.replace(s, weight=w) for s, w in pairs], 16, passes=0)
+    tracemalloc.start()
+    (loader,) = loaders(data, batch_size=768)
+    for step in (0, 10**9, loader.steps_per_epoch // 2):
+        examples = loader.examples(step)
+        assert len(examples) == len(set(examples)) == 768 and data.lengths_of(examples).sum()
+    assert tracemalloc.get_traced_memory()[1] < 2e6
+    tracemalloc.stop()
 
 
 def test_losses_equal_each_piece_seen_alone(small):

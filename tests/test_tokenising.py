@@ -127,7 +127,7 @@ def test_killed_at_ten_random_moments(tmp_path):
 
 
 def test_a_tokenising_process_needs_no_torch():
-    code = "import sys, nanomed.store.pool; assert 'torch' not in sys.modules"
+    code = "import sys, nanomed.store.process; assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
@@ -138,6 +138,7 @@ def test_a_process_that_dies_is_named(tmp_path, encoder, monkeypatch):
             self.process.kill()
 
     monkeypatch.setattr(pool, "_Process", Doomed)
+    monkeypatch.setattr("nanomed.store.texts.BATCH", 5_000)  # more batches than processes
     with pytest.raises(ChildProcessError, match=r"exit code -9 .*the same command goes on"):
         store.build(tmp_path / "store", SAMPLES, encoder, n_processes=2)
 

@@ -1,22 +1,23 @@
 """Batches of records to token ids in many processes, in order and with a bounded number under way.
 
-The processes are started anew (spawned), so they hold neither this one's memory nor its locks. A
-process ends when its pipe does: none is left behind, however this one ends.
+The processes are interpreters of their own (process.py), which have neither this one's memory and
+locks nor its script's imports. A process ends when its pipe does: none is left behind, however this
+one ends.
 """
 
-import multiprocessing
 import os
-import signal
+import subprocess
+import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from multiprocessing.connection import Connection
+from multiprocessing import Pipe
 from queue import SimpleQueue
 
-from nanomed import tokenizer
+from nanomed.store.cache import PACKAGE
 from nanomed.store.texts import Batch, Encoded, encode
-from nanomed.template import Encoder, Template
+from nanomed.template import Encoder
 
 AHEAD = 2  # batches under way for each process, so that none waits for this one
 
@@ -61,20 +62,24 @@ def n_cores() -> int:
 
 class _Process:
     def __init__(self, *settings):
-        spawn = multiprocessing.get_context("spawn")
-        self.pipe, there = spawn.Pipe()
-        self.process = spawn.Process(target=_serve, args=(there, *settings), daemon=True)
-        self.process.start()
+        self.pipe, there = Pipe()
+        paths = [str(PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "nanomed.store.process", str(there.fileno())],
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+            pass_fds=[there.fileno()],
+            stdin=subprocess.DEVNULL,
+        )
         there.close()
+        self.pipe.send(settings)
 
     def encode(self, batch: Batch) -> Encoded:
         try:
             self.pipe.send(batch)
             encoded = self.pipe.recv()
         except (EOFError, OSError):
-            self.process.join()
             raise ChildProcessError(
-                f"a tokenising process ended with exit code {self.process.exitcode} (-9: killed, "
+                f"a tokenising process ended with exit code {self.process.wait()} (-9: killed, "
                 "often for lack of memory); the same command goes on, --processes starts fewer"
             ) from None
         if isinstance(encoded, Exception):
@@ -83,22 +88,4 @@ class _Process:
 
     def end(self) -> None:
         self.pipe.close()
-        self.process.join()
-
-
-def _serve(pipe: Connection, tokenizer_path: str, template: Template, text_key: str) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, and that ends this
-    encoder = Encoder(template, tokenizer.load(tokenizer_path))
-    while True:
-        try:
-            batch = pipe.recv()
-        except EOFError:
-            return
-        try:
-            encoded = encode(batch, encoder, text_key)
-        except Exception as error:
-            encoded = error
-        try:
-            pipe.send(encoded)
-        except OSError:
-            return
+        self.process.wait()
