@@ -171,5 +171,3 @@ def weights_of(model: Aquila) -> dict[str, torch.Tensor]:
     """Of an unsharded model, under the names of transformers."""
     params = model.named_parameters()
     return {n if n.startswith("lm_head") else f"model.{n}": p.detach() for n, p in params}
-
-
