@@ -15,6 +15,7 @@ import hashlib
 import io
 import json
 import os
+from array import array
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -36,49 +37,54 @@ DTYPES = {
 }
 
 
-def file_of(shard: int, array: str) -> str:
-    return f"shard-{shard:05d}.{FILES[array]}"
+def file_of(shard: int, name: str) -> str:
+    return f"shard-{shard:05d}.{FILES[name]}"
 
 
 class Shard:
-    """Documents gathered in memory until they are written."""
+    """Documents gathered in memory, in one piece that is given back whole, until written."""
 
     def __init__(self):
-        self.ids: list[np.ndarray] = []  # [documents][tokens] uint32
-        self.keys: list[int] = []
-        self.source: list[tuple[int, int]] = []
-        self.n_tokens = 0
+        self.tokens, self.keys = array("I"), array("Q")
+        self.borders, self.source = array("q", [0]), array("q")
+
+    @property
+    def n_tokens(self) -> int:
+        return self.borders[-1]
 
     def add(self, ids: np.ndarray, key: int, file: int, record: int) -> None:
-        self.ids.append(ids)
+        """ids[n] uint32"""
+        self.tokens.frombytes(ids.tobytes())
+        self.borders.append(len(self.tokens))
         self.keys.append(key)
-        self.source.append((file, record))
-        self.n_tokens += len(ids)
+        self.source.extend((file, record))
 
     def write(self, folder: Path, number: int) -> dict[str, Any]:
         """Its arrays, in the order of the documents' keys. Returns what the manifest says."""
+        tokens = np.frombuffer(self.tokens, np.uint32).astype(DTYPES["tokens"], copy=False)
+        borders = np.array(self.borders, DTYPES["borders"])
         keys = np.array(self.keys, DTYPES["keys"])
+        source = np.array(self.source, DTYPES["source"]).reshape(-1, 2)
         order = np.argsort(keys, kind="stable")
-        lengths = np.array([len(ids) for ids in self.ids], DTYPES["borders"])[order]
         content = {
-            "tokens": (self.ids[i].astype(DTYPES["tokens"]).tobytes() for i in order),
-            "borders": [_npy(np.concatenate(([0], np.cumsum(lengths))))],
+            "tokens": (tokens[borders[i] : borders[i + 1]].tobytes() for i in order),
+            "borders": [_npy(np.concatenate(([0], np.cumsum(np.diff(borders)[order]))))],
             "keys": [_npy(keys[order])],
-            "source": [_npy(np.array(self.source, DTYPES["source"])[order])],
+            "source": [_npy(source[order])],
         }
         return {
             "tokens": self.n_tokens,
             "documents": len(order),
             "files": {
-                file_of(number, array): _write(folder / file_of(number, array), chunks)
-                for array, chunks in content.items()
+                file_of(number, name): _write(folder / file_of(number, name), chunks)
+                for name, chunks in content.items()
             },
         }
 
 
-def _npy(array: np.ndarray) -> bytes:
+def _npy(values: np.ndarray) -> bytes:
     file = io.BytesIO()
-    np.save(file, array)
+    np.save(file, values)
     return file.getvalue()
 
 
