@@ -5,8 +5,8 @@
 
 The weights are initialised on the device from a seed, float32 masters and moments. Documents are
 random tokens: CPT's are all as long (4,096; 1,024 and 256 at the first size of a row), SFT's have
-the lengths of real medical chats in a fixed order (bench/kernels.py), a pair is two such chats. Only
-torch, numpy and triton are needed.
+the lengths of real medical chats in a fixed order (bench/kernels.py), a pair is two such chats.
+Only torch, numpy and triton are needed.
 """
 
 import argparse
