@@ -68,7 +68,7 @@ def chats(b: Bench) -> Examples:
 def pairs(b: Bench) -> Examples:
     files = shared("preference_sharegpt.jsonl") or ["samples/dpo.jsonl"]
     found = store.pairs(files, b.encoder, b.tokens // 2, allow_drop=1.0)
-    return _first(found, 100, b.tokens)
+    return _first(found, 16 if b.given.quick else 40, b.tokens)  # TRL scores them all before
 
 
 def documents(b: Bench) -> Examples:

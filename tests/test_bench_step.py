@@ -70,7 +70,7 @@ def test_a_gpu_lines_facts_on_a_cpu(world, small, tmp_path):
     """Every stage's rows are full, and the line can be read back."""
     results = Results(tmp_path / "x.jsonl")
     for stage, cls in (("cpt", CPT), ("sft", CPT), ("dpo", DPO)):
-        data = step_gpu.examples(stage, 128, small)
+        data = step_gpu.examples(stage, 128, small, longest=100)
         c = dataclasses.replace(settings(cls, len(data), 128), dtype="bf16")
         ours = Ours(world, small, data, c, torch.bfloat16)
         line = step_gpu.measure(stage, ours, small, world, results, rounds=1)
