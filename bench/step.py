@@ -12,6 +12,7 @@ padding is not counted.
 import argparse
 import tempfile
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -52,6 +53,7 @@ class Bench:
         )
         self.plain = model_of(world, self.config, torch.float32, "none", sharded=False)
 
+    @cached_property
     def tokenizer(self):
         from transformers import AutoTokenizer
 
@@ -209,7 +211,7 @@ def trl_sides(
 
     from bench.theirs import Stepped, qwen2
 
-    sides, about, tok = {}, {}, b.tokenizer()
+    sides, about, tok = {}, {}, b.tokenizer
 
     def trainer(**given):
         model = qwen2(b.config, b.plain, b.world.device)
@@ -245,7 +247,7 @@ def sft(b: Bench) -> None:
     model = qwen2(b.config, b.plain, b.world.device)
     segments = [data[i][0] for i in range(4)]
     batch = padded(segments)
-    n = sum(int(t[1:].sum()) for _, t in segments)
+    n = sum(int(s.trained[1:].sum()) for s in segments)
     loss = model(**batch, num_items_in_batch=n).loss
     gate(b, "transformers", model, loss, next_token_loss(b, segments))
     sides = nanomed(b, data, c)
@@ -310,7 +312,6 @@ def main() -> None:
     device = pick_device("cpu")
     parts = given.only or PARTS
     with tempfile.TemporaryDirectory() as folder, start(device) as world:
-        store.CACHE = Path(folder) / "cache"
         b = Bench(given, world, Path(folder))
         print(
             f"{b.config.n_params():,} parameters, {given.dtype}, {torch.get_num_threads()} threads"

@@ -150,10 +150,10 @@ def trl_sft(model, data: Examples, c: Run, tokenizer, folder: Path, device: str,
 
     rows = [
         {
-            "input_ids": ids.tolist(),
-            "labels": [int(i) if t else IGNORE for i, t in zip(ids, trained, strict=True)],
+            "input_ids": s.ids.tolist(),
+            "labels": [int(i) if t else IGNORE for i, t in zip(s.ids, s.trained, strict=True)],
         }
-        for [(ids, trained)] in data
+        for [s] in data
     ]
     arguments = _arguments(trl.SFTConfig, c, folder, device, given)
     return trl.SFTTrainer(
@@ -171,9 +171,10 @@ def trl_dpo(model, data: Examples, c: DPO, tokenizer, folder: Path, device: str,
             return dataset
 
     rows = []
-    for (chosen, trained), (rejected, _) in data:
-        n = int(trained.argmax())  # the prompt's tokens
-        parts = {"prompt_ids": chosen[:n], "chosen_ids": chosen[n:], "rejected_ids": rejected[n:]}
+    for chosen, rejected in data:
+        n = int(chosen.trained.argmax())  # the prompt's tokens
+        parts = {"chosen_ids": chosen.ids[n:], "rejected_ids": rejected.ids[n:]}
+        parts |= {"prompt_ids": chosen.ids[:n]}
         rows.append({name: ids.tolist() for name, ids in parts.items()})
     model.save_pretrained(folder / "start")  # its reference is read from there
     model = type(model).from_pretrained(folder / "start", dtype=torch.float32)
