@@ -99,25 +99,29 @@ class _LinearNLL(torch.autograd.Function):
     def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         rows = (labels >= 0).nonzero()[:, 0]  # the trained tokens
         nll = hidden.new_zeros(labels.shape, dtype=torch.float32)
+        lse = torch.zeros_like(nll)
         for part in rows.split(_chunk(hidden)):
             logits = (hidden[part] @ weight.T).float()
             target = logits.gather(1, labels[part, None])[:, 0]
-            nll[part] = logits.logsumexp(1) - target
-        ctx.save_for_backward(hidden, weight, labels, rows)
+            # In place: on a CPU, fresh memory of this size costs more than the arithmetic.
+            top = logits.amax(1, keepdim=True)
+            lse[part] = logits.sub_(top).exp_().sum(1).log_() + top[:, 0]
+            nll[part] = lse[part] - target
+        ctx.save_for_backward(hidden, weight, labels, rows, lse)
         return nll
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dnll: Tensor):
-        hidden, weight, labels, rows = ctx.saved_tensors
+        hidden, weight, labels, rows, lse = ctx.saved_tensors
         dhidden = torch.zeros_like(hidden)
         # float32 whatever the weight's dtype: bfloat16 sums over chunks lose small gradients.
         dweight = torch.zeros_like(weight, dtype=torch.float32)
         for part in rows.split(_chunk(hidden)):
             h = hidden[part]
-            dlogits = (h @ weight.T).float().softmax(1)
+            dlogits = (h @ weight.T).float().sub_(lse[part, None]).exp_()  # softmax
             dlogits[torch.arange(len(part), device=h.device), labels[part]] -= 1
-            dlogits = (dlogits * dnll[part, None]).to(h.dtype)
+            dlogits = dlogits.mul_(dnll[part, None]).to(h.dtype)
             dhidden[part] = dlogits @ weight
             _add_matmul(dweight, dlogits.T, h)
         return dhidden, dweight.to(weight.dtype), None

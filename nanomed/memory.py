@@ -97,8 +97,8 @@ def head_moment(model: ModelConfig, c: Run, n_gpus: int) -> dict[str, float]:
 
 def loss_chunk(model: ModelConfig, c: Run) -> float:
     """Bytes of the logits that exist at once."""
-    if is_plain(c):  # softmax, its product with the incoming gradient, the cast one
-        return (4 + 4 + width(c)) * min(c.micro_tokens, CHUNK_CUDA) * model.vocab_size
+    if is_plain(c):  # 8: in float32, as they came from the matmul, and the gradient of those before
+        return 8 * min(c.micro_tokens, CHUNK_CUDA) * model.vocab_size
     padded = -(-model.vocab_size // 128) * 128
     return width(c) * chunk_tokens(c.micro_tokens, model.d_model) * padded
 
