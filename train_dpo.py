@@ -101,7 +101,7 @@ def main() -> None:
         stage.begin(c, model_config, encoder, loader, run)
 
         dtype = stage.compute_dtype(c, device)
-        key = {"data": data.folder.name, "dtype": str(dtype), "kernels": c.kernels}
+        key = {"data": data.folder.name, "dtype": str(dtype)}
         reference = reference_logps(model, loader, run, key)
         kinds = torch.from_numpy(np.array(data.kinds)).to(device)
         loss = preference_loss(reference, kinds, data.meta["kinds"], c)

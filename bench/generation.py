@@ -1,22 +1,16 @@
 """Tokens per second of cached, batched, greedy generation beside transformers' generate().
 
-    python bench/generation.py [--device cuda] [--rounds 7]
+    python -m bench.generation [--device cuda] [--rounds 7]
 
-Same weights, same prompts of different lengths, same tokens out, in one process, turn by turn; the
-ratio is taken within each round, so that a busy machine slows both.
+Same weights, same prompts of different lengths, same tokens out, in one process, turn by turn.
 """
 
 import argparse
-import statistics
-import sys
 import tempfile
-import time
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 
+from bench.measure import interleaved, quartiles, ratio
 from nanomed import pretrained
 from nanomed.generate import Sampling, generate
 
@@ -77,24 +71,13 @@ def main() -> None:
         return out[:, longest:].tolist()
 
     same = sum(a == b for a, b in zip(run_ours(), run_theirs(), strict=True))  # also the warm-up
-    speeds = []
-    for _ in range(c.rounds):
-        pair = []
-        for run in (run_ours, run_theirs):
-            started = time.perf_counter()
-            run()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            pair.append(c.batch * c.new / (time.perf_counter() - started))
-        speeds.append(pair)
-    ratios = [ours / theirs for ours, theirs in speeds]
+    works = {"nanomed": run_ours, "nanomed again": run_ours, "transformers": run_theirs}
+    samples = interleaved(works, c.rounds, warmup=0, device=device, flush=False)
     print(f"answers equal: {same} of {c.batch} ({dtype})")
-    for name, column in zip(("nanomed", "transformers"), zip(*speeds, strict=True), strict=True):
-        print(f"{name}: median {statistics.median(column):,.0f} tokens/s")
-    print(
-        f"ratio nanomed / transformers: median {statistics.median(ratios):.2f}, "
-        f"from {min(ratios):.2f} to {max(ratios):.2f} over {c.rounds} rounds"
-    )
+    for name, seconds in samples.items():
+        print(f"{name}: median {c.batch * c.new / quartiles(seconds)[1]:,.0f} tokens/s")
+    faster = ratio(samples["transformers"], samples["nanomed"], samples["nanomed again"])
+    print(f"nanomed is faster by {faster} over {c.rounds} rounds")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ def show_example(encoder: Encoder, loader: Loader, run: RunFolder) -> None:
     """Prints the first training example as the model gets it."""
     i = int(loader.train[0])
     run.print(f"example {i}, what is learned between ⟦ and ⟧ (nanomed.tools.show draws more):")
-    for ids, trained in loader.data[i]:
+    for ids, trained, _ in loader.data[i]:
         run.print("  " + marked(encoder, ids, trained).replace("\n", "\n  ").rstrip())
 
 

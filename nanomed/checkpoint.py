@@ -1,16 +1,12 @@
-"""Sharded checkpoints (torch.distributed.checkpoint) that are whole or not there.
+"""Sharded checkpoints (torch.distributed.checkpoint) that are whole or not there: which there are,
+what to keep of them, and how to load one. saves.py writes them.
 
     checkpoints/step-000200/    every rank's shard of weights and optimizer, state.json, and
                                 manifest.json: the size and hash of each file
     checkpoints/latest, best    links to two of them, for people and for --init
 
-A save writes into step-000200.unfinished; each rank hashes the shards that it wrote; the manifest
-follows; everything is flushed to the disk; then one rename makes it a checkpoint. So a kill or a
-full disk at any moment leaves the checkpoints before it as they were, and only afterwards are older
-ones deleted. A resume takes the highest step-N.
-
-Random numbers need no place here: dropout is seeded by (seed, step, rank), the order of examples
-by (seed, epoch).
+A resume takes the highest step-N, after comparing sizes and hashes. Random numbers need no place
+here: dropout is seeded by (seed, step, rank), the order of examples by (seed, epoch).
 """
 
 import hashlib
@@ -18,9 +14,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -35,100 +29,14 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from nanomed.config import InputError
-from nanomed.distributed import from_all, from_main, local
+from nanomed.distributed import from_all, from_main
 from nanomed.untrusted import Planner, Reader
 
 BYTES_PER_PARAM = 12  # the weight and Adam's two moments, float32
 UNFINISHED = ".unfinished"
 
 
-class SaveFailed(Exception):
-    """A checkpoint was not written; those before it are as they were. Every rank raises it."""
-
-
-# ---------------------------------------------------------------- save
-
-
-def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict) -> Path:
-    """Writes folder/step-N for state["step"], then moves folder/latest to it. All ranks call it.
-    Raises SaveFailed, on all ranks, if the disk refuses or a weight is not finite."""
-    target = folder / f"step-{state['step']:06d}"
-    unfinished = target.with_suffix(UNFINISHED)
-    try:
-        _together(lambda: _check_finite(model))
-        _on_main(lambda: _prepare(folder, unfinished, size_of(model)))
-        weights, moments = get_state_dict(model, optimizer)
-        _write({"model": weights, "optimizer": moments}, unfinished)
-        shards = f"__{dist.get_rank()}_*.distcp"  # how the writer names this rank's
-        hashes = _together(lambda: {p.name: _described(p) for p in unfinished.glob(shards)})
-        _on_main(lambda: _complete(unfinished, target, state, hashes))
-    except SaveFailed as error:
-        free = _free(folder) / 1e9  # torch's own message does not say "full"
-        if dist.get_rank() == 0:  # a full disk needs the room
-            shutil.rmtree(unfinished, ignore_errors=True)
-        raise SaveFailed(f"{error} ({free:.1f} GB free)") from None
-    return target
-
-
-def _together(work: Callable[[], Any]) -> list:
-    """Does something on every rank; what each returns. Raises SaveFailed on all if one failed: a
-    rank that went on alone would wait for the others for ever."""
-    try:
-        outcome = work(), None
-    except (OSError, SaveFailed) as error:
-        outcome = None, f"{type(error).__name__}: {error}" if isinstance(error, OSError) else error
-    outcomes = from_all((outcome[0], outcome[1] and str(outcome[1])))
-    for rank, (_, error) in enumerate(outcomes):
-        if error:
-            raise SaveFailed(f"rank {rank}: {error}")
-    return [value for value, _ in outcomes]
-
-
-def _on_main(work: Callable[[], None]) -> None:
-    _together(work if dist.get_rank() == 0 else lambda: None)
-
-
-def _check_finite(model: nn.Module) -> None:
-    for name, param in model.named_parameters():
-        if not local(param).isfinite().all():
-            raise SaveFailed(f"{name} has a value that is not finite; such weights are not saved")
-
-
-def _prepare(folder: Path, unfinished: Path, size: int) -> None:
-    for leftover in folder.glob(f"step-*{UNFINISHED}"):
-        shutil.rmtree(leftover)
-    unfinished.mkdir(parents=True, mode=0o700)
-    if _free(folder) < size:
-        raise SaveFailed(f"{size / 1e9:.1f} GB needed in {folder}")
-
-
-def _write(tensors: dict, unfinished: Path) -> None:
-    try:
-        dcp.save(tensors, checkpoint_id=unfinished)  # flushes each file to the disk
-    except CheckpointException as error:  # it has every rank's error, and every rank gets it
-        rank, (first, _) = sorted(error.failures.items())[0]
-        raise SaveFailed(f"rank {rank}: {type(first).__name__}: {first}") from None
-
-
-def _complete(unfinished: Path, target: Path, state: dict, hashes: list[dict]) -> None:
-    (unfinished / "state.json").write_text(json.dumps(state, ensure_ascii=False, indent=2))
-    files = {name: facts for shards in hashes for name, facts in shards.items()}
-    for name in (".metadata", "state.json"):
-        files[name] = _described(unfinished / name)
-    (unfinished / "manifest.json").write_text(json.dumps({"files": files}, indent=2))
-    for path in (unfinished / "state.json", unfinished / "manifest.json", unfinished):
-        _fsync(path)
-    if target.exists():  # the same step of a run that went on from an earlier one
-        _delete(target)
-    unfinished.rename(target)
-    _fsync(target.parent)
-    point(target.parent / "latest", target)
-
-
-def _described(path: Path) -> dict:
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"size": path.stat().st_size, "sha256": digest}
+# ---------------------------------------------------------------- space
 
 
 def size_of(model: nn.Module) -> int:
@@ -136,7 +44,7 @@ def size_of(model: nn.Module) -> int:
     return BYTES_PER_PARAM * sum(param.numel() for param in model.parameters())
 
 
-def _free(folder: Path) -> int:
+def free_space(folder: Path) -> int:
     return shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
 
 
@@ -146,7 +54,7 @@ def check_space(folder: Path, model: nn.Module, n: int) -> None:
     if dist.get_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         there = sum(file.stat().st_size for step in steps(folder) for file in step.iterdir())
-        free = _free(folder) + there
+        free = free_space(folder) + there
     free = from_main(free)
     if free < needed:
         raise InputError(
@@ -214,7 +122,13 @@ def _problem(path: Path, facts: dict) -> str:
         return f"{path} is missing"
     if (size := path.stat().st_size) != facts["size"]:
         return f"{path} has {size:,} bytes instead of {facts['size']:,}"
-    return "" if _described(path) == facts else f"{path} has changed since it was written"
+    return "" if described(path) == facts else f"{path} has changed since it was written"
+
+
+def described(path: Path) -> dict:
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"size": path.stat().st_size, "sha256": digest}
 
 
 def read_state(folder: Path) -> dict:
@@ -251,17 +165,13 @@ def is_validated(saved: Path) -> bool:
 
 
 def mark_validated(saved: Path, val_loss: float) -> None:
-    """Notes the validation loss of a saved checkpoint and points `best` to the lowest. All ranks
-    call it. Raises SaveFailed."""
-
-    def note() -> None:
-        temporary = saved / "validation.new"
-        temporary.write_text(json.dumps({"val_loss": val_loss}))
-        _fsync(temporary)
-        temporary.rename(saved / "validation.json")
-        point_best(saved.parent)
-
-    _on_main(note)
+    """Notes the validation loss of a saved checkpoint and points `best` to the lowest. Rank 0 calls
+    it. Raises OSError."""
+    temporary = saved / "validation.new"
+    temporary.write_text(json.dumps({"val_loss": val_loss}))
+    fsync(temporary)
+    temporary.rename(saved / "validation.json")
+    point_best(saved.parent)
 
 
 def point_best(folder: Path) -> None:
@@ -277,19 +187,15 @@ def point_best(folder: Path) -> None:
 
 
 def keep(folder: Path, n: int) -> None:
-    """Deletes all but the newest n checkpoints and those that latest and best point to. All ranks
-    call it. Raises SaveFailed."""
-
-    def delete() -> None:
-        pointed = {(folder / name).resolve() for name in ("latest", "best")}
-        for path in steps(folder)[:-n]:
-            if path.resolve() not in pointed:
-                _delete(path)
-
-    _on_main(delete)
+    """Deletes all but the newest n checkpoints and those that latest and best point to. Rank 0
+    calls it. Raises OSError."""
+    pointed = {(folder / name).resolve() for name in ("latest", "best")}
+    for path in steps(folder)[:-n]:
+        if path.resolve() not in pointed:
+            delete(path)
 
 
-def _delete(path: Path) -> None:
+def delete(path: Path) -> None:
     """No kill leaves half a checkpoint under the name of a whole one."""
     going = path.with_name(path.name + ".old" + UNFINISHED)
     path.rename(going)
@@ -302,10 +208,10 @@ def point(link: Path, target: Path) -> None:
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(target.name)
     temporary.rename(link)
-    _fsync(link.parent)
+    fsync(link.parent)
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)

@@ -113,10 +113,13 @@ class Run:
     )
     seed: int = _flag(0, "number that decides the order of examples, fresh weights and dropout")
     recompute: str = _flag(
-        "none", "full: keep only each layer's input, compute it again in backward",
-        choices=("none", "full"),
+        "none", "in backward compute again: lean, norms and SwiGLU's product; full, whole layers",
+        choices=("none", "lean", "full"),
     )  # fmt: skip
-    kernels: str = _flag("auto", "implementation of the fused ops", choices=("auto", "reference"))
+    kernels: str = _flag(
+        "auto", "version of the fused ops; auto: Triton on CUDA, the plain definition elsewhere",
+        choices=("auto", "triton", "reference"),
+    )  # fmt: skip
     dtype: str = _flag(
         "auto", "of the computation; auto: bf16 on CUDA, fp32 on CPU",
         (UNPUBLISHED, UNPUBLISHED, "bf16", UNPUBLISHED), ("auto", "bf16", "fp32"),
@@ -126,6 +129,11 @@ class Run:
     log_every: int = _flag(1, "steps between two logged lines")
     eval_every: int = _flag(0, "steps between two validations; 0: at each epoch's end")
     save_every: int = _flag(0, "steps between two checkpoints; 0: at each validation")
+    save: str = _flag(
+        "auto", "background: training goes on while a copy in host memory (12 bytes per parameter, "
+        "shared among processes) is written; auto: that on CPU, blocking on CUDA",
+        choices=("auto", "background", "blocking"),
+    )  # fmt: skip
     keep_last: int = _flag(2, "newest checkpoints kept; the best one always is")
     max_bad: int = _flag(5, "steps in a row with a loss or gradient not finite that end the run")
     show_text: bool = _flag(False, "print text of examples though --data is not samples/")
@@ -200,14 +208,19 @@ class CPT(Run):
     stage: ClassVar[str] = "cpt"
     FRESH: ClassVar[dict[str, Any]] = {
         "lr": 2e-3,
-        "epochs": 4,
-        "batch_size": 16,
-        "seq_len": 512,
+        "epochs": 6,
+        "batch_size": 8,
+        "seq_len": 256,
         "val_fraction": 0.1,
         "min_lr_ratio": 0.1,
         "log_every": 10,
     }
-    data: list[str] = _default("data", ("samples/cpt_medical.jsonl", "samples/cpt_general.jsonl"))
+    data: list[str] = _flag(
+        ("samples/cpt_medical.jsonl", "samples/cpt_general.jsonl"),
+        "sources: files of documents or chats (.jsonl, .txt, ...; also .gz), or stores that\n"
+        "python -m nanomed.store wrote; each may end with a weight: STORE:0.7 FILE:0.3",
+    )
+    repeat: bool = _flag(False, "go through a weighted source again where it runs out")
     val_fraction: float = _default("val_fraction", 0.001)
     epochs: int = _default("epochs", 1)
     batch_size: int = _default("batch_size", 768)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -134,10 +135,19 @@ def shard(model: nn.Module, world: World, compute_dtype: torch.dtype) -> nn.Modu
     for unit in (model.embed_tokens, *model.layers, model.norm, model.lm_head, model):
         fully_shard(unit, mesh=world.mesh, mp_policy=precision)
         # Gradients are plain sums: fit() divides by the trained tokens of the whole step. gloo
-        # cannot divide within a reduction, so without the second line the first raises there.
-        unit.set_gradient_divide_factor(1.0)
-        unit.set_force_sum_reduction_for_comms(True)
+        # cannot divide within a reduction, so without the second line the first raises there. Alone
+        # there is nothing to divide by, and FSDP would make a copy of each gradient to divide by 1.
+        if world.size > 1:
+            unit.set_gradient_divide_factor(1.0)
+            unit.set_force_sum_reduction_for_comms(True)
     return model
+
+
+def host_mesh() -> DeviceMesh:
+    """All ranks, for tensors in host memory, joined by a gloo group of its own: another thread may
+    exchange there while this one trains. Whoever is early there waits for the slowest disk; a rank
+    that is gone is noticed at once, by its closed connection. All ranks call it."""
+    return DeviceMesh.from_group(dist.new_group(backend="gloo", timeout=timedelta(days=1)), "cpu")
 
 
 def fill(param: Tensor, full: Tensor) -> None:
@@ -179,12 +189,13 @@ def from_main(value):
     return box[0]
 
 
-def from_all(value) -> list:
-    """Every rank's value, by rank; any picklable object. Without a group there is one."""
+def from_all(value, group: dist.ProcessGroup | None = None) -> list:
+    """Every rank's value, by rank; any picklable object. Without processes there is one. `group`
+    is another way between the same ranks: see host_mesh()."""
     if not dist.is_initialized():
         return [value]
     values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group)
     return values
 
 

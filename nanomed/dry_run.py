@@ -1,11 +1,8 @@
-"""What a run would take, from shapes alone: memory, steps, tokens, FLOPs, days and disk.
+"""What a run would take, from shapes alone: memory (memory.py), steps, tokens, FLOPs, days, disk.
 
-The model is built on the meta device, so nothing is allocated. Memory is that of one GPU under
-FSDP2 with the plain kernels of kernels/reference.py. D model width, F feed-forward width, V
-vocabulary, L layers, T tokens in a row (--micro_tokens), N parameters.
+The model is built on the meta device, so nothing is allocated.
 """
 
-import dataclasses
 import math
 import re
 from collections.abc import Callable
@@ -14,87 +11,22 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from kernels.reference import CHUNK_CUDA
+from nanomed import memory
 from nanomed.config import InputError, ModelConfig, Run, nearest
 from nanomed.distributed import rank_from_env
-from nanomed.loader import split
+from nanomed.loader import Loader, split
 from nanomed.log import PEAK_FLOPS, flops_of
 from nanomed.model import Aquila
+from nanomed.slices import Slices
 from nanomed.store import Store
 
-GIB, GB = 2**30, 1e9
+GB = 1e9
 GPU_MEMORY = {"A100-40G": 39.5, "A100-80G": 79.1, "H100-80G": 79.1, "H200-141G": 139.7}  # GiB
-RESERVE = 2.0  # GiB, assumed: CUDA context, NCCL buffers, fragmentation
-BYTES_PER_STATE = 16  # float32 weights, gradients and AdamW's two moments
-
-
-# ---------------------------------------------------------------- memory of one GPU, in bytes
 
 
 def n_params(model: ModelConfig) -> int:
     with torch.device("meta"):
         return sum(p.numel() for p in Aquila(model).parameters())
-
-
-def states(model: ModelConfig, n_gpus: int) -> float:
-    return BYTES_PER_STATE * model.n_params() / n_gpus
-
-
-def saved_per_token(model: ModelConfig) -> float:
-    """What one layer keeps of a token for its backward pass, in bf16 (2 bytes) unless said."""
-    d, f = model.d_model, model.d_ff
-    norms = 2 * (4 * d + 2 * d)  # the input in float32, the normalised value
-    projections = 2 * (2 * d)  # inputs of q/k/v and of gate/up
-    attention = 4 * (2 * d)  # q, k and v (heads repeated), the output
-    mlp = 4 * (2 * f)  # gate, silu(gate), up, their product
-    masks = 2 * d * (model.dropout > 0)  # one byte each, on both branches
-    return norms + projections + attention + mlp + masks
-
-
-def activations(model: ModelConfig, tokens: int, recompute: str) -> float:
-    """Kept between forward and backward, all layers."""
-    kept = 2 * model.d_model if recompute == "full" else saved_per_token(model)
-    return kept * model.n_layers * tokens
-
-
-def layer_work(model: ModelConfig, tokens: int, recompute: str) -> float:
-    """While one layer runs backward: its own activations if they are computed again, gradients of
-    its activations, and FSDP's whole matrices: this layer and the next in bf16, gradients in bf16
-    and, for the sum over GPUs, in float32."""
-    again = saved_per_token(model) if recompute == "full" else 0
-    gradients = 4 * (2 * model.d_ff) + 2 * (4 * model.d_model)
-    layer = (model.n_params() - 2 * model.vocab_size * model.d_model) / model.n_layers
-    return (again + gradients) * tokens + (2 * 2 + 2 + 4) * layer
-
-
-def head_work(model: ModelConfig, tokens: int) -> float:
-    """While linear_nll runs backward: a chunk of logits (float32 softmax, its product with the
-    incoming gradient, bf16 copy), the head in bf16 and its gradient in float32."""
-    chunk = (4 + 4 + 2) * min(tokens, CHUNK_CUDA) * model.vocab_size
-    return chunk + (2 + 4) * model.vocab_size * model.d_model
-
-
-def memory(model: ModelConfig, c: Run, n_gpus: int) -> dict[str, float]:
-    """GiB on each GPU, by part."""
-    layer = layer_work(model, c.micro_tokens, c.recompute)
-    return {
-        "states": states(model, n_gpus) / GIB,
-        "activations": activations(model, c.micro_tokens, c.recompute) / GIB,
-        "work": max(layer, head_work(model, c.micro_tokens)) / GIB,
-        "reserve": RESERVE,
-    }
-
-
-def remedy(model: ModelConfig, c: Run, n_gpus: int, limit: float) -> str:
-    """The smallest change that fits `limit` GiB."""
-    smallest = 2 * c.seq_len if c.stage == "dpo" else c.seq_len
-    sizes = [c.micro_tokens >> k for k in range(20) if c.micro_tokens >> k >= smallest]
-    for recompute in dict.fromkeys((c.recompute, "full")):
-        for size in sizes:
-            other = dataclasses.replace(c, recompute=recompute, micro_tokens=size)
-            if sum(memory(model, other, n_gpus).values()) <= limit:
-                return f"--recompute {recompute} --micro_tokens {size} fits"
-    return "no --micro_tokens fits, more GPUs are needed"
 
 
 # ---------------------------------------------------------------- work of the whole run
@@ -124,8 +56,11 @@ def published_work(c: Run) -> tuple[Work, Work]:
     return work(c.examples - n_val), work(n_val)
 
 
-def counted_work(c: Run, data: Store) -> tuple[Work, Work]:
-    """(training, held out) of tokenised data."""
+def counted_work(c: Run, data: Store | Slices) -> tuple[Work, Work]:
+    """(training, held out) of tokenised data; of slices the squares of a sample."""
+    if isinstance(data, Slices):
+        Loader.of(c, data, parts=(data.train, data.val), mixture=data.mixture)  # can it be run?
+        return sliced_work(data, data.train), sliced_work(data, data.val)
 
     def work(part: np.ndarray) -> Work:
         squares = np.diff(data.borders).astype(float).reshape(len(data), -1) ** 2
@@ -133,6 +68,16 @@ def counted_work(c: Run, data: Store) -> tuple[Work, Work]:
 
     train, val = split(data, c.val_fraction, len(c.data))
     return work(train), work(val)
+
+
+def sliced_work(data: Slices, part: range, sample: int = 256) -> Work:
+    """Pieces' lengths are those of `sample` slices evenly spaced; of all if there are fewer."""
+    seen = np.unique(np.linspace(part.start, part.stop - 1, sample).astype(int)) if part else []
+    lengths = [np.array([len(s.ids) for s in data[i]], float) for i in seen]
+    n_tokens = int(data.n_tokens.reshape(2, -1)[int(part.start > 0)].sum())
+    sampled = sum(x.sum() for x in lengths)
+    squares = sum((x**2).sum() for x in lengths)
+    return Work(len(part), float(n_tokens), squares * n_tokens / max(1, sampled))
 
 
 def n_steps(c: Run, train: Work) -> int:
@@ -179,7 +124,7 @@ def parse_hardware(text: str) -> tuple[int, str]:
     return int(match[1]), match[2]
 
 
-def show(c: Run, model: ModelConfig, load: Callable[[], Store]) -> None:
+def show(c: Run, model: ModelConfig, load: Callable[[], Store | Slices]) -> None:
     """Prints the plan on rank 0. `load` tokenises the data and is called if --examples is 0."""
     n_gpus, kind = parse_hardware(c.hardware)
     if rank_from_env()[0] == 0:
@@ -187,26 +132,10 @@ def show(c: Run, model: ModelConfig, load: Callable[[], Store]) -> None:
         for line in (
             f"dry run of {c.stage} on {n_gpus} x {kind}: nothing is trained",
             f"model: {n_params(model):,} parameters",
-            *_memory_lines(c, model, n_gpus, kind),
+            *memory.lines(model, c, n_gpus, GPU_MEMORY[kind]),
             *_work_lines(c, model, *works, n_gpus, PEAK_FLOPS[kind.split("-")[0]]),
         ):
             print(line)
-
-
-def _memory_lines(c: Run, model: ModelConfig, n_gpus: int, kind: str) -> list[str]:
-    parts, limit = memory(model, c, n_gpus), GPU_MEMORY[kind]
-    total = sum(parts.values())
-    fits = "fits" if total <= limit else f"DOES NOT FIT; {remedy(model, c, n_gpus, limit)}"
-    exact = BYTES_PER_STATE * model.n_params() / n_gpus
-    return [
-        f"memory: {total:.1f} GiB predicted of {limit} GiB on each GPU: {fits}",
-        f"  states       {parts['states']:5.1f} GiB  {BYTES_PER_STATE} bytes x parameters / GPUs "
-        f"= {exact:,.0f} bytes: float32 weights, gradients, two moments",
-        f"  activations  {parts['activations']:5.1f} GiB  {c.micro_tokens:,} tokens in a row, "
-        f"recompute {c.recompute}",
-        f"  work         {parts['work']:5.1f} GiB  the larger of a layer's and the head's backward",
-        f"  reserve      {parts['reserve']:5.1f} GiB  assumed: CUDA context, NCCL, fragmentation",
-    ]
 
 
 def _work_lines(

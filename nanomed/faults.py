@@ -68,7 +68,8 @@ def note_spike(run: RunFolder, loader: Loader, step: int, loss: float) -> None:
 def note_bad(run: RunFolder, loader: Loader, step: int, lr: float, result: Step) -> None:
     """Writes down what nanomed.tools.replay needs to run a skipped step again: numbers, no text.
     All ranks call it."""
-    mine = [(examples.tolist(), loss.item()) for examples, loss in result.rows]
+    # A pair has two segments and a slice many; each example is named once.
+    mine = [(list(dict.fromkeys(i.tolist())), loss.item()) for i, loss in result.rows]
     rows = [
         {
             "rank": rank,

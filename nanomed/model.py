@@ -7,6 +7,9 @@ sequence of independent segments (nanomed/packing.py draws one).
 Module names are the Hugging Face names without the `model.` prefix, so weights load as they are.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -16,6 +19,7 @@ import kernels
 from nanomed.config import ModelConfig
 from nanomed.distributed import fill
 from nanomed.packing import Row
+from nanomed.recompute import rebuilt_for
 
 
 class RMSNorm(nn.Module):
@@ -54,21 +58,25 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, c: ModelConfig):
+    def __init__(self, c: ModelConfig, recompute: str):
         super().__init__()
+        self.recompute = recompute
         self.gate_proj = nn.Linear(c.d_model, c.d_ff, bias=False)
         self.up_proj = nn.Linear(c.d_model, c.d_ff, bias=False)
         self.down_proj = nn.Linear(c.d_ff, c.d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(kernels.swiglu(self.gate_proj(x), self.up_proj(x)))
+        gate, up = self.gate_proj(x), self.up_proj(x)  # [T,F]
+        if self.recompute == "lean":
+            return rebuilt_for(self.down_proj, kernels.swiglu, gate, up)
+        return self.down_proj(kernels.swiglu(gate, up))
 
 
 class Layer(nn.Module):
     def __init__(self, c: ModelConfig, recompute: str):
         super().__init__()
         self.self_attn = Attention(c)
-        self.mlp = MLP(c)
+        self.mlp = MLP(c, recompute)
         self.input_layernorm = RMSNorm(c.d_model, c.norm_eps)
         self.post_attention_layernorm = RMSNorm(c.d_model, c.norm_eps)
         self.dropout = c.dropout
@@ -82,11 +90,16 @@ class Layer(nn.Module):
         return self._forward(x, row, cache)
 
     def _forward(self, x: Tensor, row: Row, cache: "LayerCache | None" = None) -> Tensor:
-        attended = self.self_attn(self.input_layernorm(x), row, cache)
-        x = x + F.dropout(attended, self.dropout, self.training)
-        return x + F.dropout(
-            self.mlp(self.post_attention_layernorm(x)), self.dropout, self.training
-        )
+        attention = partial(self.self_attn, row=row, cache=cache)
+        x = x + self._branch(self.input_layernorm, attention, x)
+        return x + self._branch(self.post_attention_layernorm, self.mlp, x)
+
+    def _branch(self, norm: RMSNorm, block: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        if self.recompute == "lean":
+            out = rebuilt_for(block, partial(kernels.rmsnorm, eps=norm.eps), x, norm.weight)
+        else:
+            out = block(norm(x))
+        return F.dropout(out, self.dropout, self.training)
 
 
 class Head(nn.Module):
@@ -104,8 +117,9 @@ class Head(nn.Module):
 
 
 class Aquila(nn.Module):
-    """The whole decoder. `recompute` "full" keeps only each layer's input and runs the layer again
-    in backward. Built under `torch.device("meta")` it allocates nothing; else its weights are
+    """The whole decoder. `recompute` "lean" keeps what matmuls and attention made and computes
+    norms and SwiGLU's product again in backward; "full" keeps only each layer's input and runs the
+    layer again. Built under `torch.device("meta")` it allocates nothing; else its weights are
     initialised."""
 
     def __init__(self, config: ModelConfig, recompute: str = "none"):

@@ -10,7 +10,14 @@ Two short chats in one row (S system, U user, A assistant, E end of turn; -- is 
     examples    0, 1                             each segment's index in its data set
 
 A segment sees only itself: attention reads cu_seqlens, and the last label of a segment is -100
-because its next token belongs to somebody else.
+because its next token belongs to somebody else. Only pre-training cuts a document that is longer
+than what is left of a slice. The part before the cut then keeps its last label, the token that the
+document goes on with in another row. One document, cut before X, behind the end of another:
+
+    tokens      D1 E  D2 D2                      the other row: X  D2 E
+    labels      E  -- D2 X                                      D2 E  --
+    positions   0  1  0  1                                      0  1  2
+    cu_seqlens  0     2     4                                   0        3
 """
 
 import heapq
@@ -21,10 +28,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-IGNORE = -100  # the label of a token that is not trained on
+from nanomed.segment import IGNORE, Segment
+
 # A rank with nothing left to do runs this: two segments (DPO reads them in pairs) of two tokens
 # (a single token would recompile a compiled layer), no label, hence zero gradients.
-FILLER = [(np.zeros(2, np.int64), np.zeros(2, bool))] * 2
+FILLER = [Segment(np.zeros(2, np.int64), np.zeros(2, bool))] * 2
 
 
 @dataclass
@@ -49,12 +57,14 @@ class Row:
 def row_from(
     segments: Sequence[Sequence[int]],
     trained: Sequence[Sequence[bool]] | None = None,
+    follows: Sequence[int] | None = None,
     examples: Sequence[int] | None = None,
 ) -> Row:
-    """Packs segments of token ids into one row, in the order given.
+    """Packs segments of token ids into one row, in the order given: row_from(*zip(*segments)).
 
     `trained` has one flag per token (None: all but each segment's first, which has no
-    predecessor). `examples` has one index per segment (None: 0, 1, 2, ...).
+    predecessor), `follows` the last label of each segment (None: -100), `examples` one index per
+    segment (None: 0, 1, 2, ...).
     Raises ValueError for an empty segment or lengths that do not match.
     """
     lengths = np.array([len(s) for s in segments])
@@ -72,6 +82,8 @@ def row_from(
     flags[borders[:-1]] = False
     labels = np.full(len(tokens), IGNORE, np.int64)
     labels[:-1] = np.where(flags[1:], tokens[1:], IGNORE)
+    if follows is not None:
+        labels[borders[1:] - 1] = follows
     positions = np.arange(len(tokens)) - np.repeat(borders[:-1], lengths)
     examples = range(len(segments)) if examples is None else examples
     return Row(
@@ -85,8 +97,7 @@ def row_from(
 
 
 def filler() -> Row:
-    ids, trained = zip(*FILLER, strict=True)
-    return row_from(ids, trained, examples=[-1, -1])
+    return row_from(*zip(*FILLER, strict=True), examples=[-1, -1])
 
 
 def pack(lengths: Sequence[int], capacity: int, world_size: int) -> list[list[int]]:

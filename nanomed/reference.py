@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import kernels
 from nanomed.config import InputError
 from nanomed.distributed import sum_over_ranks
 from nanomed.loader import Loader
@@ -26,7 +27,8 @@ def reference_logps(model: nn.Module, loader: Loader, run: RunFolder, parts: dic
     `parts` is what else the numbers depend on. A resumed run reads what the first one computed;
     raises InputError, with the difference, if that was under another key.
     """
-    key = {"weights": fingerprint(model), **parts}
+    in_force = kernels.in_force(run.world.device)
+    key = {"weights": fingerprint(model), "kernels": in_force, **parts}
     key_path, path = run.path / "reference.json", run.path / "reference.npy"
     if run.resume_from:
         _check_key(run, json.loads(key_path.read_text()), key)

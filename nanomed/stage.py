@@ -1,11 +1,13 @@
 """What every stage does before and after fit(): settings into a model, and a word on the screen."""
 
 import dataclasses
+import os
 from pathlib import Path
 
 import torch
 
-from nanomed import checkpoint, hf, pretrained, template, tokenizer
+import kernels
+from nanomed import checkpoint, hf, memory, pretrained, slices, template, tokenizer
 from nanomed.config import MODELS, InputError, ModelConfig, Run
 from nanomed.distributed import World, rank_from_env, shard
 from nanomed.loader import Loader
@@ -49,8 +51,8 @@ def _fresh(c: Run) -> tuple[ModelConfig, template.Encoder]:
 FREE = {
     *("config", "model", "tokenizer", "template", "data", "val_data", "out", "resume"),
     *("steps", "epochs", "micro_tokens", "recompute", "kernels", "device", "allow_drop"),
-    *("log_every", "eval_every", "save_every", "keep_last", "max_bad", "show_text"),
-    *("dry_run", "hardware", "mfu", "examples"),
+    *("log_every", "eval_every", "save_every", "save", "keep_last", "max_bad", "show_text"),
+    *("dry_run", "hardware", "mfu", "examples", "repeat"),
 }
 
 
@@ -66,6 +68,7 @@ def identity(c: Run, model: ModelConfig, encoder: template.Encoder, loader: Load
         "tokenizer": encoder.tokenizer.fingerprint(),
         "template": encoder.template.to_json(),
         "content of the data": loader.data.meta["sha256"],
+        "weights of the data": loader.mixture and loader.mixture.weights,
         "held-out examples": len(loader.val),
     }
 
@@ -75,9 +78,28 @@ def compute_dtype(c: Run, device: torch.device) -> torch.dtype:
     return named[c.dtype if c.dtype != "auto" else "bf16" if device.type == "cuda" else "fp32"]
 
 
+def choose_kernels(c: Run, model: ModelConfig, device: torch.device) -> None:
+    """--kernels, for all that follows. The Triton interpreter, on a CPU, is for tests alone."""
+    if c.kernels == "triton":
+        if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+            raise InputError("--kernels triton needs a CUDA device; on a CPU use --kernels auto")
+        if kernels.triton_error():
+            raise InputError(
+                f"--kernels triton: it does not import ({kernels.triton_error()}); install a torch "
+                "built for CUDA, which brings it, or use --kernels reference"
+            )
+        if model.head_size not in kernels.triton_head_sizes():
+            raise InputError(
+                f"--kernels triton: its attention takes heads of {kernels.triton_head_sizes()}, "
+                f"the model's are {model.head_size} wide; use --kernels auto"
+            )
+    kernels.use(c.kernels)
+
+
 def build_model(c: Run, model_config: ModelConfig, world: World) -> Aquila:
     """The sharded model with its weights: no rank ever holds more than its share. Nothing has been
     written when bad weights raise InputError here."""
+    choose_kernels(c, model_config, world.device)
     with torch.device("meta"):
         model = Aquila(model_config, c.recompute)
     shard(model, world, compute_dtype(c, world.device))
@@ -114,11 +136,33 @@ def load_best(model: Aquila, run: RunFolder) -> None:
 
 def export(c: Run, model: Aquila, encoder: template.Encoder, run: RunFolder) -> None:
     """The Hugging Face folder of the weights that the model now has; the last line says where."""
+    if run.world.device.type == "cuda":
+        run.print(memory.compared(model.config, c, run.world.size))
     folder, dtype = run.path / "export", compute_dtype(c, run.world.device)
     about = {"stage": c.stage} | dataclasses.asdict(c)
     hf.export(model, encoder.tokenizer, folder, dtype, encoder.template, replace=True, about=about)
     run.print(f"exported to {folder} ({dtype}), for transformers and vLLM".replace("torch.", ""))
     run.print(f"run folder: {run.path}")
+
+
+# Of the demonstration: a tenth of stage 1's learning rate, as in the paper, and chats among the
+# documents.
+SECOND = (
+    "--data samples/cpt_medical.jsonl:0.5 samples/sft.jsonl:0.3 samples/cpt_general.jsonl:0.2 "
+    "--lr 2e-4 --warmup_ratio 0.01 --batch_size 8 --seq_len 256 --val_fraction 0.1 --steps 60 "
+    "--repeat --log_every 10"
+)
+
+
+def second_stage(c: Run, run: RunFolder) -> str:
+    """The command that goes on after stage 1 of pre-training; "" if this was stage 2."""
+    if c.init and pretrained.settings_of(c.init).get("stage") == c.stage:
+        return ""
+    launcher = f"torchrun --nproc_per_node {run.world.size}" if run.world.size > 1 else "python"
+    flags = f"{SECOND} --init {run.path}"
+    if not may_show_text(c):
+        flags = f"--config configs/cpt_stage2.toml --init {run.path} --data FILES"
+    return f"{launcher} train_cpt.py {flags}"
 
 
 def may_show_text(c: Run) -> bool:
@@ -134,31 +178,31 @@ def begin(
         run.write_json("model.json", dataclasses.asdict(model))
         (run.path / "template.json").write_text(encoder.template.to_json() + "\n")
         tokenizer.copy(encoder.tokenizer, run.path)
-    report = loader.data.meta["report"]
+    is_cpt = isinstance(loader.data, slices.Slices)
+    report = slices.report(loader) if is_cpt else loader.data.meta["report"]
     run.write_json("data_report.json", report)
+    config = "cpt_stage1" if is_cpt else c.stage
     start = f"from {c.init}" if c.init else "from nothing"
     run.print(
         f"{c.stage} of {c.model or 'tiny' if not c.init else 'the model'} {start} on "
-        f"{' '.join(c.data)}; the paper's setting: --config configs/{c.stage}.toml --init FOLDER"
+        f"{' '.join(c.data)}; the paper's setting: --config configs/{config}.toml --init FOLDER"
     )
     dtype = compute_dtype(c, run.world.device)
     run.print(
         f"model: {model.n_params():,} parameters, masters and gradient sums in float32, "
         f"computing in {str(dtype).removeprefix('torch.')} on {run.world.size} x "
-        f"{_device_name(run.world.device)}, kernels: reference"
+        f"{_device_name(run.world.device)}"
     )
+    device, reasons = run.world.device, kernels.reasons(run.world.device)
+    run.print(f"kernels: {kernels.in_force(device)}" + (f" ({reasons})" if reasons else ""))
     spare = model.vocab_size - encoder.tokenizer.vocab_size
     run.print(
         f"vocabulary: {encoder.tokenizer.vocab_size:,} ids of {encoder.tokenizer.path}"
         + (f", {spare:,} spare rows in the model" if spare else "")
         + f"; template {encoder.template.name}"
     )
-    run.print(
-        f"data: {report['examples']:,} examples, {_changes(report)}; "
-        f"{len(loader.train):,} to train on, "
-        f"{len(loader.val):,} held out; {report['tokens']:,} tokens, "
-        f"{report['trained_tokens'] / report['tokens']:.0%} trained on"
-    )
+    for line in _slices_lines(report) if is_cpt else [_examples_line(report, loader)]:
+        run.print(f"data: {line}")
     n = loader.n_steps
     points = [min(n - 1, round(share * n)) for share in (0, 0.25, 0.5, 0.75, 1)]
     lrs = [lr_at(k, n, c.lr, c.warmup_ratio, c.min_lr_ratio) for k in points]
@@ -166,6 +210,28 @@ def begin(
         f"plan: {n:,} steps of {c.batch_size} examples, {loader.steps_per_epoch:,} per epoch; "
         f"lr at 0, 25, 50, 75, 100%: {', '.join(f'{lr:.1e}' for lr in lrs)}; into {run.path}"
     )
+
+
+def _examples_line(report: dict, loader: Loader) -> str:
+    return (
+        f"{report['examples']:,} examples, {_changes(report)}; "
+        f"{len(loader.train):,} to train on, "
+        f"{len(loader.val):,} held out; {report['tokens']:,} tokens, "
+        f"{report['trained_tokens'] / report['tokens']:.0%} trained on"
+    )
+
+
+def _slices_lines(report: dict) -> list[str]:
+    lines = []
+    for name, source in report["sources"].items():
+        train, held_out, weight = (source[k] for k in ("train", "held_out", "weight"))
+        drawn = "" if weight is None else f"{weight:.1%} of the draws, "
+        lines.append(
+            f"{name}: {train['documents']:,} documents to train on, {train['tokens']:,} tokens in "
+            f"{train['slices']:,} slices; {drawn}seen {source['seen']:.2f} times; "
+            f"{held_out['documents']:,} documents held out; {_changes(source['read'])}"
+        )
+    return lines
 
 
 def _changes(report: dict) -> str:

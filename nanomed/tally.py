@@ -1,15 +1,25 @@
 """What became of the records of a file or source: the numbers of data_report.json."""
 
-from array import array
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
 from nanomed.records.shapes import Chat, PreferencePair, language
 
 PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
+
+
+class Facts(NamedTuple):
+    """What the report says of a document."""
+
+    source: str
+    language: str  # zh, en or other
+    n_bytes: int  # of the text in UTF-8; of a chat those of its turns
+    notes: list[str]
+    dropped: str
 
 
 @dataclass
@@ -20,8 +30,10 @@ class Tally:
     dropped: Counter[str] = field(default_factory=Counter)  # cause -> examples
     changed: Counter[str] = field(default_factory=Counter)  # what -> times
     languages: Counter[str] = field(default_factory=Counter)  # of those kept
-    lengths: array = field(default_factory=lambda: array("I"))  # tokens, of those kept
+    lengths: Counter[int] = field(default_factory=Counter)  # tokens -> examples kept
+    tokens: int = 0
     trained_tokens: int = 0
+    n_bytes: int = 0  # of documents' texts in UTF-8
 
     def count(
         self, example: Chat | PreferencePair, n_tokens: int, n_trained: int, turns_cut: int
@@ -34,9 +46,26 @@ class Tally:
             return
         self.shortened += turns_cut > 0
         self.turns_cut += turns_cut
-        self.lengths.append(n_tokens)
+        text = " ".join(text for _, text in example.turns)
+        self._keep(n_tokens, n_trained, n_tokens, language(text))
+
+    def document(self, facts: Facts, n_tokens: int) -> None:
+        """One document. However many there are, this stays small: lengths are rounded down to 6
+        significant bits (3%)."""
+        self.examples += 1
+        self.changed.update(facts.notes)
+        if n_tokens == 0:
+            self.dropped[facts.dropped] += 1
+            return
+        shift = max(0, n_tokens.bit_length() - 6)
+        self._keep(n_tokens, n_tokens - 1, n_tokens >> shift << shift, facts.language)
+        self.n_bytes += facts.n_bytes
+
+    def _keep(self, n_tokens: int, n_trained: int, length: int, lang: str) -> None:
+        self.tokens += n_tokens
         self.trained_tokens += n_trained
-        self.languages[language(" ".join(text for _, text in example.turns))] += 1
+        self.lengths[length] += 1
+        self.languages[lang] += 1
 
     @classmethod
     def of(cls, parts: Iterable["Tally"]) -> "Tally":
@@ -47,9 +76,19 @@ class Tally:
                 setattr(total, name, getattr(total, name) + value)
         return total
 
+    def to_json(self) -> dict:
+        return dict(vars(self))
+
+    @classmethod
+    def from_json(cls, fields: dict) -> "Tally":
+        tally = cls(**fields)
+        for name in ("dropped", "changed", "languages"):
+            setattr(tally, name, Counter(fields[name]))
+        tally.lengths = Counter({int(length): n for length, n in fields["lengths"].items()})
+        return tally
+
     def report(self) -> dict:
-        kept, tokens = len(self.lengths), sum(self.lengths)
-        values = np.percentile(self.lengths, PERCENTILES).round().astype(int) if kept else ()
+        kept = self.lengths.total()
         return {
             "examples": self.examples,
             "kept": kept,
@@ -57,13 +96,37 @@ class Tally:
             "shortened": self.shortened,
             "turns_cut": self.turns_cut,
             "changed": dict(self.changed),
-            "tokens": tokens,
+            "tokens": self.tokens,
             "trained_tokens": self.trained_tokens,
-            "trained_share": round(self.trained_tokens / max(1, tokens), 4),
-            "length_percentiles": {
-                f"p{p}": int(v) for p, v in zip(PERCENTILES, values, strict=bool(kept))
-            },
+            "trained_share": round(self.trained_tokens / max(1, self.tokens), 4),
+            "length_percentiles": self._percentiles(),
             "language_share": {
                 name: round(n / kept, 4) for name, n in sorted(self.languages.items())
             },
-        }
+        } | ({"bytes": self.n_bytes} if self.n_bytes else {})
+
+    def _percentiles(self) -> dict[str, int]:
+        """The nearest length that occurs, at or below each percentile."""
+        lengths = sorted(self.lengths)
+        if not lengths:
+            return {}
+        up_to = np.cumsum([self.lengths[length] for length in lengths])
+        ranks = [int(p / 100 * (up_to[-1] - 1)) for p in PERCENTILES]
+        where = np.searchsorted(up_to, ranks, side="right")
+        return {f"p{p}": lengths[i] for p, i in zip(PERCENTILES, where, strict=True)}
+
+
+def report_of(files: list[str], tallies: Mapping[tuple[str, str], Tally]) -> dict:
+    """What reading did with everything, with each file's records and in it with each source's;
+    `tallies` is by (file, source)."""
+    by_file = {path: {s: t for (p, s), t in tallies.items() if p == path} for path in files}
+    return {
+        **Tally.of(tallies.values()).report(),
+        "files": {
+            path: {
+                **Tally.of(sources.values()).report(),
+                "sources": {name or "(none named)": t.report() for name, t in sources.items()},
+            }
+            for path, sources in by_file.items()
+        },
+    }

@@ -13,6 +13,7 @@ import importlib
 import io
 import json
 import os
+import re
 import shutil
 import unicodedata
 from collections.abc import Callable
@@ -49,6 +50,7 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> list[int]: ...
     def decode(self, ids: list[int]) -> str: ...
     def fingerprint(self) -> str: ...
+    def n_bytes(self) -> list[int]: ...  # [vocab_size] of UTF-8 that each id stands for
 
 
 class SentencePieceTokenizer:
@@ -75,6 +77,14 @@ class SentencePieceTokenizer:
 
     def fingerprint(self) -> str:
         return _fingerprint(self.files)
+
+    def n_bytes(self) -> list[int]:
+        """A special token and the unknown one stand for none."""
+        none = set(self.special.values()) | {self.model.unk_id()}
+        return [0 if i in none else self._n_bytes(i) for i in range(self.vocab_size)]
+
+    def _n_bytes(self, i: int) -> int:
+        return 1 if self.model.is_byte(i) else _spaced(self.model.id_to_piece(i))
 
     def keeps_text(self) -> bool:
         """Whether it neither normalises nor puts a space before a text. Else ids of a text's parts
@@ -108,6 +118,9 @@ class RankTokenizer:
     def fingerprint(self) -> str:
         return _fingerprint(self.files)
 
+    def n_bytes(self) -> list[int]:
+        return [*map(len, sorted(self.ranks, key=self.ranks.get)), *[0] * len(self.special)]
+
 
 class JsonTokenizer:
     """What Hugging Face's tokenizers package reads: tokenizer.json, or vocab.json and merges.txt.
@@ -137,6 +150,20 @@ class JsonTokenizer:
 
     def fingerprint(self) -> str:
         return _fingerprint(self.files)
+
+    def n_bytes(self) -> list[int]:
+        """Byte-level vocabularies write each byte as one character; others write a space as
+        U+2581 and a byte as <0x0A>."""
+        byte_level = '"ByteLevel"' in json.dumps(self.json)
+        added = {token["content"] for token in self.json["added_tokens"]}
+        counts = [0] * self.vocab_size
+        for piece, i in self.model.get_vocab().items():
+            if i in self.special.values():
+                continue
+            plain = piece in added or not byte_level
+            is_byte = not byte_level and re.fullmatch("<0x[0-9A-F]{2}>", piece)
+            counts[i] = 1 if is_byte else _spaced(piece) if plain else len(piece)
+        return counts
 
 
 def load(path: str | Path) -> Tokenizer:
@@ -182,6 +209,11 @@ def same(a: Tokenizer, b: Tokenizer) -> bool:
         return True
     alike = a.vocab_size == b.vocab_size and a.special == b.special
     return alike and all(a.encode(text) == b.encode(text) for text in PROBES)
+
+
+def _spaced(piece: str) -> int:
+    """Bytes of a piece in which U+2581 stands for a space."""
+    return len(piece.replace("\u2581", " ").encode())
 
 
 def _decode(tokenizer: Tokenizer, ids: list[int], decode: Callable[[list[int]], str]) -> str:

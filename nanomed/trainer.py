@@ -2,18 +2,17 @@
 
 from pathlib import Path
 
-import torch
 from torch import nn
 from tqdm import tqdm
 
 from nanomed import checkpoint
-from nanomed.checkpoint import SaveFailed
 from nanomed.config import InputError, Run
 from nanomed.distributed import from_main
 from nanomed.faults import Signals, Spikes, note_bad, note_spike
 from nanomed.loader import Loader
 from nanomed.log import Meter, RunFolder, is_terminal, step_line
 from nanomed.optim import adamw, lr_at
+from nanomed.saves import Saver
 from nanomed.step import Loss, Step, evaluate, reduced, train_step
 
 
@@ -25,21 +24,20 @@ def fit(config: Run, model: nn.Module, loader: Loader, loss: Loss, run: RunFolde
     config.max_bad steps in a row that could not be applied, or if the last save failed."""
     optimizer = adamw(model, config.weight_decay)  # before the first forward: see shard()
     checkpoint.check_space(run.checkpoints, model, _most_checkpoints(config, loader))
-    start = 0
+    saver, start = Saver(config, model, optimizer, run), 0
     if run.resume_from:
         start = checkpoint.load(run.resume_from, model, optimizer)["step"]
         run.print(f"resumed from {run.resume_from} after step {start}")
         validated = from_main(checkpoint.is_validated(run.resume_from))
         if _due(config.eval_every, loader, start) and not validated:
-            _validate(model, loader, loss, run, start, run.resume_from)
+            saver.validated(evaluate(model, loader, loss, run, start))
     else:
-        evaluate(model, loader, loss, run, step=0)
+        evaluate(model, loader, loss, run, start)
 
     meter, spikes = Meter(model.config, run.world.size), Spikes()
-    n_bad, saved = 0, run.resume_from
-    shown = run.world.is_main and is_terminal()
+    n_bad, shown = 0, run.world.is_main and is_terminal()
     bar = tqdm(total=loader.n_steps, initial=start, unit="step", disable=not shown)
-    with Signals() as signals, bar:
+    with Signals() as signals, saver, bar:
         for step in range(start, loader.n_steps):
             lr = lr_at(step, loader.n_steps, config.lr, config.warmup_ratio, config.min_lr_ratio)
             stop = bool(signals.received)
@@ -48,6 +46,7 @@ def fit(config: Run, model: nn.Module, loader: Loader, loss: Loss, run: RunFolde
             bar.update()
             n_bad = 0 if result.applied else n_bad + 1
             if not result.applied:
+                saver.wait()  # it names the last checkpoint before the step
                 note_bad(run, loader, step, lr, result)
             elif done % config.log_every == 0 or done in (1, loader.n_steps):
                 _log(run, loader, meter, bar, step, lr, result)
@@ -56,15 +55,19 @@ def fit(config: Run, model: nn.Module, loader: Loader, loss: Loss, run: RunFolde
 
             ends = result.stop or n_bad == config.max_bad
             evaluates = _due(config.eval_every, loader, done) and not ends
-            if evaluates or ends or _due(config.save_every, loader, done):
-                saved = _save(config, model, optimizer, run, done)  # before what may fail
-                if evaluates:
-                    _validate(model, loader, loss, run, done, saved)
-                _delete_old(config, run)
+            saves = evaluates or ends or _due(config.save_every, loader, done)
+            if saves:
+                saver.save(done)  # before what may fail
+            if evaluates:
+                saver.validated(evaluate(model, loader, loss, run, done))
+            saver.poll()
+            if saves:
                 meter.restart()
             if ends:
-                _end(config, run, signals, done, saved, n_bad)
-    if saved is None:
+                saver.wait()
+                _end(config, run, signals, done, saver.saved, n_bad)
+    # All ranks hear it from rank 0, so none of them looks for `best` before that has moved it.
+    if from_main(saver.saved is None):
         raise InputError(
             f"the last checkpoint could not be saved; make room and go on with --out {run.path} "
             "--resume"
@@ -92,41 +95,6 @@ def _log(
     bar.set_postfix_str(
         f"loss {values['loss']:.3f}, lr {lr:.1e}, {values['tokens_per_s']:,.0f} tok/s"
     )
-
-
-def _save(
-    config: Run, model: nn.Module, optimizer: torch.optim.Optimizer, run: RunFolder, done: int
-) -> Path | None:
-    """The checkpoint's folder; None if it could not be written: the run goes on without."""
-    try:
-        state = {"step": done, "identity": run.identity}
-        return checkpoint.save(run.checkpoints, model, optimizer, state)
-    except SaveFailed as error:
-        run.print(
-            f"WARNING: step {done} IS NOT SAVED: {error}. Earlier checkpoints are as they were; "
-            "the next save will try again"
-        )
-        return None
-
-
-def _validate(
-    model: nn.Module, loader: Loader, loss: Loss, run: RunFolder, step: int, saved: Path | None
-) -> None:
-    """Evaluates what was just saved and, if it is the best so far, points `best` to it."""
-    val_loss = evaluate(model, loader, loss, run, step)
-    if val_loss is None or saved is None:
-        return
-    try:
-        checkpoint.mark_validated(saved, val_loss)
-    except SaveFailed as error:
-        run.print(f"WARNING: {saved} cannot become the best checkpoint: {error}")
-
-
-def _delete_old(config: Run, run: RunFolder) -> None:
-    try:
-        checkpoint.keep(run.checkpoints, config.keep_last)
-    except SaveFailed as error:
-        run.print(f"WARNING: old checkpoints are still there: {error}")
 
 
 def _end(

@@ -1,5 +1,6 @@
 """Fixtures that the tests share. Everything here runs on a CPU, without network."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -9,6 +10,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
+
+os.environ.setdefault(
+    "TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1"
+)  # before triton is imported
+
 import transformers.utils  # noqa: E402
 import transformers.utils.import_utils  # noqa: E402
 
@@ -27,7 +33,7 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _own_folder(tmp_path, monkeypatch):
     """Tests write nothing into the checkout."""
-    monkeypatch.setattr(store, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(store.cache, "CACHE", tmp_path / "cache")
 
 
 @pytest.fixture(scope="session")

@@ -2,12 +2,13 @@
 
 import numpy as np
 
+from nanomed.segment import Segment
 from nanomed.store import group_key
 
 
 class ListData:
     def __init__(self, segments: list[tuple[list[int], list[bool]]]):
-        self.segments = [(np.array(ids), np.array(flags)) for ids, flags in segments]
+        self.segments = [Segment(np.array(ids), np.array(flags)) for ids, flags in segments]
         self.lengths = np.array([len(ids) for ids, _ in segments])
         self.divisors = np.array([sum(flags[1:]) for _, flags in segments])
         self.source = np.array([(0, i + 1) for i in range(len(segments))])
@@ -27,7 +28,13 @@ class ListData:
     def __len__(self) -> int:
         return len(self.segments)
 
-    def __getitem__(self, i: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    def lengths_of(self, examples: np.ndarray) -> np.ndarray:
+        return self.lengths[examples]
+
+    def divisors_of(self, examples: np.ndarray) -> np.ndarray:
+        return self.divisors[examples]
+
+    def __getitem__(self, i: int) -> list[Segment]:
         return [self.segments[i]]
 
     def where(self, i: int) -> tuple[str, int]:

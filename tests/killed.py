@@ -1,22 +1,26 @@
 """The training that the kill matrix kills: 12 steps with dropout, a checkpoint every second step,
-a validation every fourth, where an epoch ends."""
+a validation every fourth, where an epoch ends. A new stage is a function in STAGES."""
 
 import hashlib
 import json
 import os
 import random
 import signal
+import threading
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from nanomed import checkpoint, log, optim, trainer
-from nanomed.config import DPO, SFT, ModelConfig
+import train_cpt
+from nanomed import checkpoint, log, optim, saves, trainer
+from nanomed.config import CPT, DPO, SFT, ModelConfig
 from nanomed.distributed import local, shard
 from nanomed.loader import Loader
 from nanomed.model import Aquila, init_weights
 from tests.data import ListData
+from tests.documents import random_documents, slices_of
 
 SMALL = ModelConfig(97, 2, 128, 2, 1, 96, 512, 1e6, 1e-5, True, dropout=0.2)
 N_STEPS = 12
@@ -46,29 +50,46 @@ def loader_of(world, c: SFT) -> Loader:
     )  # fmt: skip
 
 
-def stage_of(name: str, world, out: str):
-    """(settings, loader, loss) of a stage."""
-    if name == "sft":
-        c = settings(out, resume="auto")
-        return c, loader_of(world, c), lambda nll, row: (nll.sum(), {})
+def _sft(world, given: dict):
+    c = settings(**given)
+    return c, loader_of(world, c), lambda nll, row: (nll.sum(), {})
+
+
+def _dpo(world, given: dict):
     from tests import test_dpo
 
-    c = DPO(
-        lr=1e-3, beta=0.1, batch_size=16, epochs=3, seq_len=64, micro_tokens=128, save_every=2,
-        eval_every=4, out=out, resume="auto",
-    )  # fmt: skip
+    fixed = dict(lr=1e-3, beta=0.1, batch_size=16, epochs=3, seq_len=64, micro_tokens=128)
+    c = DPO(**fixed, save_every=2, eval_every=4, **given)
     loss = test_dpo.loss_of(test_dpo.random_reference(71), c)
     return c, test_dpo.loader_of(world, c, 64, n_val=7), loss
 
 
-def train(world, out: str, dies: str = "", stage: str = "sft") -> None:
-    """Starts or goes on, to the end; at the named point it kills itself instead. Leaves behind
-    what it did (examples-N.jsonl), what it saved (saved.txt) and what became of it (end-N)."""
-    c, loader, loss = stage_of(stage, world, out)
+def _cpt(world, given: dict):
+    """Two sources, one of which is gone through again in the middle of the run."""
+    fixed = dict(lr=1e-3, batch_size=16, epochs=3, seq_len=32, micro_tokens=128, steps=N_STEPS)
+    c = CPT(**fixed, save_every=2, eval_every=4, **given)
+    sources = [random_documents(60, 0), random_documents(20, 1)]
+    data = slices_of(sources, c.seq_len, [Fraction(1, 2)] * 2, [random_documents(5, 2)] * 2, 0)
+    loader = Loader.of(c, data, world.rank, world.size, (data.train, data.val), data.mixture)
+    return c, loader, train_cpt.next_token_loss(data, torch.arange(97) % 5)
+
+
+# name -> function(world, settings that are given) -> (all settings, loader, loss), of 12 steps
+STAGES = {"sft": _sft, "cpt": _cpt, "dpo": _dpo}
+
+
+def train(
+    world, out: str, dies: str = "", stage: str = "sft", save: str = "background", held: float = 0.0
+) -> None:
+    """Starts or goes on, to the end; at the named point it kills itself instead. Writers in the
+    background are held for `held` seconds at most. Leaves behind what it did (examples-N.jsonl),
+    what it saved (saved.txt) and what became of it (end-N)."""
+    c, loader, loss = STAGES[stage](world, {"out": out, "resume": "auto", "save": save})
     run = log.RunFolder(c, world, {"what": "the kill matrix"})
+    _hold_writers(held)
     if dies:
         arm(dies, world, run)
-    _note_saves(run, world)
+    _note_saves(run)
     examples = loader.examples
 
     def noted(step: int):
@@ -96,17 +117,39 @@ def digest(model, optimizer) -> str:
     return found.hexdigest()
 
 
-def _note_saves(run, world) -> None:
-    save = checkpoint.save
+def _note_saves(run) -> None:
+    complete = saves._complete
 
-    def noted(*arguments):
-        saved = save(*arguments)
-        if world.is_main:
-            with open(run.path / "saved.txt", "a") as file:
-                file.write(saved.name + "\n")
-        return saved
+    def noted(unfinished, target, *arguments):
+        complete(unfinished, target, *arguments)
+        with open(run.path / "saved.txt", "a") as file:
+            file.write(target.name + "\n")
 
-    checkpoint.save = noted
+    saves._complete = noted
+
+
+WRITES, AWAITED = threading.Event(), threading.Event()
+
+
+def _hold_writers(seconds: float) -> None:
+    """Each writer in the background begins when somebody waits for it, or after `seconds`."""
+    start, write, wait = saves.Writer.start, saves._write, saves.Saver.wait
+
+    def held_start(writer):
+        WRITES.set()
+        AWAITED.clear()
+        start(writer)
+
+    def held_write(*arguments):
+        AWAITED.wait(seconds)
+        WRITES.clear()
+        write(*arguments)
+
+    def noted_wait(saver):
+        AWAITED.set()
+        wait(saver)
+
+    saves.Writer.start, saves._write, saves.Saver.wait = held_start, held_write, noted_wait
 
 
 # ---------------------------------------------------------------- named points
@@ -116,15 +159,23 @@ def _is(name: str):
     return lambda path, *_: Path(path).name.startswith(name)
 
 
+def _meanwhile(*_) -> bool:
+    return WRITES.is_set()
+
+
+def _validates_meanwhile(model, *_) -> bool:
+    return WRITES.is_set() and not model.training
+
+
 # name -> (owner, function at whose call it dies, when, rank); the last rank is -1
 POINTS = {
-    "before the shards": (checkpoint, "_write", None, 0),
-    "one rank before its shard": (checkpoint, "_write", None, -1),
-    "while shards are hashed": (checkpoint, "_described", _is("__"), -1),
-    "between shards and manifest": (checkpoint, "_complete", None, 0),
-    "between manifest and rename": (checkpoint, "_fsync", _is("step-000006.unfinished"), 0),
+    "before the shards": (saves, "_write", None, 0),
+    "one rank before its shard": (saves, "_write", None, -1),
+    "while shards are hashed": (checkpoint, "described", _is("__"), -1),
+    "between shards and manifest": (saves, "_complete", None, 0),
+    "between manifest and rename": (checkpoint, "fsync", _is("step-000006.unfinished"), 0),
     "between rename and latest": (checkpoint, "point", _is("latest"), 0),
-    "after the save, before validation": (trainer, "_validate", None, 0),
+    "after the save, before validation": (trainer, "evaluate", None, 0),
     "in the middle of validation": (Aquila, "forward", lambda self, *_: not self.training, 0),
     "between validation and its note": (checkpoint, "mark_validated", None, 0),
     "between the note and best": (checkpoint, "point_best", None, 0),
@@ -135,11 +186,19 @@ POINTS = {
     "at an epoch's edge": (trainer, "train_step", lambda *a: a[5] == 8, 0),
     "while a line is logged": (log.RunFolder, "append", None, 0),
 }
+# These happen only while a writer in the background is held.
+BESIDE_A_WRITER = {
+    "a step, while shards are written": (torch.optim.AdamW, "step", _meanwhile, -1),
+    "a validation, while shards are written": (Aquila, "forward", _validates_meanwhile, 0),
+    "a validation is over, its save is not": (saves.Saver, "validated", _meanwhile, 0),
+    "the next save waits": (saves.Saver, "save", _meanwhile, -1),
+    "the copy of the next save, before it is whole": (saves.HostCopy, "_copied", "third", -1),
+}
 
 
 def arm(name: str, world, run) -> None:
     """Makes this process kill itself at the point, once there is a checkpoint of step 4."""
-    owner, attribute, when, rank = POINTS[name]
+    owner, attribute, when, rank = (POINTS | BESIDE_A_WRITER)[name]
     if world.rank != rank % world.size:
         return
     original = getattr(owner, attribute)

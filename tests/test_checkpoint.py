@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanomed import checkpoint, untrusted
-from nanomed.checkpoint import SaveFailed
+from nanomed import checkpoint, saves, untrusted
 from nanomed.config import InputError
-from nanomed.distributed import local
+from nanomed.distributed import from_all, local
 from nanomed.optim import adamw
+from nanomed.saves import SaveFailed
 from tests.killed import build
 
 
@@ -54,7 +54,7 @@ DAMAGE = {
 @pytest.mark.parametrize("name", ["__0_0.distcp", "state.json"])
 def test_damage_is_found_and_named(world, tmp_path, name, problem):
     model, optimizer = trained(world)
-    saved = checkpoint.save(tmp_path, model, optimizer, {"step": 3})
+    saved = saves.save(tmp_path, model, optimizer, {"step": 3})
     DAMAGE[problem](saved / name)
     before = parts(model)
     with pytest.raises(InputError, match=f"{name} .*{problem}.*Delete .*step-000003 to go on"):
@@ -64,7 +64,7 @@ def test_damage_is_found_and_named(world, tmp_path, name, problem):
 
 def flipped_on_two(world, folder: str) -> str:
     model, optimizer = trained(world)
-    saved = checkpoint.save(Path(folder), model, optimizer, {"step": 3})
+    saved = saves.save(Path(folder), model, optimizer, {"step": 3})
     if world.is_main:
         flip(saved / "__1_0.distcp")
     torch.distributed.barrier()
@@ -82,7 +82,7 @@ def test_every_rank_hears_of_a_damaged_shard(pool, tmp_path):
 
 def test_a_folder_without_a_manifest_is_no_checkpoint(world, tmp_path):
     model, optimizer = trained(world)
-    saved = checkpoint.save(tmp_path, model, optimizer, {"step": 3})
+    saved = saves.save(tmp_path, model, optimizer, {"step": 3})
     (saved / "manifest.json").unlink()
     with pytest.raises(InputError, match="holds no complete checkpoint"):
         checkpoint.load(saved, model, optimizer)
@@ -105,13 +105,13 @@ def rewritten(saved: Path, name: str, content: bytes) -> None:
     """As somebody would who can compute a hash too."""
     (saved / name).write_bytes(content)
     manifest = json.loads((saved / "manifest.json").read_text())
-    manifest["files"][name] = checkpoint._described(saved / name)
+    manifest["files"][name] = checkpoint.described(saved / name)
     (saved / "manifest.json").write_text(json.dumps(manifest))
 
 
 def test_a_payload_in_the_metadata_is_not_run(world, tmp_path):
     model, optimizer = trained(world)
-    saved = checkpoint.save(tmp_path, model, optimizer, {"step": 3})
+    saved = saves.save(tmp_path, model, optimizer, {"step": 3})
     content = pickle.dumps(Payload(tmp_path / "ran"))
     rewritten(saved, ".metadata", content)
     with pytest.raises(InputError, match=r"it asks for posix[.]mkdir"):
@@ -126,7 +126,7 @@ def test_a_payload_among_the_settings_of_the_optimizer_is_not_run(world, tmp_pat
     weights_only=False."""
     model, optimizer = trained(world)
     optimizer.param_groups[0]["eps"] = Payload(tmp_path / "ran")
-    saved = checkpoint.save(tmp_path, model, optimizer, {"step": 3})
+    saved = saves.save(tmp_path, model, optimizer, {"step": 3})
     optimizer.param_groups[0]["eps"] = 1e-8
     with pytest.raises(InputError, match=r"Weights only load failed"):
         checkpoint.load(saved, model, optimizer)
@@ -136,7 +136,7 @@ def test_a_payload_among_the_settings_of_the_optimizer_is_not_run(world, tmp_pat
 @pytest.mark.parametrize("name", ["../__0_0.distcp", "/etc/passwd", "a/b", ".."])
 def test_no_path_leaves_the_folder(world, tmp_path, name):
     model, optimizer = trained(world)
-    saved = checkpoint.save(tmp_path, model, optimizer, {"step": 3})
+    saved = saves.save(tmp_path, model, optimizer, {"step": 3})
     metadata = untrusted.read_metadata(saved / ".metadata")
     for info in metadata.storage_data.values():
         info.relative_path = name
@@ -153,7 +153,7 @@ def test_no_path_leaves_the_folder(world, tmp_path, name):
 @pytest.mark.parametrize("content", ["[" * 100_000, "{", "[]", '{"files": []}', "\x00"])
 def test_a_broken_manifest_is_named(world, tmp_path, content):
     model, optimizer = trained(world)
-    saved = checkpoint.save(tmp_path, model, optimizer, {"step": 3})
+    saved = saves.save(tmp_path, model, optimizer, {"step": 3})
     (saved / "manifest.json").write_text(content)
     with pytest.raises(InputError, match=r"manifest.json is damaged"):
         checkpoint.load(saved, model, optimizer)
@@ -205,9 +205,9 @@ def saves_on_a_full_disk(world, folder: str, n: int, error: int) -> list[str]:
     path = Path(folder)
     model, optimizer = trained(world)
     with Disk(path, float("inf")) as disk:
-        checkpoint.save(path, model, optimizer, {"step": 1})
+        saves.save(path, model, optimizer, {"step": 1})
     wanted, problems = parts(model), []
-    sizes = checkpoint.from_all(disk.written)
+    sizes = from_all(disk.written)
     rng = random.Random(n)
     for trial in range(n):
         victim, share = trial % world.size, rng.random()
@@ -216,7 +216,7 @@ def saves_on_a_full_disk(world, folder: str, n: int, error: int) -> list[str]:
             param.data.add_(1.0)
         try:
             with Disk(path, room, error):
-                checkpoint.save(path, model, optimizer, {"step": 2 + trial})
+                saves.save(path, model, optimizer, {"step": 2 + trial})
             problems.append(f"{share:.3f} of rank {victim}: nobody noticed")
         except SaveFailed as failed:
             if f"rank {victim}" not in str(failed) or "GB free" not in str(failed):
@@ -227,7 +227,7 @@ def saves_on_a_full_disk(world, folder: str, n: int, error: int) -> list[str]:
         checkpoint.load(path / "latest", model, optimizer)
         if not all(map(torch.equal, wanted, parts(model))):
             problems.append(f"{share:.3f} of rank {victim}: other weights")
-    checkpoint.save(path, model, optimizer, {"step": 99})  # there is room again
+    saves.save(path, model, optimizer, {"step": 99})  # there is room again
     return problems
 
 
@@ -246,7 +246,7 @@ def test_a_disk_that_became_read_only(pool, tmp_path):
 def test_space_is_checked_before_the_run_and_before_a_save(world, tmp_path, monkeypatch):
     model, optimizer = trained(world)
     size = checkpoint.size_of(model)
-    saved = checkpoint.save(tmp_path, model, optimizer, {"step": 1})
+    saved = saves.save(tmp_path, model, optimizer, {"step": 1})
     real = sum(path.stat().st_size for path in saved.iterdir())
     assert size < real < 1.3 * size  # the estimate; this model is mostly names and headers
     usage = lambda free: lambda _: type("usage", (), {"free": free})  # noqa: E731
@@ -257,7 +257,7 @@ def test_space_is_checked_before_the_run_and_before_a_save(world, tmp_path, monk
         checkpoint.check_space(tmp_path, model, 3)
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", usage(size - 1))
     with pytest.raises(SaveFailed, match="GB needed"):
-        checkpoint.save(tmp_path, model, optimizer, {"step": 2})
+        saves.save(tmp_path, model, optimizer, {"step": 2})
     assert checkpoint.newest(tmp_path) == saved
 
 
@@ -266,7 +266,7 @@ def save_with_one_bad_weight(world, folder: str) -> str:
     if world.rank == 1:
         local(next(model.layers[1].parameters())).detach()[0] = float("nan")
     try:
-        checkpoint.save(Path(folder), model, optimizer, {"step": 1})
+        saves.save(Path(folder), model, optimizer, {"step": 1})
         return "saved"
     except SaveFailed as error:
         return str(error)
@@ -285,7 +285,7 @@ def test_the_newest_and_the_best_are_kept(world, tmp_path):
     model, optimizer = trained(world)
     losses = {1: 3.0, 2: 1.0, 3: 1.0, 999_999: 2.0, 1_000_000: 2.0, 1_000_001: 2.0}
     for step, loss in losses.items():
-        saved = checkpoint.save(tmp_path, model, optimizer, {"step": step})
+        saved = saves.save(tmp_path, model, optimizer, {"step": step})
         checkpoint.mark_validated(saved, loss)
         checkpoint.keep(tmp_path, 2)
     assert [p.name for p in checkpoint.steps(tmp_path)] == [

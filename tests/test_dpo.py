@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import kernels
 import train_dpo
 from nanomed import store
 from nanomed.arguments import parse
@@ -20,6 +21,7 @@ from nanomed.optim import adamw
 from nanomed.packing import filler, row_from
 from nanomed.records import PreferencePair
 from nanomed.reference import check_start, reference_logps
+from nanomed.segment import Segment
 from nanomed.step import reduced, train_step
 from nanomed.trainer import fit
 from tests.data import ListData
@@ -48,7 +50,7 @@ class PairData(ListData):
         self.divisors = np.ones(n, int)
 
     def __getitem__(self, i):
-        return [(np.array(ids), np.array(trained)) for ids, trained in self.pairs[i]]
+        return [Segment(np.array(ids), np.array(trained)) for ids, trained in self.pairs[i]]
 
 
 def loader_of(world, c: DPO, n: int, n_val: int = 0):
@@ -177,6 +179,10 @@ def test_a_resume_reads_the_reference_and_refuses_another_key(world, small, tmp_
     assert torch.equal(first, again)
     with pytest.raises(InputError, match="dtype: float32 there, bfloat16 now"):
         reference_logps(model, loader, run, {"data": "x", "dtype": "bfloat16"})
+    monkeypatch.setattr(kernels, "in_force", lambda device: "triton")  # its sums round otherwise
+    with pytest.raises(InputError, match="kernels: reference there, triton now"):
+        reference_logps(model, loader, run, {"data": "x", "dtype": "float32"})
+    monkeypatch.undo()
     init_weights(model, seed=1)
     with pytest.raises(InputError, match="weights: "):
         reference_logps(model, loader, run, {"data": "x", "dtype": "float32"})

@@ -85,10 +85,10 @@ def _trl_trainer(trl, model, folder, dataset_class, monkeypatch):
 def _padded(data: PairData, reference: Tensor) -> dict[str, Tensor]:
     """All chosen answers, then all rejected ones, padded on the right."""
     segments = [data[i][side] for side in (0, 1) for i in range(len(data))]
-    longest = max(len(ids) for ids, _ in segments)
+    longest = max(len(ids) for ids, *_ in segments)
     shape = (len(segments), longest)
     ids, mask, learned = (torch.zeros(shape, dtype=torch.long) for _ in range(3))
-    for k, (tokens, trained) in enumerate(segments):
+    for k, (tokens, trained, _) in enumerate(segments):
         ids[k, : len(tokens)] = torch.from_numpy(tokens)
         mask[k, : len(tokens)] = 1
         learned[k, : len(tokens)] = torch.from_numpy(trained).long()

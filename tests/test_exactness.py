@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from nanomed import checkpoint, hf
+from nanomed import checkpoint, hf, saves
 from nanomed.config import SFT
 from nanomed.distributed import World, full, shard
 from nanomed.loader import Loader
@@ -212,7 +212,7 @@ def still_after(world, model_config, before: str, folder: str) -> list[str]:
     meter = Meter(model_config, world.size)
     step = lambda k: train_step(c, model, optimizer, loader, next_token_loss, k, 1e-2, meter)  # noqa: E731
     if before == "load":
-        checkpoint.save(Path(folder), model, optimizer, {"step": 0})
+        saves.save(Path(folder), model, optimizer, {"step": 0})
         step(0)
         evaluate(model, loader, next_token_loss, Silent(world), step=0)
         checkpoint.load(Path(folder) / "latest", model, optimizer)
@@ -248,7 +248,9 @@ def test_every_parameter_moves(pool, small, tmp_path, n_ranks, before):
 def train(world, model_config, out, changes, dies=()):
     """A 20-step run in the folder `out`; `dies` (module, name) is a function that ends it at step
     10 instead. What it leaves behind."""
-    c = settings(batch_size=16, epochs=5, save_every=5, eval_every=10, out=out, **changes)
+    c = settings(
+        batch_size=16, epochs=5, save_every=5, eval_every=10, save="blocking", out=out, **changes
+    )
     model = sharded(world, model_config)
     run = RunFolder(c, world)
     loader = loader_of(world, 61, c, max_steps=20)
@@ -278,8 +280,8 @@ def metrics_of(folder: Path) -> list[dict]:
     ]
 
 
-RIGHT_AFTER_THE_SAVE = ("nanomed.trainer", "_validate")
-AFTER_VALIDATION = ("nanomed.checkpoint", "keep")
+RIGHT_AFTER_THE_SAVE = ("nanomed.trainer", "evaluate")
+AFTER_VALIDATION = ("nanomed.trainer", "train_step")
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import train_sft
-from nanomed import checkpoint, step, trainer
+from nanomed import checkpoint, saves, step, trainer
 from nanomed.config import InputError
 from nanomed.faults import Spikes
 from nanomed.log import RunFolder
@@ -205,7 +205,7 @@ class _Joined:
 
 def with_a_failing_save(world, out: str) -> dict:
     """The save of step 6 fails on rank 1 alone."""
-    check = checkpoint._check_finite
+    check = saves._check_finite
     calls = []
 
     def failing(model):
@@ -214,11 +214,11 @@ def with_a_failing_save(world, out: str) -> dict:
             raise OSError(28, "No space left on device")
         return check(model)
 
-    checkpoint._check_finite = failing
+    saves._check_finite = failing
     try:
         return train(world, out)
     finally:
-        checkpoint._check_finite = check
+        saves._check_finite = check
 
 
 @pytest.mark.parametrize("n_ranks", [1, 2])
@@ -231,18 +231,18 @@ def test_a_failing_save_leaves_the_run_alive(pool, tmp_path, n_ranks):
 
 
 def with_no_room_at_the_end(world, out: str) -> dict:
-    save = checkpoint.save
+    begin = saves.begin
 
-    def failing(folder, model, optimizer, state):
+    def failing(folder, model, optimizer, state, host):
         if state["step"] > 8:
-            raise checkpoint.SaveFailed("no room")
-        return save(folder, model, optimizer, state)
+            raise saves.SaveFailed("no room")
+        return begin(folder, model, optimizer, state, host)
 
-    checkpoint.save = failing
+    saves.begin = failing
     try:
         return train(world, out)
     finally:
-        checkpoint.save = save
+        saves.begin = begin
 
 
 def test_a_run_that_could_not_save_its_end_does_not_end_well(pool, tmp_path):

@@ -1,4 +1,7 @@
-"""kernels/reference.py against formulas written here, in float64."""
+"""kernels/reference.py against formulas written here, in float64; and which version runs."""
+
+import importlib
+import sys
 
 import pytest
 import torch
@@ -6,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
 from kernels import reference
+from kernels.chunk import chunk_tokens
 
 
 def randn(*shape: int, dtype=torch.float64) -> torch.Tensor:
@@ -128,3 +132,76 @@ def test_backward_changes_nothing_it_was_given():
     kernels.linear_nll(hidden, weight, labels).backward(dnll)
     assert torch.equal(hidden, before[0]) and torch.equal(weight, before[1])
     assert (dnll == 1).all()
+
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture
+def chosen_again():
+    yield
+    kernels.use("auto")
+
+
+def test_the_choice_is_said_with_its_reason(monkeypatch, chosen_again):
+    """in_force() and reasons() need no device: a run says what it is going to do."""
+    assert (kernels.in_force(CPU), kernels.reasons(CPU)) == (
+        "reference",
+        "Triton is for CUDA tensors",
+    )
+    assert kernels.in_force(CUDA) == "triton, attention reference"
+    assert "attention: torch's varlen_attn, until" in kernels.reasons(CUDA)
+    monkeypatch.setattr(kernels, "triton_error", lambda: "No module named 'triton'")
+    assert kernels.in_force(CUDA) == "reference"
+    assert kernels.reasons(CUDA) == "Triton does not import: No module named 'triton'"
+    for name in ("triton", "reference"):
+        kernels.use(name)
+        assert (kernels.in_force(CUDA), kernels.reasons(CUDA)) == (name, "")
+    with pytest.raises(ValueError, match="must be one of"):
+        kernels.use("cuda")
+
+
+def test_a_call_goes_to_what_is_chosen_at_that_time(monkeypatch, chosen_again):
+    monkeypatch.setattr(kernels, "_triton_ops", lambda: {"swiglu": lambda gate, up: "triton"})
+    x = torch.ones(2, 3)
+    assert torch.equal(kernels.swiglu(x, x), reference.swiglu(x, x))  # auto, on a CPU
+    kernels.use("triton")
+    assert kernels.swiglu(x, x) == "triton"
+    with pytest.raises(TypeError, match="float64 is the reference"):
+        kernels.swiglu(x.double(), x.double())
+    kernels.use("reference")
+    assert torch.equal(kernels.swiglu(x, x), reference.swiglu(x, x))
+
+
+def test_an_error_inside_triton_is_not_a_reason_to_do_without(monkeypatch, chosen_again):
+    """Only a Triton that does not import sends "auto" elsewhere."""
+
+    def broken(gate, up):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(kernels, "_triton_ops", lambda: {"swiglu": broken})
+    monkeypatch.setattr(kernels, "_version", lambda *_: "triton")
+    with pytest.raises(RuntimeError, match="a bug"):
+        kernels.swiglu(torch.ones(2, 3), torch.ones(2, 3))
+
+
+def test_a_file_takes_no_functions_place(monkeypatch):
+    """Importing kernels/rmsnorm.py sets an attribute of the package, where the function stands."""
+    function = kernels.rmsnorm
+    monkeypatch.delitem(sys.modules, "kernels.rmsnorm", raising=False)
+    module = importlib.import_module("kernels.rmsnorm")
+    assert kernels.rmsnorm is function and module.rmsnorm is not function
+
+
+def test_the_heads_chunks_are_even_and_bounded():
+    assert chunk_tokens(0, 4096) == 1 and chunk_tokens(1, 4096) == 1
+    assert chunk_tokens(8192, 4096) == 8192 and chunk_tokens(8193, 4096) == 4097
+    assert chunk_tokens(100_000, 256) == 4000  # 25 chunks; the limit is 4,096
+    for n in (5000, 12_345, 32_768, 10**6):
+        for d in (64, 2048, 3000, 4096, 8192):
+            chunk, most = chunk_tokens(n, d), min(max(2 * d, 4096), 8192)
+            n_chunks = -(-n // chunk)
+            assert chunk <= most and n_chunks == -(-n // most)
+            assert n - (n_chunks - 1) * chunk > chunk - n_chunks  # the last one is as long
+            # beside the float32 gradient [V,D], whatever V is: at most as much again
+            assert 2 * chunk <= 4 * max(d, 2048)

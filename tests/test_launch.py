@@ -82,7 +82,7 @@ def test_sigterm_to_torchrun_saves(tmp_path):
     assert step % 6 and step == json.loads(path.read_text().splitlines()[-1])["step"]
 
     code, output = Launch(tmp_path / "x", "--resume --lr 0.5").end()
-    assert code != 0 and output.count("lr was 0.002, is 0.5") >= 2
+    assert code != 0 and output.count("lr was 0.001, is 0.5") >= 2
 
 
 @pytest.mark.slow

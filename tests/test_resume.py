@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from nanomed import checkpoint
+from nanomed import saves
 from nanomed.config import SFT, InputError
 from nanomed.log import RunFolder
 from tests.test_checkpoint import trained
@@ -18,7 +18,7 @@ def begun(world, folder: Path) -> RunFolder:
     run = RunFolder(SFT(out=str(folder)), world, RUN)
     model, optimizer = trained(world)
     state = {"step": 3, "identity": run.identity}
-    checkpoint.save(run.checkpoints, model, optimizer, state)
+    saves.save(run.checkpoints, model, optimizer, state)
     for step in (1, 2, 3, 4):
         run.metrics(step=step, loss=1.0)
     run.close()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nanomed import checkpoint
+from nanomed import checkpoint, saves
 from nanomed.distributed import end_with
 from nanomed.faults import Signals
 from tests.forks import Group, server
@@ -16,12 +16,22 @@ from tests.test_faults import train
 
 
 def signalled(world, out: str, number: int) -> dict:
+    """Its saves are in the background and slow: the end of the run waits for the last one."""
+
     def on_step(world, step):
         if step == 4 and world.rank == 1:
             os.kill(os.getpid(), number)
             os.kill(os.getpid(), number)  # torchrun repeats what the terminal sent
 
-    return train(world, out, on_step=on_step)
+    def slow(*arguments):
+        time.sleep(0.1)
+        write(*arguments)
+
+    write, saves._write = saves._write, slow
+    try:
+        return train(world, out, on_step=on_step, save="background")
+    finally:
+        saves._write = write
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -37,9 +47,12 @@ def test_a_signal_to_one_rank_saves_and_ends_all(pool, tmp_path, number):
 
 
 def stubborn(world, folder: str) -> None:
+    """Waits for a save that does not end."""
+    writer = saves.Writer(1, lambda: time.sleep(60), world.device)
     with Signals():
+        writer.start()
         (Path(folder) / "ready").touch()
-        time.sleep(60)
+        writer.join()
 
 
 def test_a_second_signal_ends_at_once(tmp_path):

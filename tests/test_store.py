@@ -8,6 +8,7 @@ import pytest
 from nanomed import store, tokenizer
 from nanomed.config import InputError
 from nanomed.records import read_chats
+from nanomed.store import cache, examples
 from nanomed.template import CHATML, Encoder
 from tests.conftest import ROOT
 
@@ -33,7 +34,7 @@ def test_what_goes_in_comes_out(file, encoder):
     assert len(built) == len(chats) == 20
     for i, (number, chat, _) in enumerate(chats):
         ids, trained, _ = encoder.chat(chat, 256)
-        ((stored_ids, stored_trained),) = built[i]
+        ((stored_ids, stored_trained, _),) = built[i]
         assert stored_ids.tolist() == ids and stored_trained.tolist() == trained
         assert stored_ids.dtype == np.int64
         assert built.lengths[i] == len(ids) and built.divisors[i] == sum(trained)
@@ -43,7 +44,7 @@ def test_what_goes_in_comes_out(file, encoder):
 
 def test_a_second_launch_reads_nothing_again(file, encoder, monkeypatch):
     first = build(file, encoder)
-    monkeypatch.setattr(store, "read_chats", lambda path: pytest.fail("tokenised twice"))
+    monkeypatch.setattr(examples, "read_chats", lambda path: pytest.fail("tokenised twice"))
     assert build(file, encoder).folder == first.folder
 
 
@@ -56,7 +57,7 @@ def test_the_key_covers_all_that_the_ids_depend_on(file, encoder, tmp_path, monk
     text = (ROOT / "samples/sft.jsonl").read_text().splitlines()[:300]
     tokenizer.train(text, tmp_path / "other.model", vocab_size=5000)
     keys.add(build(file, Encoder(CHATML, tokenizer.load(tmp_path / "other.model"))).folder)
-    monkeypatch.setattr(store, "FORMATTER", store.FORMATTER[:-1])  # as if code had changed
+    monkeypatch.setattr(examples, "CODE", examples.CODE[:-1])  # as if code had changed
     keys.add(build(file, encoder).folder)
     with open(file, "a") as handle:
         handle.write('\n{"instruction": "a", "output": "b"}')
@@ -128,10 +129,10 @@ def test_the_report_has_every_file_and_source(tmp_path, encoder):
 def test_one_process_tokenises_and_the_others_wait_without_a_collective(file, encoder, monkeypatch):
     """pitfalls 24. Threads stand in for the other ranks; there is no process group here."""
     passes, opened = [], []
-    original = store.read_chats
-    monkeypatch.setattr(store, "read_chats", lambda path: (passes.append(1), original(path))[1])
+    original = examples.read_chats
+    monkeypatch.setattr(examples, "read_chats", lambda path: (passes.append(1), original(path))[1])
     local_rank = threading.local()
-    monkeypatch.setattr(store, "rank_from_env", lambda: (0, 4, local_rank.value, 4))
+    monkeypatch.setattr(cache, "ranks", lambda: (0, local_rank.value))
 
     def launch(rank: int) -> None:
         local_rank.value = rank
@@ -146,11 +147,11 @@ def test_one_process_tokenises_and_the_others_wait_without_a_collective(file, en
 
 
 def test_an_unfinished_store_is_not_taken_for_one(file, encoder, monkeypatch):
-    original = store.Writer.close
-    monkeypatch.setattr(store.Writer, "close", lambda *_: (_ for _ in ()).throw(OSError("full")))
+    original = examples.Writer.close
+    monkeypatch.setattr(examples.Writer, "close", lambda *_: (_ for _ in ()).throw(OSError("full")))
     with pytest.raises(OSError, match="full"):
         build(file, encoder)
-    monkeypatch.setattr(store.Writer, "close", original)
+    monkeypatch.setattr(examples.Writer, "close", original)
     assert len(build(file, encoder)) == 20
 
 

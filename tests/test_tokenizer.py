@@ -53,6 +53,20 @@ def test_text_comes_back(made):
             assert all(0 <= i < tok.vocab_size for i in tok.encode(text))
 
 
+def test_ids_stand_for_the_bytes_of_their_text(made, tmp_path):
+    """What bits per byte are counted by; of tokenizer.json both kinds, byte level and not."""
+    from nanomed.hf.tokenizer import tokenizer_json
+
+    content = tokenizer_json(made["sentencepiece"])
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    for kind, tok in {**made, "pieces": tokenizer.load(tmp_path)}.items():
+        table, nfc = tok.n_bytes(), kind in ("ranks", "json")
+        assert len(table) == tok.vocab_size and not any(table[i] for i in tok.special.values())
+        for text in ALL_TEXTS:
+            text = unicodedata.normalize("NFC", text) if nfc else text
+            assert sum(table[i] for i in tok.encode(text)) == len(text.encode()), (kind, text)
+
+
 def test_text_never_becomes_a_special_token(made):
     for kind, tok in made.items():
         special = set(tok.special.values())

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+import kernels
 import train_sft
 from nanomed import hf, stage, store
-from nanomed.config import SFT, InputError
+from nanomed.config import MODELS, SFT, InputError
 from nanomed.distributed import shard
 from nanomed.generate import greedy_in_lockstep
 from nanomed.loader import Loader
@@ -55,6 +56,7 @@ def write(path, *records) -> str:
         (["--init", "FRESH", "--model", "tiny"], "--init .* fixes the model"),
         (["--init", "FRESH", "--tokenizer", "TOKENIZER"], "config.json: .*No such file"),
         (["--tokenizer", "none"], "no tokenizer at none"),
+        (["--kernels", "trition"], "--kernels.*did you mean triton"),
         (["--device", "cuda"], "cannot use this machine's GPU.*--device cpu"),
     ],
 )
@@ -82,6 +84,27 @@ def test_bad_input_is_met_before_the_first_step(tmp_path, monkeypatch, flags, me
     monkeypatch.setattr(train_sft, "fit", lambda *_: pytest.fail("a step was reached"))
     with pytest.raises(InputError, match=message):
         train_sft.main()
+
+
+def test_triton_without_a_gpu_is_refused_and_never_replaced(monkeypatch):
+    """The interpreter is for tests; a Triton that does not import is named."""
+    cpu, cuda, c = torch.device("cpu"), torch.device("cuda"), SFT(kernels="triton")
+    model = MODELS["tiny"]
+    monkeypatch.setattr(kernels, "_chosen", "auto")  # and back to it
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    stage.choose_kernels(c, model, cpu)
+    assert kernels.in_force(cpu) == "triton"
+    odd = dataclasses.replace(model, n_heads=2, n_kv_heads=1, d_model=160)
+    with pytest.raises(InputError, match=r"heads of \(16, 32, 64, 128\), the model's are 80 wide"):
+        stage.choose_kernels(c, odd, cpu)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(InputError, match=r"needs a CUDA device.*--kernels auto"):
+        stage.choose_kernels(c, model, cpu)
+    monkeypatch.setattr(kernels, "triton_error", lambda: "No module named 'triton'")
+    with pytest.raises(InputError, match=r"No module named 'triton'.*--kernels reference"):
+        stage.choose_kernels(c, model, cuda)
+    stage.choose_kernels(SFT(), model, cuda)
+    assert kernels.in_force(cuda) == "reference"
 
 
 def test_an_embedding_is_never_resized_silently():

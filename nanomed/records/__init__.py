@@ -6,6 +6,7 @@ line there and a function in chats.py or pairs.py that turns the record into its
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from nanomed.config import InputError, nearest
@@ -28,6 +29,7 @@ __all__ = [
     "BadField", "Chat", "Document", "PreferencePair", "Turns",
     "chats_of", "document_of",
     "is_pair", "pair_of", "read_chats", "read_documents", "read_json", "read_pairs", "read_records",
+    "read_texts", "texts_in",
 ]  # fmt: skip
 
 CHAT, PAIR, DOCUMENT, UNPAIRED, EXAM = "chat", "pair", "document", "unpaired", "exam question"
@@ -47,10 +49,15 @@ class Format:
     convert: Callable[[dict], Any] | None = None
     fits: Callable[[dict], bool] = lambda record: True  # what the names alone do not tell
 
+    @cached_property
+    def groups(self) -> list[list[str]]:
+        return [names.split("|") for names in self.fields.split()]
+
     def matches(self, record: dict) -> bool:
-        groups = (names.split("|") for names in self.fields.split())
-        has_all = all(any(record.get(n) is not None for n in names) for names in groups)
-        return has_all and self.fits(record)
+        for names in self.groups:
+            if all(record.get(name) is None for name in names):
+                return False
+        return self.fits(record)
 
 
 def _is_pair(record: dict) -> bool:
@@ -106,16 +113,30 @@ def read_pairs(path: str) -> Iterator[tuple[int, PreferencePair, int]]:
         yield number, _naming_record(path, number, pair_of, record), n_bytes
 
 
-def read_documents(path: str, text_key: str | None = None) -> Iterator[tuple[int, Document, int]]:
-    """(record number from 1, document, bytes read so far) for every document in a file. A .txt
-    file has one document on each line, unless it holds JSON. `text_key` names the field with the
-    text (None: `text`, else `content`). Raises as read_chats does."""
-    if path.removesuffix(".gz").endswith(".txt") and not holds_json(path):
-        for number, line, n_bytes in read_lines(path):
-            yield number, _naming_record(path, number, document_of, {"text": line}), n_bytes
-        return
-    for number, record, n_bytes in read_records(path):
+def read_documents(path: str, text_key: str = "") -> Iterator[tuple[int, Document, int]]:
+    """(record number from 1, document, bytes read so far) for every document in a file. `text_key`
+    names the field with the text ("": `text`, else `content`). Raises as read_chats does."""
+    for number, record, n_bytes in read_texts(path, text_key):
         yield number, _naming_record(path, number, document_of, record, text_key), n_bytes
+
+
+def read_texts(path: str, text_key: str = "") -> Iterator[tuple[int, Any, int]]:
+    """The same with each record as it stands in the file, for texts_in() to read. A .txt file has
+    one document on each line, unless it holds JSON."""
+    if path.removesuffix(".gz").endswith(".txt") and not holds_json(path):
+        return ((n, {text_key or "text": line}, n_bytes) for n, line, n_bytes in read_lines(path))
+    return read_records(path)
+
+
+def texts_in(
+    path: str, number: int, record: Any, text_key: str = ""
+) -> list[Document] | list[Chat]:
+    """What a record gives to continued pre-training: its document; a chat's record, which has no
+    document's field, its chats. Raises InputError naming file, record and field."""
+    named = text_key or not isinstance(record, dict) or _first(record, DOCUMENT)
+    if not named and _first(record, CHAT):
+        return _naming_record(path, number, chats_of, record)
+    return [_naming_record(path, number, document_of, record, text_key)]
 
 
 def _naming_record(path: str, number: int, convert: Callable, *arguments: Any) -> Any:
@@ -139,7 +160,7 @@ def is_pair(record: dict) -> bool:
     return any(known.shape == PAIR and known.matches(record) for known in FORMATS)
 
 
-def document_of(record: Any, text_key: str | None = None) -> Document:
+def document_of(record: Any, text_key: str = "") -> Document:
     """The document in one record. Raises BadField."""
     if not text_key:
         return _format_of(record, DOCUMENT).convert(record)
@@ -169,13 +190,17 @@ def _format_of(record: Any, wanted: str) -> Format:
     """The first format of the wanted shape. Raises BadField, saying what the record is instead."""
     if not isinstance(record, dict):
         raise BadField("(record)", f"expected an object, found {excerpt(record)}")
-    found = [known for known in FORMATS if known.matches(record)]
-    for known in found:
-        if known.shape == wanted:
-            return known
-    if found:
-        raise BadField("(record)", f"no {wanted}, this is {DESCRIBED[found[0].shape]}")
+    if known := _first(record, wanted):
+        return known
+    if found := _first(record):
+        raise BadField("(record)", f"no {wanted}, this is {DESCRIBED[found.shape]}")
     raise BadField("(record)", _unknown_format(record, wanted))
+
+
+def _first(record: dict, shape: str = "") -> Format | None:
+    """The first format that a record has; of one shape, if one is named."""
+    asked = (known for known in FORMATS if shape in ("", known.shape))
+    return next((known for known in asked if known.matches(record)), None)
 
 
 def _unknown_format(record: dict, wanted: str) -> str:

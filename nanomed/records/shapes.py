@@ -101,7 +101,20 @@ def group_of(record: dict, question: str) -> str:
     still share a group."""
     if record.get("group"):
         return text_of(record["group"], "group")
-    return "".join(c for c in question if unicodedata.category(c)[0] not in "ZPC")
+    return question.translate(_WORDS)
+
+
+class _Words(dict):
+    """Of each character whether str.translate keeps it: spaces, punctuation and controls go. The
+    category is looked up once; documents are hashed whole."""
+
+    def __missing__(self, code: int) -> int | None:
+        kept = unicodedata.category(chr(code))[0] not in "ZPC"
+        self[code] = code if kept else None
+        return self[code]
+
+
+_WORDS = _Words()
 
 
 def source_of(record: dict) -> str:

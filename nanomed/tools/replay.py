@@ -8,6 +8,7 @@ samples/, else with --show_text only.
 """
 
 import argparse
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -15,12 +16,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from nanomed import checkpoint, pretrained, stage
+from nanomed import checkpoint, pretrained, slices, stage
 from nanomed.config import InputError, ModelConfig, Run
 from nanomed.distributed import World, full, launch, pick_device, shard, start
 from nanomed.model import Aquila
 from nanomed.packing import row_from
 from nanomed.store import Store
+from nanomed.template import Encoder
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -37,8 +39,8 @@ def replay(path: Path, world: World, show_text: bool = False) -> list[int]:
     """Prints a line for each example of the step; returns those that are not finite."""
     facts, folder = _json(path), path.parent.parent
     c = _settings(_json(folder / "config.json"))
-    store = _store(facts)
     _, encoder = pretrained.describe(folder)
+    data = _slices(c, encoder, folder) if c.stage == "cpt" else _store(facts)
     model = _model(c, folder, facts, world)
     print(f"step {facts['step']}: loss {facts['loss']}, gradient norm {facts['grad_norm']}")
     broken = [name for name, norm in facts["grad_norms"].items() if isinstance(norm, str)]
@@ -47,14 +49,14 @@ def replay(path: Path, world: World, show_text: bool = False) -> list[int]:
     for row in facts["rows"]:
         print(f"rank {row['rank']}, a row with loss {row['loss']}:")
         for i, record in zip(row["examples"], row["records"], strict=True):
-            loss, norm = run_alone(model, store[i], world.device)
+            loss, norm = run_alone(model, data[i], world.device)
             mark = "" if math.isfinite(loss + norm) else "   <- NOT FINITE"
-            where = f"{record['file']}, record {record['record']}"
-            print(f"  {where}: loss {loss:.4f} per trained token, gradient norm {norm:.4f}{mark}")
+            place = _where(data, i, record)
+            print(f"  {place}: loss {loss:.4f} per trained token, gradient norm {norm:.4f}{mark}")
             if mark:
                 found.append(i)
             if show_text or stage.may_show_text(c):
-                print("    " + " | ".join(encoder.tokenizer.decode(list(s)) for s, _ in store[i]))
+                print("    " + " | ".join(encoder.tokenizer.decode(list(s.ids)) for s in data[i]))
     if not found:
         print(
             "each of them alone is finite with these weights: they are of a checkpoint before the "
@@ -75,6 +77,9 @@ def run_alone(model: nn.Module, segments: list, device: torch.device) -> tuple[f
 
 def _model(c: Run, folder: Path, facts: dict, world: World) -> Aquila:
     config = ModelConfig(**{**_json(folder / "model.json"), "dropout": 0.0})
+    if world.device.type == "cpu":
+        c = dataclasses.replace(c, kernels="auto")  # the run's own may need its GPU
+    stage.choose_kernels(c, config, world.device)
     saved = facts["checkpoint"] and folder / "checkpoints" / Path(facts["checkpoint"]).name
     if saved and not saved.exists():
         gone, saved = saved.name, checkpoint.newest(folder / "checkpoints")
@@ -101,6 +106,24 @@ def _store(facts: dict) -> Store:
     if not folder.exists():
         raise InputError(f"the token store {folder} is gone; the run's own command makes it again")
     return Store(folder)
+
+
+def _slices(c: Run, encoder: Encoder, folder: Path) -> slices.Slices:
+    data = slices.read(c, encoder)
+    if data.meta["sha256"] != _json(folder / "data_report.json")["sha256"]:
+        raise InputError(f"{' '.join(c.data)} is not what {folder} read; it was changed since")
+    return data
+
+
+def _where(data: Store | slices.Slices, i: int, record: dict) -> str:
+    """The record of an example; of a slice its number and all of its documents."""
+    if isinstance(data, Store):
+        return f"{record['file']}, record {record['record']}"
+    numbers: dict[str, list[str]] = {}
+    for file, number in data.documents_in(i):
+        numbers.setdefault(file, []).append(str(number))
+    documents = "; ".join(f"{file}, records {' '.join(n)}" for file, n in numbers.items())
+    return f"slice {i} ({documents})"
 
 
 def _json(path: Path) -> dict:

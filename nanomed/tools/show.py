@@ -140,7 +140,7 @@ def step_rows(
 
 def _chat_of(data: store.Store, i: int, encoder: Encoder, seq_len: int) -> tuple[str, Chat, int]:
     """The chat that an example was made from: of the record's chats, the one with its ids."""
-    ((ids, _),) = data[i]
+    ((ids, *_),) = data[i]
     (record,) = records_of(data, [i])
     path, number = data.where(i)
     for chat in chats_of(record):

@@ -1,39 +1,30 @@
-"""The memory-mapped token store: what every stage reads.
+"""The store of chats and of preference pairs.
 
 A store is a folder: tokens and trained flags one after another, the segments' borders, and for
 each example where it came from. It is written once, by one process, under a key of everything that
 its content depends on; a second launch finds it and starts at once.
 """
 
-import fcntl
 import hashlib
 import json
-import os
-import shutil
-import time
 from array import array
 from collections import defaultdict
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
+from nanomed import segment
 from nanomed.config import InputError
-from nanomed.distributed import rank_from_env
 from nanomed.records import Chat, PreferencePair, read_chats, read_pairs
-from nanomed.tally import Tally
+from nanomed.store.cache import FORMATTER, cached, code, digest, group_key, progress
+from nanomed.tally import Tally, report_of
 from nanomed.template import Encoder, Segment
 
-CACHE = Path("runs/cache")
-# The code that turns files into ids.
-READERS = tuple(f"records/{name}" for name in ("__init__", "files", "shapes", "chats", "pairs"))
-FORMATTER = (*READERS, "tally", "template", "tokenizer", "tokenizer_files", "store")
+CODE = (*FORMATTER, "records/pairs", "tally", "store/examples")
 
 
 class Store:
-    """Examples in memory-mapped files. store[i] is the example's segments: [(ids, trained), ...]
-    as numpy arrays, int64 and bool."""
+    """Examples in memory-mapped files. store[i] is the example's segments."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -52,10 +43,17 @@ class Store:
     def __len__(self) -> int:
         return len(self.keys)
 
-    def __getitem__(self, i: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    def lengths_of(self, examples: np.ndarray) -> np.ndarray:
+        return self.lengths[examples]
+
+    def divisors_of(self, examples: np.ndarray) -> np.ndarray:
+        return self.divisors[examples]
+
+    def __getitem__(self, i: int) -> list[segment.Segment]:
         segments = range(i * self.per_example, (i + 1) * self.per_example)
         spans = [slice(self.borders[s], self.borders[s + 1]) for s in segments]
-        return [(self.tokens[span].astype(np.int64), self.trained[span]) for span in spans]
+        parts = [(self.tokens[span].astype(np.int64), self.trained[span]) for span in spans]
+        return [segment.Segment(*part) for part in parts]
 
     def where(self, i: int) -> tuple[str, int]:
         """The file, and the record's number in it, that example i was read from."""
@@ -103,11 +101,6 @@ class Writer:
         (self.folder / "meta.json").write_text(json.dumps(self.meta, ensure_ascii=False, indent=2))
 
 
-def group_key(group: str) -> int:
-    """A number from 0 to 2**64 - 1 that decides on which side of the split a group stands."""
-    return int.from_bytes(hashlib.sha256(group.encode()).digest()[:8], "big")
-
-
 def chats(files: list[str], encoder: Encoder, seq_len: int, allow_drop: float) -> Store:
     """The store of the chats in `files`, tokenised now or found in the cache.
 
@@ -131,17 +124,19 @@ def pairs(files: list[str], encoder: Encoder, seq_len: int, allow_drop: float) -
 
 
 def _open(kind, files, read, encode, encoder, seq_len, allow_drop) -> Store:
-    formatter = [(Path(__file__).parent / f"{name}.py").read_bytes() for name in FORMATTER]
     parts = [
         kind,
-        *map(_digest, files),
+        *map(digest, files),
         json.dumps(files),
         encoder.tokenizer.fingerprint(),
         encoder.template.to_json(),
         str(seq_len),
-        *(hashlib.sha256(code).hexdigest() for code in formatter),
+        *code(CODE).values(),
     ]
-    store = _cached(kind, parts, lambda folder: _write(folder, kind, files, read, encode, seq_len))
+    write = lambda folder: _write(folder, kind, files, read, encode, seq_len)  # noqa: E731
+    store = Store(cached(kind, parts, write))
+    if len(store.tokens) != store.meta["tokens"] or len(store.trained) != store.meta["tokens"]:
+        raise InputError(f"{store.folder} is damaged; delete it and start again")
     _check_drops(store.meta["report"], seq_len, allow_drop)
     return store
 
@@ -161,9 +156,7 @@ def _write(folder: Path, kind: str, files: list[str], read, encode, seq_len: int
     """`read` gives the records of a file, `encode` a record's segments; none if it is too long."""
     writer = Writer(folder, files, segments_per_example=2 if kind == "pairs" else 1)
     tallies: dict[tuple[str, str], Tally] = defaultdict(Tally)  # (file, source)
-    total = sum(os.path.getsize(path) for path in files)
-    hidden = None if rank_from_env()[0] == 0 else True  # None: shown on a terminal only
-    with tqdm(total=total, unit="B", unit_scale=True, desc="tokenising", disable=hidden) as bar:
+    with progress(files) as bar:
         for number, path in enumerate(files):
             before = 0
             for record, example, n_bytes in read(path):
@@ -178,54 +171,6 @@ def _write(folder: Path, kind: str, files: list[str], read, encode, seq_len: int
                 tallies[path, example.source].count(example, n_tokens, n_trained, cut)
                 bar.update(n_bytes - before)
                 before = n_bytes
-    report = _report(files, tallies)
+    report = report_of(files, tallies)
     _check_drops(report, seq_len, allow_drop=1.0)  # an empty store is of no use to anybody
     writer.close(report)
-
-
-def _report(files: list[str], tallies: dict[tuple[str, str], Tally]) -> dict:
-    """What reading did with all chats, with each file's and in it with each source's."""
-    by_file = {path: {s: t for (p, s), t in tallies.items() if p == path} for path in files}
-    return {
-        **Tally.of(tallies.values()).report(),
-        "files": {
-            path: {
-                **Tally.of(sources.values()).report(),
-                "sources": {name or "(none named)": t.report() for name, t in sources.items()},
-            }
-            for path, sources in by_file.items()
-        },
-    }
-
-
-# ---------------------------------------------------------------- cache
-
-
-def _digest(path: str) -> str:
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
-
-
-def _cached(kind: str, parts: list[str], write: Callable[[Path], None]) -> Store:
-    """The store under the key of `parts`. Where it does not exist yet, one process of each
-    machine writes it and the others wait, before any process group exists that could time out."""
-    folder = CACHE / f"{kind}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]}"
-    if rank_from_env()[2] > 0:
-        while not folder.exists():
-            time.sleep(0.1)
-    CACHE.mkdir(parents=True, exist_ok=True, mode=0o700)  # the data may be patients'
-    with open(f"{folder}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # a second launch on the same data waits here
-        if not folder.exists():
-            unfinished = Path(f"{folder}.unfinished")
-            shutil.rmtree(unfinished, ignore_errors=True)
-            unfinished.mkdir()
-            write(unfinished)
-            unfinished.rename(folder)
-    store = Store(folder)
-    if len(store.tokens) != store.meta["tokens"] or len(store.trained) != store.meta["tokens"]:
-        raise InputError(f"{folder} is damaged; delete it and start again")
-    return store

@@ -1,0 +1,103 @@
+"""What this machine can do at most: copying, and matmuls of AquilaMed's shapes on random data.
+
+    python -m bench.ceilings [--device cuda] [--results FILE]
+
+The head comes twice: AquilaMed's vocabulary of 151,851 is odd, so rows of a [T, V] tensor do not
+start at multiples of 16 bytes, and cuBLAS may choose a slower matmul for them. With rows 151,936
+elements apart (the next multiple of 128) they do.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from bench.measure import interleaved, quartiles, shown, table
+from bench.setting import Setting, arguments
+
+PAD = 128  # elements
+
+
+def randn(*shape: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Never zeros: a matmul of zeros draws less power and was seen 13% faster."""
+    return torch.randn(*shape, device=device, dtype=dtype)
+
+
+def copy(s: Setting) -> float:
+    """Bytes per second of a copy within the device, read plus written."""
+    source = randn(2**30 if s.on_gpu else 2**24, device=s.device, dtype=torch.bfloat16)
+    target = torch.empty_like(source)
+    samples = interleaved({"": lambda: target.copy_(source)}, s.rounds, device=s.device)[""]
+    rate = 2 * source.nbytes / quartiles(samples)[1]
+    s.results.add(
+        "ceiling", f"copy of {source.nbytes / 1e9:.2f} GB", samples, dtype=source.dtype,
+        rate=f"{rate / 1e12:.3g} TB/s, read plus written",
+    )  # fmt: skip
+    return rate
+
+
+def matmul(s: Setting) -> float:
+    """Operations per second of a large square product."""
+    n = 8192 if s.on_gpu else 512
+    a, b = (randn(n, n, device=s.device, dtype=s.dtype) for _ in range(2))
+    return _products(s, {f"matmul {n} x {n} x {n}": (lambda: a @ b, n**3)})[0]
+
+
+def linears(s: Setting, t: int) -> None:
+    """A layer's matmuls, forward, over t tokens."""
+    c = s.model
+    works = {}
+    for name, (n_in, n_out) in {
+        "q, k and v in one": (c.d_model, c.d_model + 2 * c.n_kv_heads * c.head_size),
+        "o_proj": (c.d_model, c.d_model),
+        "gate_proj": (c.d_model, c.d_ff),
+        "down_proj": (c.d_ff, c.d_model),
+    }.items():
+        x, w = (randn(n, n_in, device=s.device, dtype=s.dtype) for n in (t, n_out))
+        works[name] = (lambda x=x, w=w: x @ w.T), t * n_in * n_out
+    _products(s, works)
+
+
+def head(s: Setting, t: int) -> None:
+    """The head's three matmuls, with rows of the logits V elements apart and padded."""
+    v, d = s.model.vocab_size, s.model.d_model
+    hidden, weight = (randn(n, d, device=s.device, dtype=s.dtype) for n in (t, v))
+    hidden_grad, weight_grad = torch.empty_like(hidden), torch.empty_like(weight)
+    works = {}
+    for z in (randn(t, v, device=s.device, dtype=s.dtype), padded(t, v, s)):
+        rows, count = f"rows {z.stride(0):,} apart", t * v * d
+        works |= {
+            f"head, logits, {rows}": (lambda z=z: torch.mm(hidden, weight.T, out=z), count),
+            f"head, dhidden, {rows}": (lambda z=z: torch.mm(z, weight, out=hidden_grad), count),
+            f"head, dweight, {rows}": (lambda z=z: torch.mm(z.T, hidden, out=weight_grad), count),
+        }
+    _products(s, works)
+
+
+def padded(t: int, v: int, s: Setting) -> Tensor:
+    """Random [t, v] whose rows start at multiples of PAD elements."""
+    return randn(t, -(-v // PAD) * PAD, device=s.device, dtype=s.dtype)[:, :v]
+
+
+def _products(s: Setting, works: dict[str, tuple[Callable, int]]) -> list[float]:
+    """Operations per second of each work, given with its number of multiplications."""
+    samples = interleaved({n: work for n, (work, _) in works.items()}, s.rounds, device=s.device)
+    rates = []
+    for name, seconds in samples.items():
+        rates.append(2 * works[name][1] / quartiles(seconds)[1])
+        rate = f"{rates[-1] / 1e12:.3g} TFLOP/s"
+        s.results.add("ceiling", name, seconds, dtype=s.dtype, rate=rate)
+    return rates
+
+
+def main() -> None:
+    s, given = arguments(__doc__)
+    copy(s)
+    matmul(s)
+    head(s, given.tokens[0])
+    linears(s, given.tokens[0])
+    print(table([shown(line) for line in s.results.lines]))
+
+
+if __name__ == "__main__":
+    main()

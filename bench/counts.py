@@ -1,0 +1,220 @@
+"""What each op must do at least, from its shapes: bytes through memory, operations, and the seconds
+that follow from a GPU's data sheet. `python -m bench.counts` prints the tables of docs/kernels.md.
+
+T tokens, D model width, F feed-forward width, H query heads, K key/value heads, E head size,
+V vocabulary, e bytes of an element. Bytes: each input is read once, each output written once.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bench.measure import table
+from kernels import reference
+from nanomed.config import MODELS, ModelConfig
+
+TOKENS = 8192  # of the row that the tables count; one document, the most attention
+
+
+@dataclass(frozen=True)
+class Count:
+    bytes: float
+    flops: float = 0  # of matmuls; the others are too few to matter
+
+    def __add__(self, other: "Count") -> "Count":
+        return Count(self.bytes + other.bytes, self.flops + other.flops)
+
+
+@dataclass(frozen=True)
+class GPU:
+    """Data sheet: bytes and dense bf16 operations per second."""
+
+    name: str
+    bandwidth: float
+    flops: float
+
+    def floor(self, count: Count) -> float:
+        """Seconds: no version is faster than its bytes or its operations allow."""
+        return max(count.bytes / self.bandwidth, count.flops / self.flops)
+
+
+H200 = GPU("H200", 4.8e12, 989e12)
+A100 = GPU("A100-40G", 1.555e12, 312e12)
+
+
+# ---------------------------------------------------------------- (forward, backward) of each op
+
+
+def rmsnorm(c: ModelConfig, t: int, e: int = 2) -> tuple[Count, Count]:
+    """Forward reads x, writes y and 1/rms in float32; backward reads x, dy, 1/rms, writes dx. The
+    weight is read by both and its gradient written once."""
+    d = c.d_model
+    return Count(t * (2 * d * e + 4) + d * e), Count(t * (3 * d * e + 4) + 2 * d * e)
+
+
+def rope(c: ModelConfig, t: int, e: int = 2) -> tuple[Count, Count]:
+    """Both read and write all query and key heads, and read the positions (8 bytes each)."""
+    heads = c.n_heads + c.n_kv_heads
+    count = Count(t * (2 * heads * c.head_size * e + 8))
+    return count, count
+
+
+def swiglu(c: ModelConfig, t: int, e: int = 2) -> tuple[Count, Count]:
+    """Forward reads gate and up, writes their product; backward reads gate, up and its gradient,
+    writes two."""
+    return Count(t * 3 * c.d_ff * e), Count(t * 5 * c.d_ff * e)
+
+
+def attention(c: ModelConfig, lengths: Sequence[int], e: int = 2) -> tuple[Count, Count]:
+    """A token and each of its predecessors in the document are a pair. Forward takes two products
+    of 2 E operations per pair and head (scores, output), backward five (scores again, dP, dQ, dK,
+    dV). Forward reads q, k, v, writes the output and float32 log-sum-exps; backward reads these and
+    the output's gradient, writes dq, dk, dv."""
+    t, pairs = sum(lengths), sum(n * (n + 1) / 2 for n in lengths)
+    product = 2 * c.head_size * c.n_heads * pairs
+    q, kv, lse = (
+        size * t for size in (c.d_model * e, c.n_kv_heads * c.head_size * e, c.n_heads * 4)
+    )
+    return (
+        Count(2 * q + 2 * kv + lse, 2 * product),
+        Count(4 * q + 4 * kv + lse, 5 * product),
+    )
+
+
+def linear_nll(c: ModelConfig, t: int, e: int = 2) -> tuple[Count, Count]:
+    """t counts tokens that have a label. Forward is one product (logits), backward two (dhidden,
+    dweight); logits that are computed again in backward are not counted, and neither are logits
+    that visit memory. Labels and nll: 12 bytes a token each way."""
+    hidden, weight, product = t * c.d_model * e, c.vocab_size * c.d_model * e, 2 * c.vocab_size
+    forward = Count(hidden + weight + 12 * t, product * c.d_model * t)
+    return forward, Count(2 * hidden + 2 * weight + 12 * t, 2 * product * c.d_model * t)
+
+
+def of(op: str, c: ModelConfig, lengths: Sequence[int], e: int = 2) -> tuple[Count, Count]:
+    """(forward, backward) of an op over a row of documents of these lengths."""
+    if op == "attention":
+        return attention(c, lengths, e)
+    return {"rmsnorm": rmsnorm, "rope": rope, "swiglu": swiglu, "linear_nll": linear_nll}[op](
+        c, sum(lengths), e
+    )
+
+
+OPS = ("rmsnorm", "rope", "swiglu", "attention", "linear_nll")
+
+
+# ---------------------------------------------------------------- what the plain version moves
+
+
+class Traffic(TorchDispatchMode):
+    """Sums the bytes of every tensor that an operation reads or writes. A view moves nothing, and
+    what is broadcast is read once."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        aten = torch.ops.aten
+        if not (
+            function.is_view or function in (aten.empty_like.default, aten._unsafe_view.default)
+        ):
+            moved = torch.utils._pytree.tree_leaves((args, kwargs, out))
+            self.bytes += sum(_nbytes(x) for x in moved if isinstance(x, Tensor))
+        return out
+
+
+def _nbytes(x: Tensor) -> int:
+    sizes = zip(x.shape, x.stride(), strict=True)
+    return x.element_size() * torch.Size(n for n, step in sizes if step).numel()
+
+
+def naive(op: str, c: ModelConfig, t: int) -> tuple[int, int]:
+    """Bytes that PyTorch moves, forward and backward, if each line of the plain version runs as
+    operations of its own: kernels/reference.py, but every score and every logit at once. Counted on
+    the meta device: nothing is computed."""
+    with torch.device("meta"):
+        x, wide, label = torch.empty(t, c.d_model), torch.empty(t, c.d_ff), torch.zeros(t).long()
+        q, k = torch.empty(t, c.n_heads, c.head_size), torch.empty(t, c.n_kv_heads, c.head_size)
+        weight, head = torch.empty(c.d_model), torch.empty(c.vocab_size, c.d_model)
+    plain: dict[str, tuple[Callable, list[Tensor]]] = {
+        "rmsnorm": (lambda x, w: reference.rmsnorm(x, w, 1e-5), [x, weight]),
+        "rope": (lambda q, k: reference.rope(q, k, label, 1e6), [q, k]),
+        "swiglu": (reference.swiglu, [wide, wide]),
+        "attention": (every_score, [q, k, k]),
+        "linear_nll": (lambda h, w: every_logit(h, w, label), [x, head]),
+    }
+    function, inputs = plain[op]
+    inputs = [x.detach().bfloat16().requires_grad_() for x in inputs]
+    with Traffic() as forward:
+        out = function(*inputs)
+    out = out if isinstance(out, tuple) else (out,)
+    with Traffic() as backward:
+        torch.autograd.grad(out, inputs, [torch.empty_like(x) for x in out])
+    return forward.bytes, backward.bytes
+
+
+def every_score(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Attention by its formula: scores [H,T,T], masked (None: causal), softmax in float32."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    q, k, v = (x.transpose(0, 1) for x in (q, k, v))  # [H,T,E]
+    if mask is None:
+        mask = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool, device=q.device).tril()
+    scores = (q @ k.transpose(1, 2) * q.shape[-1] ** -0.5).masked_fill(~mask, -torch.inf)
+    high = torch.promote_types(torch.float32, q.dtype)
+    return (scores.softmax(-1, dtype=high).to(q.dtype) @ v).transpose(0, 1)
+
+
+def every_logit(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """The head as it is written most often: all logits, then cross-entropy in float32."""
+    logits = hidden @ weight.T
+    high = torch.promote_types(torch.float32, logits.dtype)
+    return F.cross_entropy(logits.to(high), labels, reduction="none", ignore_index=-100)
+
+
+# ---------------------------------------------------------------- the tables
+
+
+def floors(c: ModelConfig, t: int) -> list[dict[str, object]]:
+    rows = []
+    for op in OPS:
+        for name, count in zip(("forward", "backward"), of(op, c, [t]), strict=True):
+            rows.append({
+                "op": op, "pass": name,
+                "bytes a token": round(count.bytes / t),
+                "MFLOP a token": round(count.flops / t / 1e6) or None,
+                "H200 µs": round(H200.floor(count) * 1e6),
+                "A100-40G µs": round(A100.floor(count) * 1e6),
+                "bound by": "operations" if count.flops / H200.flops > count.bytes / H200.bandwidth
+                else "bytes",
+            })  # fmt: skip
+    return rows
+
+
+def plain_traffic(c: ModelConfig, t: int) -> list[dict[str, object]]:
+    rows = []
+    for op in OPS:
+        for name, count, moved in zip(
+            ("forward", "backward"), of(op, c, [t]), naive(op, c, t), strict=True
+        ):
+            rows.append({
+                "op": op, "pass": name,
+                "fewest bytes a token": round(count.bytes / t),
+                "plain version's": round(moved / t),
+                "times": round(moved / count.bytes, 1),
+                "H200 µs for them": round(moved / H200.bandwidth * 1e6),
+            })  # fmt: skip
+    return rows
+
+
+def main() -> None:
+    c = MODELS["aquilamed-7b"]
+    print(table(floors(c, TOKENS)), table(plain_traffic(c, TOKENS)), sep="\n\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,215 @@
+"""Reading, tokenising and packing documents, beside datasets with transformers.
+
+    python -m bench.data [--quick] [--real FOLDER]
+
+Both sides read the same JSON lines, tokenise with the same tokenizer (that of samples/, exported
+for transformers), end each document and leave memory-mapped files. Equal ids come first, time
+after. Then the loader alone: does it keep up with eight GPUs?
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import cycle
+from pathlib import Path
+
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread for each process, on both sides
+
+from bench.generation import hide_our_kernels
+from bench.measure import ROOT, Results, interleaved, quartiles, ratio, shown, table
+from nanomed import store
+from nanomed.config import CPT, MODELS
+from nanomed.hf.tokenizer import write_tokenizer
+from nanomed.loader import Loader
+from nanomed.log import PEAK_FLOPS, flops_of
+from nanomed.slices import read
+from nanomed.template import CHATML, Encoder
+from nanomed.tokenizer import load
+
+SEQ_LEN, MICRO_TOKENS, MFU, GPUS = 4096, 8192, 0.6, 8
+OURS, AGAIN, THEIRS = "nanomed", "nanomed again", "datasets + transformers"
+
+
+def sample_texts() -> list[str]:
+    """Documents of about 2,500 bytes: twelve of the sample world's, one after another."""
+    names = ("cpt_medical", "cpt_general")
+    lines = [x for n in names for x in (ROOT / f"samples/{n}.jsonl").read_text().splitlines()]
+    texts = [json.loads(line)["text"] for line in lines]
+    return ["\n".join(texts[i : i + 12]) for i in range(0, len(texts), 12)]
+
+
+def real_texts(folder: Path) -> list[str]:
+    """Every text of more than 200 characters in a folder's JSON files."""
+
+    def strings(value: object) -> Iterator[str]:
+        if isinstance(value, str) and len(value) > 200:
+            yield value
+        children = value.values() if isinstance(value, dict) else value
+        if isinstance(children, dict | list) or isinstance(value, dict):
+            for child in children:
+                yield from strings(child)
+
+    found: list[str] = []
+    for path in sorted(folder.glob("*.json*")):
+        content = path.read_text("utf-8")
+        lines = content.splitlines() if path.suffix == ".jsonl" else [content]
+        found += [text for line in lines for text in strings(json.loads(line))]
+    return found
+
+
+def write(path: Path, texts: list[str], n_bytes: int) -> int:
+    """The texts again and again, until there are so many bytes of them. Returns how many."""
+    written = 0
+    with path.open("w", encoding="utf-8") as file:
+        for text in cycle(texts):
+            file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+            written += len(text.encode())
+            if written >= n_bytes:
+                return written
+
+
+class Work:
+    """The two ways from one file to token ids, each into a folder of its own."""
+
+    def __init__(self, folder: Path, file: Path, encoder: Encoder):
+        from transformers import AutoTokenizer
+
+        self.folder, self.file, self.encoder = folder, file, encoder
+        exported = folder / "exported"
+        exported.mkdir()
+        write_tokenizer(exported, encoder.tokenizer, CHATML, 1 << 20, is_qwen2=False)
+        self.theirs = AutoTokenizer.from_pretrained(exported)
+
+    def nanomed(self, n_processes: int) -> store.Documents:
+        out = self.folder / "store"
+        shutil.rmtree(out, ignore_errors=True)
+        return store.build(out, [str(self.file)], self.encoder, n_processes=n_processes)
+
+    def datasets(self, n_processes: int):
+        import datasets
+
+        cache, end = self.folder / "cache", self.encoder.document_end
+        shutil.rmtree(cache, ignore_errors=True)
+
+        def tokenise(batch: dict) -> dict:
+            ids = self.theirs(batch["text"], add_special_tokens=False)["input_ids"]
+            return {"input_ids": [[*document, end] for document in ids]}
+
+        data = datasets.load_dataset(
+            "json", data_files=str(self.file), split="train", cache_dir=str(cache)
+        )
+        return data.map(
+            tokenise, batched=True, remove_columns=["text"], num_proc=n_processes,
+            load_from_cache_file=False,
+        )  # fmt: skip
+
+    def check(self) -> int:
+        """Raises unless both give the same ids for every document. Returns how many tokens."""
+        part = self.nanomed(1).split(0.0)[0]
+        ours = {}
+        for piece in part.read(0, part.n_tokens):
+            ours[part.store.where(piece.shard, piece.document)[1]] = piece.ids.tolist()
+        theirs = self.datasets(1)["input_ids"]
+        assert [ours[k] for k in sorted(ours)] == list(theirs), "the two give different ids"
+        return part.n_tokens
+
+
+def tokenising(work: Work, n_bytes: int, name: str, rounds: int, results: Results) -> list[dict]:
+    lines = []
+    for n in (1, 2):
+        works = {
+            OURS: lambda n=n: work.nanomed(n),
+            AGAIN: lambda n=n: work.nanomed(n),
+            THEIRS: lambda n=n: work.datasets(n),
+        }
+        samples = interleaved(works, rounds, warmup=0)
+        faster = ratio(samples[THEIRS], samples[OURS], samples[AGAIN])
+        for side in (OURS, THEIRS):
+            lines.append(
+                results.add(
+                    "data", f"tokenising {name}: {side}", samples[side],
+                    shapes={"processes": n, "MB": round(n_bytes / 1e6, 1)},
+                    convention="MB/s are of the texts in UTF-8, with all processes' start; equal "
+                    "ids were asserted first",
+                    **{
+                        "rate": f"{n_bytes / 1e6 / quartiles(samples[side])[1]:.1f} MB/s",
+                        "nanomed is faster by": str(faster) if side == OURS else None,
+                    },
+                )
+            )  # fmt: skip
+    return lines
+
+
+def needed() -> float:
+    """Tokens a second of a node: eight H200 at 60% of 989 TFLOP/s, causal count."""
+    per_token = flops_of(MODELS["aquilamed-7b"], SEQ_LEN, SEQ_LEN**2) / SEQ_LEN
+    return GPUS * MFU * PEAK_FLOPS["H200"] / per_token
+
+
+def loading(folder: Path, encoder: Encoder, n_steps: int, results: Results) -> dict:
+    """Rows of one process from the store, as one of a node's eight would build them."""
+    c = replace(CPT(), data=[str(folder)], seq_len=SEQ_LEN, val_fraction=0.0)
+    data = read(c, encoder)
+    loader = Loader(
+        data, data.train, data.val, batch_size=64, micro_tokens=MICRO_TOKENS, epochs=1_000
+    )
+    steps = iter(range(n_steps + 2))
+
+    def step() -> int:
+        rows = list(loader.rows(loader.examples(next(steps))))
+        return sum(len(row.tokens) for row in rows)
+
+    n_tokens = step()
+    samples = interleaved({OURS: step}, n_steps, warmup=1)[OURS]
+    rate = n_tokens / quartiles(samples)[1]
+    return results.add(
+        "data", "rows of one process", samples, shapes={"tokens": n_tokens},
+        convention=f"A node of {GPUS} H200 at {MFU:.0%} of {PEAK_FLOPS['H200'] / 1e12:.0f} "
+        f"TFLOP/s eats {needed():,.0f} tokens/s of AquilaMed at {SEQ_LEN} tokens, "
+        f"{needed() / SEQ_LEN:.1f} slices; each of its {GPUS} processes builds an eighth",
+        rate=f"{rate / 1e3:,.0f} thousand tokens/s",
+        **{
+            "rows/s": f"{rate / MICRO_TOKENS:,.0f}",
+            "of what a node eats": f"{rate / needed():.1f} x",
+        },
+    )  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="few rounds of little: does it run?")
+    parser.add_argument("--real", type=Path, default=ROOT.parent / "shared/data")
+    parser.add_argument("--results", default="runs/bench.jsonl", help="JSON lines to append to")
+    given = parser.parse_args()
+    hide_our_kernels()
+    import datasets
+
+    datasets.disable_progress_bars()
+    n_bytes, rounds, n_steps = (2_000_000, 3, 20) if given.quick else (10_000_000, 5, 100)
+    results = Results(given.results)
+    encoder = Encoder(CHATML, load(ROOT / "samples/tokenizer.model"))
+    corpora = {"samples": sample_texts()}
+    if given.real.exists():
+        corpora["real texts"] = real_texts(given.real)
+    lines = []
+    with tempfile.TemporaryDirectory() as name:
+        for corpus, texts in corpora.items():
+            folder = Path(name) / corpus.replace(" ", "-")
+            folder.mkdir()
+            size = write(folder / "texts.jsonl", texts, n_bytes)
+            work = Work(folder, folder / "texts.jsonl", encoder)
+            print(f"{corpus}: {work.check():,} equal ids from {size / 1e6:.1f} MB", flush=True)
+            lines += tokenising(work, size, corpus, rounds, results)
+            print(table([shown(line) for line in lines[-4:]]), flush=True)
+        lines.append(loading(folder / "store", encoder, n_steps, results))
+    print(table([shown(lines[-1])]))
+    print(lines[-1]["convention"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

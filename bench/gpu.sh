@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# Everything worth measuring on one GPU, in about eight minutes; the first answers come first.
+#
+#     bench/gpu.sh [FOLDER [SECONDS [FLAGS...]]]        by default runs/gpu, 480
+#     bench/gpu.sh runs/dry 120 --device cpu --quick --tokens 256        the same parts on a CPU
+#
+# FOLDER/gpu.log has the output, FOLDER/gpu.jsonl every measurement as soon as it is taken. A part
+# that runs into its limit is stopped, one with too little time left is skipped; both are said.
+# Afterwards: cp FOLDER/gpu.jsonl bench/results/NAME.jsonl && python -m bench.results
+set -uo pipefail
+cd "$(dirname "$0")/.."
+folder=${1:-runs/gpu}
+seconds=${2:-480}
+shift $(($# < 2 ? $# : 2))
+flags=("$@" --results "$folder/gpu.jsonl")
+mkdir -p "$folder"
+log=$folder/gpu.log
+failed=()
+
+part() { # name, seconds that it needs at least, seconds that it may take, command...
+    local name=$1 least=$2 most=$3 left=$((seconds - SECONDS)) started=$SECONDS code
+    shift 3
+    if ((left < least)); then
+        echo "== $name: skipped, $left s are left and it needs $least" | tee -a "$log"
+        failed+=("$name (skipped)")
+        return
+    fi
+    echo "== $name, at most $((most < left ? most : left)) s: $*" | tee -a "$log"
+    PYTHONUNBUFFERED=1 timeout --kill-after=5 $((most < left ? most : left)) "$@" 2>&1 | tee -a "$log"
+    code=${PIPESTATUS[0]}
+    ((code == 124 || code == 137)) && echo "== $name: stopped at its limit" | tee -a "$log"
+    ((code)) && failed+=("$name (exit $code)")
+    echo "== $name took $((SECONDS - started)) s" | tee -a "$log"
+}
+
+part machine 5 30 python3 -m bench.measure
+part tests 20 120 python3 -m pytest -q -m gpu $(grep -l 'mark.gpu' tests/test_*.py)
+part ceilings 15 45 python3 -m bench.ceilings --tokens 8192 "${flags[@]}"
+part attention 20 75 python3 -m bench.kernels --ops attention --tokens 4096 8192 "${flags[@]}"
+part kernels 30 110 python3 -m bench.kernels --ops rmsnorm linear_nll swiglu rope --tokens 8192 \
+    "${flags[@]}"
+part layer 20 60 python3 -m bench.layer --tokens 8192 "${flags[@]}"
+part step 60 150 python3 -m bench.step --gpu --tokens 4096 8192 "${flags[@]}"
+part rows 30 90 python3 -m bench.kernels --ops attention rmsnorm swiglu --tokens 32768 "${flags[@]}"
+
+if ((${#failed[@]})); then
+    echo "== not whole: ${failed[*]}" | tee -a "$log"
+    exit 1
+fi

@@ -1,0 +1,321 @@
+"""The five ops against what a user could pick instead: correct first, then time.
+
+    python -m bench.kernels [--quick] [--ops rmsnorm attention] [--tokens 8192 32768]
+    TRITON_INTERPRET=1 python -m bench.kernels --parity --tokens 64    the Triton kernels, on a CPU
+
+On a GPU `triton` stands against `definition` (kernels/reference.py), torch.compile of it, PyTorch's
+own fused ops and, where installed, Liger-Kernel and flash-attn, at AquilaMed's shapes in bfloat16.
+On a CPU the definition stands against PyTorch at tiny shapes.
+
+An op whose error is more than twice PyTorch's in the same dtype is not timed. Rates are those of
+the bytes and operations that bench/counts.py counts, as shares of a copy's and a matmul's rate in
+this run.
+"""
+
+import argparse
+import math
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import cycle
+
+import torch
+from torch import Tensor
+
+import kernels
+from bench import ceilings, counts, oracles, rivals
+from bench.ceilings import randn
+from bench.counts import Count
+from bench.measure import interleaved, quartiles, ratio, shown, table
+from bench.setting import Setting, arguments
+from kernels import reference
+
+# Twenty quantiles of the length, in tokens of the published Aquila tokenizer, of 1,520 real medical
+# chats (MedicalGPT's single-turn and CMtMedQA's multi-turn samples, without the template's tokens).
+CHATS = [
+    10,
+    377,
+    229,
+    15,
+    19,
+    148,
+    58,
+    111,
+    30,
+    492,
+    93,
+    333,
+    126,
+    13,
+    285,
+    261,
+    181,
+    410,
+    355,
+    309,
+]
+PLAUSIBLE = 0.03  # relative error beyond which even bfloat16 is no excuse
+AGAIN = "again"  # the first version once more: the noise of the ratios
+
+
+@dataclass
+class Case:
+    """One op on one row. `works` are its versions, functions of `inputs`; the first is ours and the
+    second what it is held against."""
+
+    op: str
+    lengths: list[int]
+    inputs: list[Tensor]
+    works: rivals.Works
+    oracle: Callable
+
+
+def documents(t: int, kind: str) -> list[int]:
+    """Lengths of a row of t tokens: `one` document, or `chats` packed until it is full."""
+    if kind == "one":
+        return [t]
+    lengths = []
+    for length in cycle(CHATS):
+        lengths.append(min(length, t - sum(lengths)))
+        if sum(lengths) == t:
+            return lengths
+
+
+def build(s: Setting, op: str, lengths: list[int]) -> Case:
+    c, t = s.model, sum(lengths)
+    torch.compiler.reset()  # else the ninth shape of a function would silently not be compiled
+
+    def tensor(*shape: int) -> Tensor:
+        return randn(*shape, device=s.device, dtype=s.dtype)
+
+    borders = torch.tensor([0, *lengths], device=s.device).cumsum(0, dtype=torch.int32)
+    position = torch.arange(t, device=s.device)
+    position -= borders[:-1].long().repeat_interleave(borders.diff().long())
+    label = torch.randint(c.vocab_size, (t,), device=s.device)
+    q, kv = (t, c.n_heads, c.head_size), (t, c.n_kv_heads, c.head_size)
+    inputs, extra, truth, others = {
+        "rmsnorm": lambda: (
+            [tensor(t, c.d_model), tensor(c.d_model)], (1e-5,), (1e-5,),
+            rivals.rmsnorm(s.on_gpu),
+        ),
+        "rope": lambda: (
+            [tensor(*q), tensor(*kv)], (position, c.rope_theta), (position, c.rope_theta),
+            rivals.rope(position, c.rope_theta, c.head_size, s.dtype, s.on_gpu),
+        ),
+        "swiglu": lambda: (
+            [tensor(t, c.d_ff), tensor(t, c.d_ff)], (), (), rivals.swiglu(s.on_gpu),
+        ),
+        "attention": lambda: (
+            [tensor(*q), tensor(*kv), tensor(*kv)], (borders, max(lengths)), (lengths,),
+            rivals.attention(borders, max(lengths), s.on_gpu),
+        ),
+        "linear_nll": lambda: (  # logits of about the size that a trained model has
+            [tensor(t, c.d_model), tensor(c.vocab_size, c.d_model) * 2 * c.d_model**-0.5],
+            (label,), (label,), rivals.linear_nll(label, s.on_gpu),
+        ),
+    }[op]()  # fmt: skip
+
+    def ours(*x: Tensor) -> Tensor:
+        kernels.use("triton")
+        return getattr(kernels, op)(*x, *extra)
+
+    works = {"definition": lambda *x: getattr(reference, op)(*x, *extra), **others}
+    if s.on_gpu or interpreted():
+        works = {"triton": ours, **works}
+    return Case(op, lengths, inputs, works, lambda *x: getattr(oracles, op)(*x, *truth))
+
+
+def interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+# ---------------------------------------------------------------- correct first
+
+
+def results_of(work: Callable, inputs: list[Tensor], douts: list[Tensor]) -> list[Tensor]:
+    """Every output, then the gradient of every input."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    outs = _tuple(work(*leaves))
+    douts = [d.to(out.dtype) for d, out in zip(douts, outs, strict=True)]
+    return [*(x.detach() for x in outs), *torch.autograd.grad(outs, leaves, douts)]
+
+
+def _tuple(x: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return x if isinstance(x, tuple) else (x,)
+
+
+def distance(a: Tensor, truth: Tensor) -> tuple[float, float]:
+    """||a - truth|| / ||truth||, and the largest difference over the largest value. Both are
+    infinite if anything in `a` is not finite."""
+    if not a.isfinite().all():
+        return float("inf"), float("inf")
+    difference = a.to(truth.dtype) - truth
+    return (
+        (difference.norm() / truth.norm()).item(),
+        (difference.abs().max() / truth.abs().max()).item(),
+    )
+
+
+def gate(s: Setting, case: Case) -> bool:
+    """Whether ours is right. Of each output and gradient the error may be twice that of the version
+    it is held against, and the error of a single element four times, since one wrong element of
+    millions hides in a norm. Errors below the dtype's own rounding count as that. A version that is
+    itself wrong proves nothing: above PLAUSIBLE both fail."""
+    shapes = [x.shape for x in _tuple(case.works["definition"](*case.inputs))]
+    douts = [randn(*shape, device=s.device, dtype=s.dtype) for shape in shapes]
+    high = torch.float32 if s.on_gpu else torch.float64
+    truth = results_of(case.oracle, [x.to(high) for x in case.inputs], [d.to(high) for d in douts])
+    ours, theirs = list(case.works)[:2]
+    found = {}
+    for name in (ours, theirs):
+        _poison(truth, s.dtype)
+        mine = results_of(case.works[name], case.inputs, douts)
+        found[name] = [distance(a, b) for a, b in zip(mine, truth, strict=True)]
+    least = torch.finfo(s.dtype).eps / 4
+    worst = max(
+        max(a[0] / max(b[0], least), a[1] / max(b[1], least) / 2)
+        for a, b in zip(found[ours], found[theirs], strict=True)
+    )
+    if not max(a[0] for a in found[theirs]) < PLAUSIBLE:
+        worst = math.inf
+    s.results.add(
+        "parity", f"{case.op}: {ours}", [worst], "times their error",
+        shapes=_shapes(case), dtype=s.dtype, held_against=theirs,
+        our_error=f"{max(a[0] for a in found[ours]):.1e}",
+        their_error=f"{max(a[0] for a in found[theirs]):.1e}",
+        gate="passed" if worst <= 2 else "FAILED",
+    )  # fmt: skip
+    return worst <= 2
+
+
+def _poison(like: list[Tensor], dtype: torch.dtype) -> None:
+    """Leaves NaN in the memory that the next outputs get, so that an unwritten element shows."""
+    held = [torch.full_like(x, torch.nan, dtype=dtype) for x in like for _ in range(2)]
+    del held
+
+
+def _shapes(case: Case) -> dict[str, object]:
+    return {"T": sum(case.lengths), "documents": len(case.lengths)}
+
+
+# ---------------------------------------------------------------- then fast
+
+
+def measure(s: Setting, case: Case, rates: dict[str, float]) -> None:
+    """Times every version, forward alone and with backward. One that cannot run this row (a rival
+    of another torch, or out of memory) is a line that says so."""
+    element = torch.finfo(s.dtype).bits // 8
+    forward, backward = counts.of(case.op, s.model, case.lengths, element)
+    for what, count in (("forward", forward), ("forward+backward", forward + backward)):
+        calls, memory = {}, {}
+        for version, work in case.works.items():
+            try:
+                calls[version] = call(work, case.inputs, train=what != "forward")
+                memory[version] = peak_gib(s, calls[version])
+            except Exception as error:
+                if version in ("triton", "definition"):
+                    raise
+                calls.pop(version, None)
+                s.results.add("kernel", f"{case.op} {what}: {version}", [],
+                              shapes=_shapes(case), dtype=s.dtype, note=said(error))  # fmt: skip
+        add_times(s, case, what, count, calls, memory, rates)
+
+
+def said(error: Exception) -> str:
+    """Its kind and the start of its first line."""
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:80]}"
+
+
+def call(work: Callable, inputs: list[Tensor], train: bool) -> Callable[[], object]:
+    """The work as a call without arguments. It is run once: what compiles, compiles now."""
+    leaves = [x.detach().requires_grad_(train) for x in inputs]
+    with torch.set_grad_enabled(train):
+        douts = [torch.randn_like(x) for x in _tuple(work(*leaves))]
+
+    def forward() -> object:
+        with torch.no_grad():
+            return work(*leaves)
+
+    def forward_and_backward() -> object:
+        return torch.autograd.grad(_tuple(work(*leaves)), leaves, douts)
+
+    return forward_and_backward if train else forward
+
+
+def peak_gib(s: Setting, run: Callable[[], object]) -> float | None:
+    """What a run takes beyond its inputs."""
+    if not s.on_gpu:
+        run()
+        return None
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    return (torch.cuda.max_memory_allocated() - before) / 2**30
+
+
+def add_times(
+    s: Setting,
+    case: Case,
+    what: str,
+    count: Count,
+    calls: dict[str, Callable],
+    memory: dict[str, float | None],
+    rates: dict[str, float],
+) -> None:
+    ours = next(iter(calls))
+    samples = interleaved({ours: calls[ours], AGAIN: calls[ours], **calls}, s.rounds, 3, s.device)
+    for version in calls:
+        seconds = quartiles(samples[version])[1]
+        if count.flops:
+            rate, unit, share = count.flops / seconds, "TFLOP/s", rates["matmul"]
+        else:
+            rate, unit, share = count.bytes / seconds, "TB/s", rates["copy"]
+        faster = ratio(samples[version], samples[ours], samples[AGAIN])
+        s.results.add(
+            "kernel", f"{case.op} {what}: {version}", samples[version],
+            shapes=_shapes(case), dtype=s.dtype,
+            rate=f"{rate / 1e12:.3g} {unit}", of_ceiling=f"{rate / share:.0%}",
+            **{f"{ours} is faster by": "" if version == ours else str(faster)},
+            GiB=memory[version],
+        )  # fmt: skip
+
+
+def show(lines: list[dict]) -> None:
+    for kind in dict.fromkeys(line["kind"] for line in lines):
+        print(table([shown(line) for line in lines if line["kind"] == kind]), end="\n\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--ops", nargs="*", default=counts.OPS, choices=counts.OPS)
+    parser.add_argument("--documents", nargs="*", default=["chats", "one"],
+                        choices=("chats", "one"), help="of attention's rows")  # fmt: skip
+    parser.add_argument("--parity", action="store_true", help="the gate alone")
+    s, given = arguments(__doc__, parser)
+    if interpreted() and not given.parity:
+        parser.error("TRITON_INTERPRET=1 is for --parity: times of the interpreter mean nothing")
+    rates = {} if given.parity else {"copy": ceilings.copy(s), "matmul": ceilings.matmul(s)}
+    show(s.results.lines)
+    failed = []
+    for t in given.tokens:
+        for op in given.ops:
+            for kind in given.documents if op == "attention" else ["chats"]:
+                known = len(s.results.lines)
+                try:
+                    case = build(s, op, documents(t, kind))
+                    if not gate(s, case):
+                        failed.append(f"{op} over {t} tokens, {kind} (wrong)")
+                    elif not given.parity:
+                        measure(s, case, rates)
+                except Exception as error:  # the other ops' times are worth having
+                    traceback.print_exc()
+                    failed.append(f"{op} over {t} tokens, {kind} ({said(error)})")
+                show(s.results.lines[known:])
+    if failed:
+        sys.exit("not timed: " + "; ".join(failed))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,280 @@
+"""How every figure of bench/ is taken: interleaved samples, ratios with their spread, JSON lines
+that say on which machine and of which code they were taken.
+
+    samples = interleaved({"ours": f, "ours again": f, "theirs": g}, rounds=30, device=device)
+    ratio(samples["theirs"], samples["ours"], samples["ours again"])  # how many times faster f is
+    Results("bench/results/NAME.jsonl", device).add(kind, name, samples["ours"], ...)
+"""
+
+import hashlib
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def interleaved(
+    works: dict[str, Callable[[], object]],
+    rounds: int,
+    warmup: int = 2,
+    device: torch.device | str = "cpu",
+    flush: bool = True,
+) -> dict[str, list[float]]:
+    """Seconds of each work in each round, the works taking turns (A B A B ...), so that what slows
+    the machine slows all of them.
+
+    On CUDA the times are between events, and before each sample a buffer of 16 times the L2 cache
+    is written: it empties the cache, and in the third of a millisecond that it takes the host gets
+    ahead, so that a short kernel is not timed with its own launch. `flush=False` leaves it out,
+    where work is long and memory short.
+    """
+    for work in works.values():
+        for _ in range(warmup):
+            work()
+    timed = _cuda_timer(torch.device(device), flush) if "cuda" in str(device) else _cpu_timer
+    stops: dict[str, list[Callable[[], float]]] = {name: [] for name in works}
+    for _ in range(rounds):
+        for name, work in works.items():
+            stops[name].append(timed(work))
+    return {name: [seconds() for seconds in column] for name, column in stops.items()}
+
+
+def _cpu_timer(work: Callable[[], object]) -> Callable[[], float]:
+    started = time.perf_counter()
+    work()
+    seconds = time.perf_counter() - started
+    return lambda: seconds
+
+
+def _cuda_timer(device: torch.device, flush: bool) -> Callable:
+    l2 = torch.cuda.get_device_properties(device).L2_cache_size
+    buffer = torch.empty(16 * l2 if flush else 0, dtype=torch.int8, device=device)
+
+    def timed(work: Callable[[], object]) -> Callable[[], float]:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        buffer.zero_()
+        start.record()
+        work()
+        end.record()
+
+        def seconds() -> float:  # asked for after the last round: nothing waits in between
+            end.synchronize()
+            return start.elapsed_time(end) / 1000
+
+        return seconds
+
+    return timed
+
+
+def quartiles(samples: list[float]) -> tuple[float, float, float]:
+    """First quartile, median, third quartile; the interquartile range is third minus first."""
+    if len(samples) == 1:
+        return samples[0], samples[0], samples[0]
+    first, middle, third = statistics.quantiles(samples, n=4, method="inclusive")
+    return first, middle, third
+
+
+@dataclass
+class Ratio:
+    """Of paired samples: median, smallest, largest. `noise` is how far from 1 the ratio of a work
+    to itself was found; a median nearer to 1 than that is no difference."""
+
+    median: float
+    low: float
+    high: float
+    noise: float
+
+    @property
+    def differs(self) -> bool:
+        return abs(self.median - 1) > self.noise
+
+    def __str__(self) -> str:
+        spread = f"({self.low:.2f} to {self.high:.2f})"
+        return f"{self.median:.2f} {spread}" if self.differs else f"no difference {spread}"
+
+
+def ratio(a: list[float], b: list[float], again: list[float]) -> Ratio:
+    """a over b, pair by pair as they were taken in turn. `again` are samples of b's work taken a
+    second time in each round: the noise is the larger distance from 1 of the first and the ninth
+    decile of again over b, which leaves out single hiccups."""
+    pairs = [x / y for x, y in zip(a, b, strict=True)]
+    same = [x / y for x, y in zip(again, b, strict=True)]
+    deciles = statistics.quantiles(same, n=10, method="inclusive") if len(same) > 1 else same
+    noise = max(abs(deciles[0] - 1), abs(deciles[-1] - 1))
+    return Ratio(statistics.median(pairs), min(pairs), max(pairs), noise)
+
+
+def fingerprint(device: torch.device | str = "cpu") -> dict:
+    """Code, software, machine and its state now. `clean` is false where more was running than there
+    are cores. Settings of the GPU are read, never changed."""
+    cores = len(os.sched_getaffinity(0))
+    load = os.getloadavg()[0]
+    found = {
+        "date": datetime.now(UTC).isoformat(timespec="milliseconds"),
+        "commit": _said("git", "rev-parse", "--short=12", "HEAD"),
+        "dirty": bool(_said("git", "status", "--porcelain", "--", "*.py")),
+        "source": _source_hash(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "cpu": _cpu_name(),
+        "cores": cores,
+        "threads": torch.get_num_threads(),
+        "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
+        "load": round(load, 2),
+        "clean": load <= cores,
+        "device": str(device),
+    }
+    return found | (_gpu(device) if "cuda" in str(device) else {})
+
+
+def _gpu(device: torch.device | str) -> dict:
+    properties = torch.cuda.get_device_properties(device)
+    fields = ["driver_version", "power.limit", "clocks.sm", "clocks.mem", "clocks.max.sm"]
+    said = _said(
+        "nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "-i", "0"
+    )
+    return {
+        "gpu": properties.name,
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+        "cuda": torch.version.cuda,
+        **dict(zip(fields, said.split(", "), strict=False)),
+    }
+
+
+def _said(*command: str) -> str:
+    """What a program printed; empty where it is absent or fails (a copy without .git, no GPU)."""
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20)
+    except OSError:
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def _source_hash() -> str:
+    """Names the code where there is no git: SHA-256 of the Python files that are measured."""
+    files = [
+        path for part in ("kernels", "nanomed", "bench") for path in ROOT.glob(f"{part}/**/*.py")
+    ]
+    return hashlib.sha256(b"".join(p.read_bytes() for p in sorted(files))).hexdigest()[:12]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return __import__(package).__version__
+    except ImportError:
+        return None
+
+
+def _cpu_name() -> str:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+class Results:
+    """A file of JSON lines, one per measurement, written as it is taken. The first line of a run is
+    its fingerprint, which the others name by `run`."""
+
+    def __init__(self, path: Path | str, device: torch.device | str = "cpu"):
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        found = fingerprint(device)
+        self.lines: list[dict] = []  # of this run
+        self.run = hashlib.sha256(json.dumps(found).encode()).hexdigest()[:12]
+        self._append({"kind": "fingerprint", "run": self.run, **found})
+
+    def add(
+        self,
+        kind: str,
+        name: str,
+        samples: Iterable[float],
+        unit: str = "s",
+        *,
+        shapes: dict[str, object] | None = None,
+        dtype: torch.dtype | str = "",
+        convention: str = "",
+        **facts: object,
+    ) -> dict:
+        """Appends one measurement. `kind` is its table (bench/results.py), `shapes` its sizes by
+        name, `convention` how a derived figure counts, `facts` what else the table shows: counts,
+        rates, ratios as text. No samples means that it was not measured, and a fact says why."""
+        line = {
+            "kind": kind, "name": name, "run": self.run, "shapes": shapes or {},
+            "dtype": str(dtype).removeprefix("torch."), "convention": convention,
+            "unit": unit, "samples": [float(f"{x:.6g}") for x in samples], "facts": facts,
+        }  # fmt: skip
+        self._append(line)
+        self.lines.append(line)
+        return line
+
+    def _append(self, line: dict) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def read(paths: Iterable[Path | str]) -> tuple[list[dict], dict[str, dict]]:
+    """The measurements of some files, in order, and the fingerprints by run."""
+    lines = [json.loads(x) for p in paths for x in Path(p).read_text("utf-8").splitlines()]
+    runs = {line["run"]: line for line in lines if line["kind"] == "fingerprint"}
+    return [line for line in lines if line["kind"] != "fingerprint"], runs
+
+
+def shown(line: dict) -> dict[str, object]:
+    """A measurement as the cells of a table: name, sizes, time (seconds as milliseconds), facts."""
+    scale, unit = (1000, "ms") if line["unit"] == "s" else (1, line["unit"])
+    low, middle, high = quartiles([scale * x for x in line["samples"]] or [float("nan")])
+    spread = {
+        f"median {unit}": middle,
+        f"min {unit}": scale * min(line["samples"], default=float("nan")),
+        f"IQR {unit}": high - low,
+    }
+    if len(line["samples"]) == 1:  # a count, or something that is done once
+        spread = {unit: middle}
+    measured = {key: None if math.isnan(x) else x for key, x in spread.items()}
+    facts = {key.replace("_", " "): value for key, value in line["facts"].items()}
+    return {"name": line["name"], **line["shapes"], "dtype": line["dtype"], **measured, **facts}
+
+
+def table(rows: list[dict[str, object]]) -> str:
+    """Rows as a markdown table that is also aligned to read on a screen. Columns are the keys of
+    all rows in the order in which they come; None and missing cells stay empty."""
+    heads = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [[_cell(row.get(head)) for head in heads] for row in rows]
+    widths = [max(map(len, column)) for column in zip(heads, *cells, strict=True)]
+    right = [all(_is_number(row.get(head)) for row in rows) for head in heads]
+
+    def line(texts: list[str]) -> str:
+        both = zip(texts, widths, right, strict=True)
+        return "| " + " | ".join(t.rjust(w) if r else t.ljust(w) for t, w, r in both) + " |"
+
+    rule = ["-" * (w - 1) + ":" if r else "-" * w for w, r in zip(widths, right, strict=True)]
+    return "\n".join([line(heads), line(rule), *map(line, cells)])
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return "" if value is None else str(value)
+
+
+def _is_number(value: object) -> bool:
+    return value is None or isinstance(value, int | float)
+
+
+if __name__ == "__main__":
+    print(json.dumps(fingerprint("cuda" if torch.cuda.is_available() else "cpu"), indent=1))

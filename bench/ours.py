@@ -1,0 +1,173 @@
+"""nanomed's own training step as a function to call: what bench/step.py times.
+
+The step is nanomed.step.train_step with the loader, the sharded model and the optimizer of a run.
+`Split` marks where its parts begin, without changing it.
+"""
+
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+from nanomed import reference, step
+from nanomed.config import DPO, ModelConfig, Run
+from nanomed.distributed import World, shard
+from nanomed.loader import Loader
+from nanomed.log import Meter
+from nanomed.model import Aquila, init_weights
+from nanomed.optim import adamw
+
+LR = 1e-5
+
+
+class Examples:
+    """Token sequences in memory with the interface that the loader asks for; an example is a list
+    of (ids, trained), one for a chat or a document, two for a pair."""
+
+    def __init__(self, examples: list[list[tuple[np.ndarray, np.ndarray]]]):
+        self.examples = examples
+        self.lengths = np.array([sum(len(ids) for ids, _ in e) for e in examples])
+        labels = np.array([sum(t[1:].sum() for _, t in e) for e in examples])
+        self.divisors = labels if len(examples[0]) == 1 else np.ones(len(examples), np.int64)
+
+    @classmethod
+    def of_lengths(cls, lengths: list[int], vocab_size: int, segments: int = 1) -> "Examples":
+        """Random tokens of each length; all but the first token are trained on."""
+        rng = np.random.default_rng(0)
+        draw = lambda n: (rng.integers(vocab_size, size=n), np.arange(n) > 0)  # noqa: E731
+        return cls([[draw(n) for _ in range(segments)] for n in lengths])
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, i: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        return self.examples[i]
+
+
+def settings(cls: type[Run], batch_size: int, micro_tokens: int, recompute: str = "none") -> Run:
+    seq_len = micro_tokens // 2 if cls is DPO else micro_tokens
+    return cls(
+        batch_size=batch_size, micro_tokens=micro_tokens, seq_len=seq_len, lr=LR, dropout=0.0,
+        weight_decay=0.1, grad_clip=1.0, recompute=recompute, epochs=1000,
+    )  # fmt: skip
+
+
+def model_of(
+    world: World, config: ModelConfig, dtype: torch.dtype, recompute: str, sharded: bool = True
+) -> Aquila:
+    """With the same weights on every side: those of init_weights, seed 0."""
+    with torch.device("meta"):
+        model = Aquila(config, recompute)
+    if sharded:
+        shard(model, world, dtype)
+    model.to_empty(device=world.device)
+    init_weights(model)
+    return model
+
+
+class Ours:
+    """One optimizer step at each call; `tokens` has the real tokens of each."""
+
+    def __init__(
+        self,
+        world: World,
+        config: ModelConfig,
+        data: Examples,
+        c: Run,
+        dtype: torch.dtype,
+        sharded: bool = True,
+        model: Aquila | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+    ):
+        self.c, self.k, self.tokens = c, 0, []
+        self.model = model or model_of(world, config, dtype, c.recompute, sharded)
+        self.optimizer = optimizer or adamw(self.model, c.weight_decay)
+        # A little more than a row: with none to spare, documents that fill n rows go into n + 1.
+        self.loader = Loader(
+            data, np.arange(len(data)), np.arange(0), batch_size=c.batch_size,
+            micro_tokens=c.micro_tokens * 9 // 8, epochs=c.epochs, rank=world.rank,
+            world_size=world.size,
+        )  # fmt: skip
+        self.meter = Meter(config, world.size)
+        self.loss = lambda nll, row: (nll.sum(), {})
+        if isinstance(c, DPO):
+            self.loss = self._preference_loss(world)
+
+    def _preference_loss(self, world: World) -> Callable:
+        from train_dpo import preference_loss
+
+        logps = reference._compute(self.model, self.loader, SimpleNamespace(world=world))
+        kinds = torch.zeros(len(self.loader.data), dtype=torch.int64, device=world.device)
+        return preference_loss(logps, kinds, [], self.c)
+
+    def __call__(self) -> None:
+        done = step.train_step(
+            self.c, self.model, self.optimizer, self.loader, self.loss, self.k, LR, self.meter
+        )
+        assert done.applied, "a step that is not finite is not worth timing"
+        self.tokens.append(int(done.sums["tokens"]))
+        self.k += 1
+
+
+class Split:
+    """Seconds of each part of the steps inside `with`: data, forward, backward, clip+optimizer.
+
+    The clock is the GPU's (events) or the CPU's. Parts are told apart where train_step calls
+    something of ours: the loader, the model, the loss, the clipping."""
+
+    PARTS = ("data", "forward", "backward", "clip+optimizer")
+
+    def __init__(self, ours: Ours):
+        self.ours, self.marks = ours, []
+        self.cuda = next(ours.model.parameters()).is_cuda
+
+    def mark(self, part: str | None) -> None:
+        if self.cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+        else:
+            event = time.perf_counter()
+        self.marks.append((part, event))
+
+    def __enter__(self) -> "Split":
+        ours, self.before = self.ours, (self.ours.loss, step.clip_grad_norm_)
+        self.hook = ours.model.register_forward_pre_hook(lambda *_: self.mark("forward"))
+
+        def loss(nll, row):
+            value = self.before[0](nll, row)
+            self.mark("backward")
+            return value
+
+        def clip(*arguments):
+            self.mark("clip+optimizer")
+            return self.before[1](*arguments)
+
+        ours.loss, step.clip_grad_norm_ = loss, clip
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.ours.loss, step.clip_grad_norm_ = self.before
+        self.hook.remove()
+
+    def __call__(self) -> None:
+        self.mark("data")
+        self.ours()
+        self.mark(None)
+
+    def seconds(self) -> dict[str, float]:
+        """Of all marked steps together, by part."""
+        if self.cuda:
+            torch.cuda.synchronize()
+        total = dict.fromkeys(self.PARTS, 0.0)
+        for (part, start), (_, end) in zip(self.marks, self.marks[1:], strict=False):
+            if part:
+                total[part] += start.elapsed_time(end) / 1000 if self.cuda else end - start
+        return total
+
+
+def weights_of(model: Aquila) -> dict[str, torch.Tensor]:
+    """Of an unsharded model, under the names of transformers."""
+    params = model.named_parameters()
+    return {n if n.startswith("lm_head") else f"model.{n}": p.detach() for n, p in params}

@@ -1,0 +1,144 @@
+"""docs/results.md from the measurements in bench/results/*.jsonl: no figure there is typed.
+
+python -m bench.results            writes it
+python -m bench.results --check    fails if it is not what the files give
+"""
+
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.counts import OPS
+from bench.measure import ROOT, read, shown, table
+
+FOLDER, PAGE = ROOT / "bench/results", ROOT / "docs/results.md"
+
+TOP = """# Results
+
+Written by `python -m bench.results` from `bench/results/*.jsonl`; a test compares. An empty cell
+was not measured; the command above its table fills it, and [`bench/gpu.sh`](../bench/gpu.sh) runs
+those for a GPU in about eight minutes.
+
+Versions take turns within a run (A B A B), on a GPU with its L2 cache emptied before every sample.
+*IQR* is the distance between the quartiles of the samples. A ratio is the median of the pairs taken
+in turn, with the smallest and largest pair; *no difference* is a ratio nearer to 1 than that of a
+version to itself. Only lines of one table may be compared.
+"""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One table: its heading, what it says, the command that fills it, and the rows and columns
+    that are shown empty as long as no GPU has run it."""
+
+    title: str
+    about: str
+    command: str
+    rows: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ("median ms", "min ms", "IQR ms", "rate")
+
+
+OURS = "triton is faster by"
+PASSES = ("forward", "forward+backward")
+KINDS = {
+    "ceiling": Kind(
+        "Ceilings",
+        "What the machine does at most, on random data: copying, and matmuls of AquilaMed's "
+        "shapes. The head comes with rows of the logits 151,851 elements apart, as the vocabulary "
+        "has it, and 151,936.",
+        "python -m bench.ceilings --results bench/results/NAME.jsonl",
+        ("copy", "matmul 8192 x 8192 x 8192", "head, logits", "head, dhidden", "head, dweight"),
+    ),
+    "parity": Kind(
+        "Correct first",
+        "The largest error of an output or a gradient against float32 formulas (float64 on a CPU), "
+        "norm-wise, and how often it is that of the version it is held against in the same dtype. "
+        "More than 2 fails, and what fails is not timed.",
+        "python -m bench.kernels --results bench/results/NAME.jsonl",
+        tuple(f"{op}: triton" for op in OPS),
+        ("times their error", "held against", "our error", "their error", "gate"),
+    ),
+    "kernel": Kind(
+        "Kernels",
+        "At AquilaMed's shapes. Rates count what an op must do at least "
+        "([kernels.md](kernels.md)), as shares of the copy's and the matmul's rate of the run.",
+        "python -m bench.kernels --results bench/results/NAME.jsonl",
+        tuple(f"{op} {what}: triton" for op in OPS for what in PASSES),
+        ("median ms", "min ms", "IQR ms", "rate", "of ceiling", OURS, "GiB"),
+    ),
+    "layer": Kind(
+        "One layer",
+        "An AquilaMed layer, forward and backward, over a row of packed medical chats.",
+        "python -m bench.layer --results bench/results/NAME.jsonl",
+        ("triton", "definition", "torch.compile"),
+        ("median ms", "min ms", "IQR ms", "rate", "of ceiling", OURS, "GiB"),
+    ),
+    "step": Kind(
+        "A training step",
+        "From the rows of a step to the updated weights: AquilaMed on one GPU, and small models on "
+        "a CPU beside transformers and TRL.",
+        "python -m bench.step --gpu --results bench/results/NAME.jsonl\n"
+        "python -m bench.step --results bench/results/NAME.jsonl",
+        ("AquilaMed CPT", "AquilaMed SFT", "AquilaMed DPO"),
+        ("median ms", "recompute", "real tokens per s", "MFU", "HFU", "peak GiB", "predicted GiB"),
+    ),
+    "data": Kind(
+        "Data",
+        "Reading, tokenising and packing documents, beside datasets with transformers.",
+        "python -m bench.data --results bench/results/NAME.jsonl",
+    ),
+}
+
+
+def page(paths: list[Path]) -> str:
+    lines, runs = read(paths)
+    kinds = list(dict.fromkeys([*KINDS, *(line["kind"] for line in lines)]))
+    parts = [TOP]
+    for kind in kinds:
+        known = KINDS.get(kind, Kind(kind.capitalize(), "", f"python -m bench.{kind}"))
+        mine = [line for line in lines if line["kind"] == kind]
+        parts.append(f"## {known.title}\n\n{known.about}\n\n```\n{known.command}\n```\n")
+        for run in dict.fromkeys(line["run"] for line in mine):
+            its = [line for line in mine if line["run"] == run]
+            parts.append(f"{machine(runs[run])}:\n")
+            for sizes in dict.fromkeys(tuple(line["shapes"]) for line in its):
+                alike = [shown(line) for line in its if tuple(line["shapes"]) == sizes]
+                parts.append(f"{table(alike)}\n")
+            parts += [f"{note}.\n" for note in dict.fromkeys(x["convention"] for x in its) if note]
+        if known.rows and not any("gpu" in runs[line["run"]] for line in mine):
+            rows = [{"name": name} | dict.fromkeys(known.columns) for name in known.rows]
+            parts.append(f"On a GPU, not measured yet:\n\n{table(rows)}\n")
+        elif not mine:
+            parts.append("Not measured yet.\n")
+    return "\n".join(parts)
+
+
+def machine(run: dict) -> str:
+    """Where, with what and in which state a run was taken, in one line."""
+    cpu = f"{run['cpu']}, {run['cores']} cores, {run['threads']} threads"
+    where = cpu
+    if "gpu" in run:
+        where = f"{run['gpu']} ({run['memory_gib']} GiB, {run.get('power.limit', 'power unknown')})"
+        where += f", driver {run.get('driver_version', 'unknown')}, CUDA {run['cuda']}"
+    code = run["commit"] or f"source {run['source']}"
+    if run["dirty"]:
+        code += f" with changes (source {run['source']})"
+    state = "" if run["clean"] else f"; **the machine was busy: load {run['load']}**"
+    versions = f"torch {run['torch']}, triton {run['triton']}, Python {run['python']}"
+    return f"{where}, {versions}; code {code}, {run['date'][:10]}{state}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true")
+    given = parser.parse_args()
+    text = page(sorted(FOLDER.glob("*.jsonl")))
+    if not given.check:
+        PAGE.write_text(text, "utf-8")
+    elif not PAGE.exists() or PAGE.read_text("utf-8") != text:
+        sys.exit(f"{PAGE.relative_to(ROOT)} is stale; write it with `python -m bench.results`")
+
+
+if __name__ == "__main__":
+    main()

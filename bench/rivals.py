@@ -1,0 +1,110 @@
+"""What a user could pick instead of each op of kernels/: a function of the same tensors for each.
+
+Liger-Kernel and flash-attn are imported here alone, and only if they are installed.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from bench.counts import every_logit, every_score
+from kernels import reference
+
+Works = dict[str, Callable]
+
+
+def installed(module: str, name: str) -> Callable | None:
+    """An attribute of a package that may be absent."""
+    try:
+        return getattr(__import__(module, fromlist=[name]), name)
+    except ImportError:
+        return None
+
+
+def rmsnorm(compile: bool) -> Works:
+    works = {"F.rms_norm": lambda x, w: F.rms_norm(x, (x.shape[-1],), w, 1e-5)}
+    if compile:
+        compiled = torch.compile(reference.rmsnorm, dynamic=False)
+        works["torch.compile"] = lambda x, w: compiled(x, w, 1e-5)
+    if liger := installed("liger_kernel.ops.rms_norm", "LigerRMSNormFunction"):
+        works["Liger"] = lambda x, w: liger.apply(x, w, 1e-5)
+    return works
+
+
+def rope(
+    positions: Tensor, theta: float, head_size: int, dtype: torch.dtype, compile: bool
+) -> Works:
+    half = torch.arange(head_size // 2, dtype=torch.float32, device=positions.device)
+    angle = positions[:, None] / theta ** (2 * half / head_size)
+    angle = torch.cat((angle, angle), -1)[:, None]  # [T,1,E]
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+
+    def turn(x: Tensor) -> Tensor:
+        a, b = x.chunk(2, -1)
+        return x * cos + torch.cat((-b, a), -1) * sin
+
+    def rotate_half(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """As transformers does it: tables once for all layers, then everything in q's dtype."""
+        return turn(q), turn(k)
+
+    works = {"rotate_half": rotate_half}
+    if compile:
+        compiled = torch.compile(reference.rope, dynamic=False)
+        works["torch.compile"] = lambda q, k: compiled(q, k, positions, theta)
+    return works
+
+
+def swiglu(compile: bool) -> Works:
+    works = {"sigmoid by hand": lambda gate, up: gate * torch.sigmoid(gate) * up}
+    if compile:
+        works["torch.compile"] = torch.compile(reference.swiglu, dynamic=False)
+    if liger := installed("liger_kernel.ops.swiglu", "LigerSiLUMulFunction"):
+        works["Liger"] = liger.apply
+    return works
+
+
+def attention(cu_seqlens: Tensor, max_seqlen: int, on_gpu: bool) -> Works:
+    """SDPA knows no documents: it takes part where the row is one. The formula with all scores is
+    for short rows."""
+    works = {}
+    n = len(cu_seqlens) - 1
+    if n == 1 and on_gpu:
+        works["SDPA flash"] = lambda q, k, v: _sdpa(q, k, v, SDPBackend.FLASH_ATTENTION)
+        works["SDPA cuDNN"] = lambda q, k, v: _sdpa(q, k, v, SDPBackend.CUDNN_ATTENTION)
+    if int(cu_seqlens[-1]) <= 4096:
+        mask = document_mask(cu_seqlens)
+        works["every score"] = lambda q, k, v: every_score(q, k, v, mask)
+    if flash := installed("flash_attn", "flash_attn_varlen_func"):
+        borders = dict(cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, causal=True)
+        longest = dict(max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen)
+        works["flash-attn"] = lambda q, k, v: flash(q, k, v, **borders, **longest)
+    return works
+
+
+def document_mask(cu_seqlens: Tensor) -> Tensor:  # [T,T] bool: who sees whom
+    place = torch.arange(int(cu_seqlens[-1]), device=cu_seqlens.device)
+    document = torch.bucketize(place, cu_seqlens[1:].long(), right=True)
+    return (document[:, None] == document) & (place[:, None] >= place)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, backend: SDPBackend) -> Tensor:
+    """Grouped keys and values as they are: repeating them would be work that is not attention's."""
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1,H or K,T,E]
+    with sdpa_kernel(backend):
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    return out[0].transpose(0, 1)
+
+
+def linear_nll(labels: Tensor, compile: bool) -> Works:
+    works = {"every logit": lambda h, w: every_logit(h, w, labels)}
+    if compile:
+        compiled = torch.compile(every_logit, dynamic=False)
+        works["torch.compile of every logit"] = lambda h, w: compiled(h, w, labels)
+    path = "liger_kernel.ops.fused_linear_cross_entropy"
+    if liger := installed(path, "LigerFusedLinearCrossEntropyFunction"):
+        # The mean over tokens, not one value each; weight gradients summed in the weight's dtype.
+        works["Liger (mean)"] = lambda h, w: liger.apply(h, w, labels)[0]
+    return works

@@ -1,0 +1,334 @@
+"""A training step of nanomed beside what a user would pick: a transformers loop and TRL's trainers.
+
+    python -m bench.step                    all tables for a CPU, about ten minutes
+    python -m bench.step --quick            the same with a tiny model and few rounds, a minute
+    python -m bench.step --gpu              the AquilaMed step on one GPU (bench/step_gpu.py)
+
+Same weights, documents, dtype and machine, in one process, turn by turn. First, in float32, loss
+and gradients must agree: a version that computes something else gets no time. Tokens are real ones;
+padding is not counted.
+"""
+
+import argparse
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from bench import startup, step_gpu, step_scaling
+from bench.measure import ROOT, Results, interleaved, ratio, shown, table
+from bench.ours import Examples, Ours, model_of, settings
+from nanomed import hf, store, template, tokenizer
+from nanomed.config import CPT, DPO, MODELS, SFT, ModelConfig, Run
+from nanomed.distributed import World, pick_device, start
+from nanomed.model import Aquila
+from nanomed.packing import IGNORE, row_from
+
+VOCABULARY = 6144  # of samples/tokenizer.model
+MID = ModelConfig(VOCABULARY, 4, 512, 8, 2, 1408, 4096, 1e6, 1e-5, True)
+QUICK = MODELS["tiny"]
+PARTS = ("sft", "dpo", "cpt", "fsdp", "scaling", "ranks", "startup")
+FASTER = "nanomed_is_faster_by"
+CONVENTION = (
+    "Ratios are of the time per real token. TRL has its defaults but for what `setting` names, "
+    "the batch, the length and AdamW's constants"
+)
+
+
+class Bench:
+    """What the comparisons share. `tokens` is about what a step has, and a packed row of TRL."""
+
+    def __init__(self, given: argparse.Namespace, world: World, folder: Path):
+        self.given, self.world, self.folder = given, world, folder
+        self.config = QUICK if given.quick else MID
+        self.tokens = 1024 if given.quick else 2048
+        self.rounds = given.rounds or (3 if given.quick else 12)
+        self.dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[given.dtype]
+        self.results = Results(given.results, world.device)
+        self.encoder = template.Encoder(
+            template.CHATML, tokenizer.load(ROOT / "samples/tokenizer.model")
+        )
+        self.plain = model_of(world, self.config, torch.float32, "none", sharded=False)
+
+    def tokenizer(self):
+        from transformers import AutoTokenizer
+
+        small = ModelConfig(VOCABULARY, 1, 64, 1, 1, 64, 64, 1e6, 1e-5, True)
+        hf.export(Aquila(small), self.encoder.tokenizer, self.folder / "tokenizer")
+        return AutoTokenizer.from_pretrained(self.folder / "tokenizer")
+
+
+def chats(b: Bench) -> Examples:
+    files = b.given.data or shared("medical_sft_sharegpt.jsonl") or ["samples/sft.jsonl"]
+    found = store.chats(files, b.encoder, b.tokens, allow_drop=1.0)
+    return _first(found, 400, b.tokens)
+
+
+def pairs(b: Bench) -> Examples:
+    files = shared("preference_sharegpt.jsonl") or ["samples/dpo.jsonl"]
+    found = store.pairs(files, b.encoder, b.tokens // 2, allow_drop=1.0)
+    return _first(found, 100, b.tokens)
+
+
+def documents(b: Bench) -> Examples:
+    """Plain text: the chats' tokens without their template's structure, every token trained on."""
+    found = chats(b)
+    return Examples([[(ids, ids == ids) for ids, _ in found[i]] for i in range(len(found))])
+
+
+def _first(found: store.Store, n: int, longest: int) -> Examples:
+    fits = [i for i in range(len(found)) if found.lengths[i] <= longest]
+    return Examples([found[i] for i in fits[:n]])
+
+
+def shared(name: str) -> list[str]:
+    """The real data beside the checkout, if they are there."""
+    path = ROOT.parent / "shared/data" / name
+    return [str(path)] if path.exists() else []
+
+
+# ---------------------------------------------------------------- the gate
+
+
+def gate(b: Bench, name: str, theirs, loss: torch.Tensor, ours: torch.Tensor) -> None:
+    """Both losses of the same segments from the same float32 weights, and all their gradients.
+    Raises SystemExit before any time is taken if they differ."""
+    theirs.zero_grad()
+    b.plain.zero_grad()
+    loss.backward()
+    ours.backward()
+    grads = {n.removeprefix("model."): p.grad for n, p in theirs.named_parameters()}
+    apart = {
+        n: ((grads[n] - p.grad).norm() / p.grad.norm()).item()
+        for n, p in b.plain.named_parameters()
+        if "k_proj.bias" not in n  # 0 but for rounding: softmax ignores a common shift
+    }
+    worst = max(apart, key=apart.get)
+    off = abs(loss.item() - ours.item()) / abs(ours.item())
+    print(f"  {name}: loss {off:.1e} apart, gradients at most {apart[worst]:.1e} ({worst})")
+    if not (off < 1e-5 and apart[worst] < 1e-4):
+        raise SystemExit(f"{name} computes something else than nanomed: no speed is measured")
+    theirs.zero_grad()
+    b.plain.zero_grad()
+
+
+def segments_of(batch: dict[str, torch.Tensor]) -> list[tuple]:
+    """The (ids, trained) of a collator's batch, padded, or packed with positions that restart."""
+    found = []
+    for i, (ids, labels) in enumerate(zip(batch["input_ids"], batch["labels"], strict=True)):
+        ends = [int(batch["attention_mask"][i].sum())] if "attention_mask" in batch else []
+        if "position_ids" in batch:
+            starts = (batch["position_ids"][i] == 0).nonzero()[:, 0].tolist()
+            ends = [*starts[1:], len(ids)]
+        for begin, end in zip([0, *ends[:-1]], ends, strict=True):
+            found.append((ids[begin:end].numpy(), (labels[begin:end] != IGNORE).numpy()))
+    return found
+
+
+def next_token_loss(b: Bench, segments: list[tuple]) -> torch.Tensor:
+    row = row_from(*zip(*segments, strict=True))
+    return b.plain(row).sum() / (row.labels >= 0).sum()
+
+
+def trl_gate(b: Bench, name: str, trainer, dpo: bool) -> None:
+    batch = next(iter(trainer.get_train_dataloader()))
+    model = trainer.model
+    model.train()
+    if not dpo:
+        segments = segments_of(batch)
+        ours = next_token_loss(b, segments)
+        n = sum(int(trained[1:].sum()) for _, trained in segments)
+        loss = trainer.compute_loss(model, batch, num_items_in_batch=n)
+    else:
+        chosen, rejected = batch["input_ids"].chunk(2)
+        ours = _dpo_loss(b, batch, torch.stack([chosen, rejected], 1))
+        loss = trainer.compute_loss(model, batch)
+    gate(b, name, model, loss, ours)
+
+
+def _dpo_loss(b: Bench, batch: dict, ids: torch.Tensor) -> torch.Tensor:
+    """-log sigmoid of beta times what the log-ratios differ by, from the start weights."""
+    masks = torch.stack(batch["attention_mask"].chunk(2), 1)
+    learned = torch.stack(batch["completion_mask"].chunk(2), 1)
+    segments = [
+        (ids[i, side][: masks[i, side].sum()].numpy(),
+         learned[i, side][: masks[i, side].sum()].bool().numpy())
+        for i in range(len(ids)) for side in (0, 1)
+    ]  # fmt: skip
+    nll = b.plain(row := row_from(*zip(*segments, strict=True)))
+    logps = torch.stack([-part.sum() for part in nll.split(row.cu_seqlens.diff().tolist())])
+    ratios = (logps - logps.detach()).view(-1, 2)
+    margins = DPO.__dataclass_fields__["beta"].default * (ratios[:, 0] - ratios[:, 1])
+    return -torch.nn.functional.logsigmoid(margins).mean()
+
+
+# ---------------------------------------------------------------- the comparison
+
+
+def compare(b: Bench, stage: str, sides: dict[str, Callable], about: dict[str, str]) -> None:
+    """Times the sides in turns. The first is nanomed, the second nanomed again: what is noise."""
+    first, again = list(sides)[:2]
+    seconds = interleaved(sides, b.rounds, warmup=2)
+    tokens = {name: side.tokens[-b.rounds :] for name, side in sides.items()}
+    per_token = {
+        name: [s / t for s, t in zip(seconds[name], tokens[name], strict=True)] for name in sides
+    }
+    lines = []
+    for name in sides:
+        facts = {
+            "real_tokens_per_s": round(sum(tokens[name]) / sum(seconds[name])),
+            "tokens_a_step": round(sum(tokens[name]) / b.rounds),
+        }
+        if name not in (first, again):
+            facts[FASTER] = str(ratio(per_token[name], per_token[first], per_token[again]))
+        lines.append(
+            b.results.add(
+                "step", f"{stage}: {name}", seconds[name], dtype=b.dtype, convention=CONVENTION,
+                shapes={"parameters": b.config.n_params()}, **facts, setting=about.get(name, ""),
+            )
+        )  # fmt: skip
+    print(table([shown(line) for line in lines]), flush=True)
+    for side in sides.values():
+        getattr(side, "close", lambda: None)()
+
+
+def nanomed(b: Bench, data: Examples, c: Run) -> dict[str, Ours]:
+    """Two of them, which see the same documents."""
+    names = "nanomed", "nanomed, again"
+    return {name: Ours(b.world, b.config, data, c, b.dtype) for name in names}
+
+
+def trl_sides(
+    b: Bench, build: Callable, data: Examples, c: Run, settings: dict[str, dict], dpo: bool
+) -> tuple[dict[str, Callable], dict[str, str]]:
+    """A trainer for each setting, past the gate, and the setting in words."""
+    import trl
+
+    from bench.theirs import Stepped, qwen2
+
+    sides, about, tok = {}, {}, b.tokenizer()
+
+    def trainer(**given):
+        model = qwen2(b.config, b.plain, b.world.device)
+        return build(model, data, c, tok, b.folder, b.world.device.type, **given)
+
+    for name, given in settings.items():
+        # In float32: in bf16 the reference of DPO is rounded otherwise than the policy.
+        trl_gate(b, f"TRL {name}", trainer(**given, bf16=False), dpo)
+        given = {"bf16": b.dtype == torch.bfloat16, **given}
+        sides[f"TRL {name}"] = Stepped(trainer(**given))
+        words = ", ".join(f"{key}={value}" for key, value in given.items())
+        about[f"TRL {name}"] = f"TRL {trl.__version__}: {words}"
+    return sides, about
+
+
+def sft(b: Bench) -> None:
+    from bench.theirs import Plain, padded, qwen2, trl_sft
+
+    data = chats(b)
+    c = settings(SFT, 8, 2 * b.tokens)
+    row = dict(packing=True, max_length=b.tokens, per_device_train_batch_size=1)
+    off = dict(gradient_checkpointing=False)
+    trl = {
+        "as shipped": {},
+        "no checkpointing": off,
+        "no checkpointing, by length": off | dict(train_sampling_strategy="group_by_length"),
+        "packing": row,
+        "packing, no checkpointing": row | off,
+    }
+    if b.given.quick:
+        trl = {name: trl[name] for name in ("as shipped", "packing, no checkpointing")}
+    print(f"\nSFT, {c.batch_size} chats a step; the gate:")
+    model = qwen2(b.config, b.plain, b.world.device)
+    segments = [data[i][0] for i in range(4)]
+    batch = padded(segments)
+    n = sum(int(t[1:].sum()) for _, t in segments)
+    loss = model(**batch, num_items_in_batch=n).loss
+    gate(b, "transformers", model, loss, next_token_loss(b, segments))
+    sides = nanomed(b, data, c)
+    order = sides["nanomed"].loader.examples
+    sides["transformers loop"] = Plain(model, data, c, b.dtype, order)
+    more, about = trl_sides(b, trl_sft, data, c, trl, dpo=False)
+    compare(b, "SFT", sides | more, about)
+
+
+def dpo(b: Bench) -> None:
+    from bench.theirs import trl_dpo
+
+    data, c = pairs(b), settings(DPO, 2, 4 * b.tokens)
+    off = dict(gradient_checkpointing=False)
+    trl = {
+        "as shipped": {},
+        "no checkpointing": off,
+        "no checkpointing, reference before": off | dict(precompute_ref_log_probs=True),
+    }
+    if b.given.quick:
+        del trl["no checkpointing"]
+    print(f"\nDPO, {c.batch_size} pairs a step, nanomed's reference computed before; the gate:")
+    more, about = trl_sides(b, trl_dpo, data, c, trl, dpo=True)
+    compare(b, "DPO", nanomed(b, data, c) | more, about)
+
+
+def cpt(b: Bench) -> None:
+    from bench.theirs import Plain, qwen2, trl_sft
+
+    data = documents(b)
+    n = max(1, round(b.tokens / data.lengths.mean()))
+    c = settings(CPT, n, 2 * b.tokens)
+    row = dict(packing=True, max_length=b.tokens, per_device_train_batch_size=1)
+    trl = {"packing, no checkpointing": row | dict(gradient_checkpointing=False)}
+    if not b.given.quick:
+        trl = {"packing": row, **trl}
+    print(f"\nCPT, {n} documents a step; the gate:")
+    more, about = trl_sides(b, trl_sft, data, c, trl, dpo=False)
+    sides = nanomed(b, data, c)
+    model = qwen2(b.config, b.plain, b.world.device)
+    name = "transformers loop, full rows"
+    order = sides["nanomed"].loader.examples
+    sides[name] = Plain(model, data, c, b.dtype, order, block=b.tokens // 4)
+    about[name] = f"rows of {b.tokens // 4} tokens, documents see the one before them"
+    compare(b, "CPT", sides | more, about)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a tiny model and few rounds")
+    parser.add_argument("--gpu", action="store_true", help="the AquilaMed step on one GPU")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--only", nargs="*", choices=PARTS, help="of the tables for a CPU")
+    parser.add_argument("--data", nargs="*", help="chats; default: real ones beside the checkout")
+    parser.add_argument("--dtype", default="bf16", choices=("bf16", "fp32"))
+    parser.add_argument("--rounds", type=int, default=0)
+    parser.add_argument("--tokens", type=int, nargs="*", help="--gpu: of a packed row")
+    parser.add_argument("--results", default="runs/bench-step.jsonl", help="JSON lines")
+    given = parser.parse_args()
+    if given.gpu:
+        return step_gpu.main(given)
+    device = pick_device("cpu")
+    parts = given.only or PARTS
+    with tempfile.TemporaryDirectory() as folder, start(device) as world:
+        store.CACHE = Path(folder) / "cache"
+        b = Bench(given, world, Path(folder))
+        print(
+            f"{b.config.n_params():,} parameters, {given.dtype}, {torch.get_num_threads()} threads"
+        )
+        if {"sft", "dpo", "cpt"} & set(parts):
+            from bench.theirs import prepare
+
+            prepare()
+        for name in ("sft", "dpo", "cpt"):
+            if name in parts:
+                {"sft": sft, "dpo": dpo, "cpt": cpt}[name](b)
+        if "fsdp" in parts:
+            step_scaling.fsdp(b)
+        if "scaling" in parts:
+            step_scaling.rows(b)
+    if "ranks" in parts:
+        step_scaling.ranks(b)
+    if "startup" in parts:
+        startup.measure(b.results, times=1 if given.quick else 3)
+
+
+if __name__ == "__main__":
+    main()

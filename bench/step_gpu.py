@@ -1,0 +1,144 @@
+"""The full AquilaMed step on one GPU: CPT, SFT and DPO, in its parts, against what the GPU can do.
+
+    python -m bench.step --gpu [--tokens 4096 8192 16384] [--only cpt]
+    python -m bench.step --gpu --device cpu --quick          the same code with a tiny model
+
+The weights are initialised on the device from a seed, float32 masters and moments. Documents are
+random tokens: CPT's rows are full documents of 4,096, SFT's have the lengths of real medical chats
+drawn with a fixed seed (bench/kernels.py, documents), a pair is two such chats. Only torch, numpy
+and triton are needed.
+"""
+
+import argparse
+import dataclasses
+
+import torch
+
+from bench.kernels import documents
+from bench.measure import Results, shown, table
+from bench.ours import Examples, Ours, Split, model_of, settings
+from bench.setting import TINY
+from nanomed import memory
+from nanomed.config import CPT, DPO, MODELS, SFT, ModelConfig, Run
+from nanomed.distributed import World, pick_device, start
+from nanomed.log import PEAK_FLOPS, flops_of
+from nanomed.optim import adamw
+
+CONVENTION = (
+    "MFU counts 6 FLOPs per matmul weight and token (the embedding is a lookup, the head a matmul) "
+    "and 6 L D S per token of a document of S tokens, over {peak:.0f} TFLOP/s ({name}, data sheet, "
+    "dense bf16). HFU adds the matmuls that are computed again: logits in the head's backward, and "
+    "all layers under recompute full. Tokens are real ones; there is no padding"
+)
+GIB, ROWS = memory.GIB, 4  # rows of a step: gradients are accumulated, as in a run
+
+
+def main(given: argparse.Namespace) -> None:
+    device = pick_device(given.device)
+    on_gpu = device.type == "cuda"
+    config = MODELS["aquilamed-7b"] if on_gpu else TINY
+    sizes = given.tokens or ([4096, 8192, 16384] if on_gpu else [128])
+    with start(device) as world:
+        results = Results(given.results, device)
+        print(f"{config.n_params():,} parameters on {device}, masters in float32")
+        print(table([shown(line) for line in steps(given, world, config, sizes, results)]))
+
+
+def steps(given, world: World, config: ModelConfig, sizes: list[int], results: Results) -> list:
+    """One model and one optimizer for all, so that the weights are initialised once."""
+    model = model_of(world, config, torch.bfloat16, "none")
+    optimizer = adamw(model, 0.1)
+    lines = []
+    for stage, cls in (("cpt", CPT), ("sft", SFT), ("dpo", DPO)):
+        if given.only and stage not in given.only:
+            continue
+        for c in policies(cls, config, world, sizes):
+            for layer in model.layers:
+                layer.recompute = layer.mlp.recompute = c.recompute
+            data = examples(stage, c.micro_tokens, config)
+            try:
+                batch = dataclasses.replace(c, batch_size=len(data))
+                ours = Ours(world, config, data, batch, torch.bfloat16, True, model, optimizer)
+                lines.append(measure(stage, ours, config, world, results, 2 if given.quick else 3))
+            except torch.cuda.OutOfMemoryError as error:
+                model.zero_grad()
+                torch.cuda.empty_cache()
+                print(f"{stage}, rows of {c.micro_tokens:,}, recompute {c.recompute}: {error}")
+    return lines
+
+
+def policies(cls: type[Run], config: ModelConfig, world: World, sizes: list[int]) -> list[Run]:
+    """For each size of a row the cheapest recompute policy that memory.py says fits."""
+    limit = float("inf")
+    if world.device.type == "cuda":
+        limit = torch.cuda.get_device_properties(world.device).total_memory / GIB
+    found = []
+    for size in sizes:
+        for recompute in memory.RECOMPUTE:
+            c = settings(cls, 1, size, recompute)
+            total = sum(memory.memory(config, c, 1).values())
+            if total <= limit:
+                found.append(c)
+                break
+        else:
+            print(f"{cls.stage}: rows of {size:,} tokens need {total:.1f} GiB of {limit:.1f}")
+    return found
+
+
+def examples(stage: str, row: int, config: ModelConfig) -> Examples:
+    """ROWS rows full of random tokens; a pair is a chat's length twice."""
+    if stage == "cpt":
+        length = min(row, config.max_seq_len)
+        return Examples.of_lengths([length] * (row // length) * ROWS, config.vocab_size)
+    segments = 2 if stage == "dpo" else 1
+    total, longest, lengths = row * ROWS // segments, min(2048, row // segments), []
+    for n in documents(8 * total, "chats"):
+        n = min(n, longest, total - sum(lengths))
+        if n < 2:
+            break
+        lengths.append(n)
+    return Examples.of_lengths(lengths, config.vocab_size, segments)
+
+
+def measure(
+    stage: str, ours: Ours, config: ModelConfig, world: World, results: Results, rounds: int
+) -> dict:
+    """Some steps in their parts, after one that does not count."""
+    on_gpu, c = world.device.type == "cuda", ours.c
+    packed = ours.loader.step(0)
+    longest = max(len(row.tokens) for row in packed)
+    ours()
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    seconds = []
+    with Split(ours) as split:
+        for _ in range(rounds):
+            split()
+            seconds.append(sum(split.seconds().values()) - sum(seconds))
+    parts = {f"{name}_ms": round(1000 * s / rounds, 1) for name, s in split.seconds().items()}
+    lengths = [n for row in packed for n in row.cu_seqlens.diff().tolist()]
+    counted, executed = flops(config, lengths, c.recompute)
+    name = torch.cuda.get_device_name() if on_gpu else "a CPU, no data sheet"
+    peak = next((p for gpu, p in PEAK_FLOPS.items() if gpu in name), None)
+    rate = rounds / sum(seconds)
+    predicted = memory.memory(config, dataclasses.replace(c, micro_tokens=longest), world.size)
+    return results.add(
+        "step", f"AquilaMed {stage.upper()}" if on_gpu else f"tiny {stage.upper()}", seconds,
+        dtype=torch.bfloat16,
+        convention=CONVENTION.format(peak=peak / 1e12, name=name) if peak else "",
+        shapes={"row": longest, "rows": len(packed), "documents": len(lengths)},
+        recompute=c.recompute, real_tokens_per_s=round(sum(lengths) * rate), **parts,
+        MFU=f"{counted * rate / peak:.1%}" if peak else None,
+        HFU=f"{executed * rate / peak:.1%}" if peak else None,
+        peak_GiB=round(torch.cuda.max_memory_allocated() / GIB, 2) if on_gpu else None,
+        predicted_GiB=round(sum(predicted.values()) - memory.RESERVE, 2),
+    )  # fmt: skip
+
+
+def flops(config: ModelConfig, lengths: list[int], recompute: str) -> tuple[float, float]:
+    """(counted, executed) of one step over documents of these lengths."""
+    tokens, squares = sum(lengths), sum(n * n for n in lengths)
+    counted = flops_of(config, tokens, squares)
+    head = 2 * config.vocab_size * config.d_model * tokens  # the head's forward
+    again = head + (counted / 3 - head if recompute == "full" else 0)
+    return counted, counted + again

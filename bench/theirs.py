@@ -1,0 +1,197 @@
+"""What a user would pick instead: a plain transformers loop and TRL's trainers, one optimizer step
+at each call. transformers, TRL and datasets are imported here alone."""
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bench.ours import LR, Examples, weights_of
+from nanomed.config import DPO, ModelConfig, Run
+from nanomed.model import Aquila
+from nanomed.optim import BETAS, EPS, adamw
+from nanomed.packing import IGNORE
+
+
+def prepare() -> None:
+    """Keeps transformers from taking our folder kernels/ for the published package of that name,
+    and all three from drawing progress bars into our tables."""
+    import datasets
+    from transformers import utils
+
+    utils.is_kernels_available = utils.import_utils.is_kernels_available = lambda *a, **k: False
+    utils.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+
+
+def qwen2(config: ModelConfig, ours: Aquila, device: torch.device):
+    """transformers' model of the same shape with the same weights, float32, SDPA."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    theirs = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=config.vocab_size, hidden_size=config.d_model, intermediate_size=config.d_ff,
+            num_hidden_layers=config.n_layers, num_attention_heads=config.n_heads,
+            num_key_value_heads=config.n_kv_heads, max_position_embeddings=config.max_seq_len,
+            rms_norm_eps=config.norm_eps, tie_word_embeddings=False,
+            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+        )
+    )  # fmt: skip
+    theirs.load_state_dict(weights_of(ours))
+    return theirs.to(device).train()
+
+
+def padded(segments: list[tuple]) -> dict[str, Tensor]:
+    """As every collator does: on the right, to the longest."""
+    shape = len(segments), max(len(ids) for ids, _ in segments)
+    ids, mask = (torch.zeros(shape, dtype=torch.int64) for _ in range(2))
+    labels = torch.full(shape, IGNORE)
+    for i, (tokens, trained) in enumerate(segments):
+        n, tokens = len(tokens), torch.as_tensor(tokens)
+        ids[i, :n], mask[i, :n] = tokens, 1
+        labels[i, :n] = tokens.where(torch.from_numpy(trained.copy()), IGNORE)
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+class Plain:
+    """The loop that one writes around transformers: a padded batch, loss, backward, clip, AdamW.
+    `block` tokens: documents one after another in rows without padding, as run_clm.py does, which
+    lets a document see the one before it."""
+
+    def __init__(
+        self, model, data: Examples, c: Run, dtype: torch.dtype, order: Callable, block: int = 0
+    ):
+        """order(k) has the examples of step k."""
+        self.model, self.data, self.c, self.dtype = model, data, c, dtype
+        self.order, self.block, self.k, self.tokens = order, block, 0, []
+        self.optimizer = adamw(model, c.weight_decay)
+
+    def batch(self) -> dict[str, Tensor]:
+        segments = [s for i in self.order(self.k) for s in self.data[i]]
+        self.k += 1
+        if not self.block:
+            return padded(segments)
+        ids = torch.cat([torch.as_tensor(ids) for ids, _ in segments])
+        ids = ids[: len(ids) // self.block * self.block].view(-1, self.block)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+
+    def __call__(self) -> None:
+        batch = self.batch()
+        device = next(self.model.parameters()).device
+        batch = {name: value.to(device) for name, value in batch.items()}
+        with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
+            loss = self.model(**batch, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.c.grad_clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = LR
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.tokens.append(int(batch["attention_mask"].sum()))
+
+
+class Stepped:
+    """A Trainer that runs its own train() in a thread, from the end of one optimizer step to the
+    end of the next at each call: its loop, its data loader and its logging are all in the time."""
+
+    def __init__(self, trainer):
+        from transformers import PrinterCallback, TrainerCallback
+
+        stepped = self
+
+        class Gate(TrainerCallback):
+            def on_step_end(self, args, state, control, **_):
+                stepped.done.release()
+                stepped.go.acquire()
+                control.should_training_stop = stepped.over
+
+        self.trainer, self.tokens, self.error, self.over = trainer, [], None, False
+        self.go, self.done = threading.Semaphore(0), threading.Semaphore(0)
+        self.thread = threading.Thread(target=self._train, daemon=True)
+        training_step = trainer.training_step
+
+        def counted(model, inputs, *rest):
+            mask = inputs.get("attention_mask")
+            self.tokens.append(int(inputs["input_ids"].numel() if mask is None else mask.sum()))
+            return training_step(model, inputs, *rest)
+
+        trainer.training_step = counted
+        trainer.add_callback(Gate())
+        trainer.remove_callback(PrinterCallback)
+
+    def _train(self) -> None:
+        try:
+            self.trainer.train()
+        except BaseException as error:
+            self.error = error
+        self.done.release()
+
+    def __call__(self) -> None:
+        if self.thread.ident is None:
+            self.thread.start()
+        else:
+            self.go.release()
+        self.done.acquire()
+        if self.error:
+            raise self.error
+
+    def close(self) -> None:
+        self.over = True
+        self.go.release()
+        self.thread.join()
+
+
+def trl_sft(model, data: Examples, c: Run, tokenizer, folder: Path, device: str, **given):
+    """TRL's SFTTrainer over the same token ids and labels."""
+    import trl
+    from datasets import Dataset
+
+    rows = [
+        {
+            "input_ids": ids.tolist(),
+            "labels": [int(i) if t else IGNORE for i, t in zip(ids, trained, strict=True)],
+        }
+        for [(ids, trained)] in data
+    ]
+    arguments = _arguments(trl.SFTConfig, c, folder, device, given)
+    return trl.SFTTrainer(
+        model, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
+    )
+
+
+def trl_dpo(model, data: Examples, c: DPO, tokenizer, folder: Path, device: str, **given):
+    """TRL's DPOTrainer over the same token ids: its tokenisation alone is left out."""
+    import trl
+    from datasets import Dataset
+
+    class Tokenised(trl.DPOTrainer):
+        def _prepare_dataset(self, dataset, *_, **__):
+            return dataset
+
+    rows = []
+    for (chosen, trained), (rejected, _) in data:
+        n = int(trained.argmax())  # the prompt's tokens
+        parts = {"prompt_ids": chosen[:n], "chosen_ids": chosen[n:], "rejected_ids": rejected[n:]}
+        rows.append({name: ids.tolist() for name, ids in parts.items()})
+    model.save_pretrained(folder / "start")  # its reference is read from there
+    model = type(model).from_pretrained(folder / "start", dtype=torch.float32)
+    arguments = _arguments(trl.DPOConfig, c, folder, device, {"beta": c.beta, **given})
+    return Tokenised(
+        model, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
+    )
+
+
+def _arguments(cls: Callable, c: Run, folder: Path, device: str, given: dict):
+    """Its defaults but for the recipe, which all sides share, and for what writes and prints."""
+    recipe = dict(
+        per_device_train_batch_size=c.batch_size, max_length=c.micro_tokens, learning_rate=LR,
+        lr_scheduler_type="constant", weight_decay=c.weight_decay, max_grad_norm=c.grad_clip,
+        adam_beta1=BETAS[0], adam_beta2=BETAS[1], adam_epsilon=EPS, max_steps=100_000,
+    )  # fmt: skip
+    quiet = dict(
+        output_dir=str(folder), report_to=[], save_strategy="no", disable_tqdm=True,
+        logging_strategy="no", use_cpu=device == "cpu",
+    )  # fmt: skip
+    return cls(**{**recipe, **quiet, **given})

@@ -1,0 +1,157 @@
+"""The head's matmul and its negative log-likelihood; reference.linear_nll is the definition.
+
+T tokens, n of them trained, D model width, V vocabulary, C tokens of a chunk.
+
+Matmuls are torch's own. Between them a kernel reads a chunk of logits once in forward, and in
+backward overwrites it by its gradient; the definition makes several float32 copies of it instead.
+
+Backward computes the logits again. To take the gradient in forward, while they are there, would
+leave out one of four matmuls, but hold a [T,D] and a [V,D] gradient until backward comes; and it
+needs to know dnll, which for DPO hangs on both answers of a pair. What it would save has not been
+measured.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from kernels.chunk import chunk_tokens
+
+BLOCK = 4096  # logits that a program holds at once
+
+
+# Lists of tokens begin where a chunk does: whether that is aligned must not compile a kernel again.
+@triton.jit(do_not_specialize_on_alignment=["rows_ptr", "labels_ptr", "nll_ptr", "lse_ptr"])
+def _forward(
+    logits_ptr, rows_ptr, labels_ptr, nll_ptr, lse_ptr,
+    V: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One token: lse = log(sum(exp(z))), nll = lse - z[label]. The sum is relative to the largest
+    logit m so far; when a larger one comes, what was summed shrinks by exp(m_old - m)."""
+    i = tl.program_id(0).to(tl.int64)  # i * STRIDE passes 2^31 from 14 thousand tokens
+    logits_ptr += i * STRIDE
+    m, total = -float("inf"), 0.0
+    for start in range(0, V, BLOCK):
+        v = start + tl.arange(0, BLOCK)
+        # A row's padding is read with it: only a border at a multiple of 16 allows wide loads.
+        z = tl.load(logits_ptr + v, mask=v < STRIDE, other=0).to(tl.float32)
+        z = tl.where(v < V, z, -float("inf"))
+        m_old, m = m, tl.maximum(m, tl.max(z))
+        total = total * tl.exp(m_old - m) + tl.sum(tl.exp(z - m))
+    lse = m + tl.log(total)
+    token = tl.load(rows_ptr + i)
+    label = tl.load(labels_ptr + token)
+    # A label outside the vocabulary becomes nan, which stops a run; it reads nobody's memory.
+    z = tl.load(logits_ptr + label, mask=label < V, other=float("nan")).to(tl.float32)
+    tl.store(nll_ptr + token, lse - z)
+    tl.store(lse_ptr + i, lse)
+
+
+@triton.jit(do_not_specialize_on_alignment=["rows_ptr", "labels_ptr", "dnll_ptr", "lse_ptr"])
+def _backward(
+    logits_ptr, rows_ptr, labels_ptr, dnll_ptr, lse_ptr,
+    V: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A block of one token's logits z becomes their gradient, in place:
+
+    dz = (p - onehot(label)) dnll with p = softmax(z) = exp(z - lse)"""
+    i = tl.program_id(0).to(tl.int64)
+    v = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    token = tl.load(rows_ptr + i)
+    label = tl.load(labels_ptr + token)
+    dnll = tl.load(dnll_ptr + token)
+    lse = tl.load(lse_ptr + i)
+    logits_ptr += i * STRIDE
+    z = tl.load(logits_ptr + v, mask=v < STRIDE, other=0).to(tl.float32)
+    z = tl.where(v < V, z, -float("inf"))
+    dz = (tl.exp(z - lse) - tl.where(v == label, 1.0, 0.0)) * dnll
+    tl.store(logits_ptr + v, dz, mask=v < STRIDE)  # zeros into the padding
+
+
+def _workspace(n_tokens: int, hidden: Tensor, weight: Tensor) -> Tensor:
+    """Room for a chunk of logits, [C, V rounded up to 128]. AquilaMed's V, 151,851, is odd: rows of
+    that length would not begin at multiples of 16 bytes, and fast matmul kernels ask for that."""
+    chunk = chunk_tokens(n_tokens, weight.shape[1])
+    return torch.empty(chunk, _stride(len(weight)), dtype=hidden.dtype, device=hidden.device)
+
+
+def _stride(v: int) -> int:
+    return -(-v // 128) * 128
+
+
+def _logits(h: Tensor, weight: Tensor, workspace: Tensor) -> Tensor:
+    """h[C,D] @ weight.T -> [C,V], in the workspace."""
+    return torch.mm(h, weight.T, out=workspace[: len(h), : len(weight)])
+
+
+def _launch_forward(logits: Tensor, rows: Tensor, labels: Tensor, nll: Tensor, lse: Tensor):
+    """logits[C,V] of the tokens rows[C]: writes these places of nll[T], and lse[C]."""
+    _forward[(len(rows),)](logits, rows, labels, nll, lse, **_tile(logits.shape[1]))
+
+
+def _launch_backward(logits: Tensor, rows: Tensor, labels: Tensor, dnll: Tensor, lse: Tensor):
+    """logits[C,V] of the tokens rows[C] become their gradient; dnll[T], lse[C]."""
+    tile = _tile(logits.shape[1])
+    grid = len(rows), triton.cdiv(tile["STRIDE"], tile["BLOCK"])
+    _backward[grid](logits, rows, labels, dnll, lse, **tile)
+
+
+def _tile(v: int) -> dict[str, int]:
+    block = min(BLOCK, triton.next_power_of_2(v))
+    return {"V": v, "STRIDE": _stride(v), "BLOCK": block, "num_warps": 8}
+
+
+def _add_matmul(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out += a @ b with out in float32: the product is never rounded to a and b's dtype."""
+    if a.dtype == out.dtype:
+        out.addmm_(a, b)
+    else:
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+
+
+class _LinearNLL(torch.autograd.Function):
+    """With dz from _backward: d nll / d h = W^T dz and d nll / d W = dz h^T."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        # The trained tokens. Their number decides shapes, so the host waits here for the GPU.
+        rows = (labels >= 0).nonzero()[:, 0]
+        labels = labels.contiguous()
+        nll = torch.zeros(labels.shape, dtype=torch.float32, device=hidden.device)
+        lse = torch.empty(rows.shape, dtype=torch.float32, device=hidden.device)
+        workspace = _workspace(len(rows), hidden, weight)
+        for part, lse_part in _chunks(workspace, rows, lse):
+            logits = _logits(hidden[part], weight, workspace)
+            _launch_forward(logits, part, labels, nll, lse_part)
+        ctx.save_for_backward(hidden, weight, labels, rows, lse)
+        return nll
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dnll: Tensor):
+        hidden, weight, labels, rows, lse = ctx.saved_tensors
+        dnll = dnll.contiguous()
+        dhidden = torch.zeros_like(hidden)
+        # float32 whatever the weight's dtype: bfloat16 sums over chunks lose small gradients.
+        dweight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        workspace = _workspace(len(rows), hidden, weight)
+        for part, lse_part in _chunks(workspace, rows, lse):
+            h = hidden[part]
+            dlogits = _logits(h, weight, workspace)
+            _launch_backward(dlogits, part, labels, dnll, lse_part)
+            dhidden[part] = dlogits @ weight
+            _add_matmul(dweight, dlogits.T, h)
+        return dhidden, dweight.to(weight.dtype), None
+
+
+def _chunks(workspace: Tensor, *tensors: Tensor):
+    """The tensors' first dimensions in parts that fit the workspace; nothing if they are empty."""
+    if len(tensors[0]):
+        yield from zip(*(t.split(len(workspace)) for t in tensors), strict=True)
+
+
+def linear_nll(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """hidden[T,D], weight[V,D], labels[T] -> nll[T] float32; exactly 0 where the label is -100."""
+    return _LinearNLL.apply(hidden, weight, labels)

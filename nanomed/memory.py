@@ -1,0 +1,180 @@
+"""The memory that training takes on one GPU, part by part, from shapes alone.
+
+Nothing here is fitted. Each function counts tensors that the code keeps, and the tests compare it
+with what autograd and torch's own FSDP memory tracker count. D model width, F feed-forward width,
+H query heads, K key/value heads, E head size, V vocabulary, L layers, T tokens in a row
+(--micro_tokens), N parameters.
+
+The peak is in backward. Weights, gradients and moments are there all the time; activations of all
+layers are there when backward begins. To them comes what is needed for a moment: the head's
+backward, or a layer's, whichever takes more.
+"""
+
+import dataclasses
+
+import torch
+
+import kernels
+from kernels.chunk import chunk_tokens
+from kernels.reference import CHUNK_CUDA
+from nanomed.config import ModelConfig, Run
+
+GIB = 2**30
+RESERVE = 2.0  # GiB, assumed: CUDA context, NCCL buffers, fragmentation
+RECOMPUTE = ("none", "lean", "full")  # from what keeps most to what computes most again
+
+
+def is_plain(c: Run, op: str = "") -> bool:
+    """Whether a GPU runs kernels/reference.py: the Triton kernels keep less."""
+    return c.kernels == "reference" or (c.kernels == "auto" and op in kernels.LEFT_ALONE)
+
+
+def width(c: Run) -> int:
+    """Bytes of a number in the computation."""
+    return 4 if c.dtype == "fp32" else 2
+
+
+def states(model: ModelConfig, n_gpus: int) -> dict[str, float]:
+    """Bytes of what FSDP shards, all in float32."""
+    share = 4 * model.n_params() / n_gpus
+    return {"weights": share, "gradients": share, "optimizer": 2 * share}
+
+
+def kept_per_token(model: ModelConfig, c: Run) -> dict[str, float]:
+    """Bytes that one layer keeps of a token for its backward pass, by tensor."""
+    b, d, f = width(c), model.d_model, model.d_ff
+    if c.recompute == "full":
+        return {"layer's input": b * d}
+    kv = model.n_kv_heads * model.head_size
+    if is_plain(c, "attention"):
+        kv = d  # heads are repeated
+    kept = {
+        "inputs of both norms": 2 * b * d,
+        "q, k, v": b * (d + 2 * kv),
+        "attention's output": b * d,
+        "its log-sum-exp": 4 * model.n_heads,
+        "gate, up": 2 * b * f,
+        "dropout masks": 2 * d * (model.dropout > 0),
+    }
+    if is_plain(c):
+        kept["sines and cosines"] = 4 * model.head_size
+    if c.recompute == "none":
+        kept |= {"outputs of both norms": 2 * b * d, "SwiGLU's product": b * f}
+        kept |= _inside_plain(model, b) if is_plain(c) else {"norms' scales": 2 * 4}
+    return kept
+
+
+def _inside_plain(model: ModelConfig, b: int) -> dict[str, float]:
+    """What autograd keeps between the single operations of the plain norm and SwiGLU. The norm's
+    input is kept in float32 there, instead of as it came."""
+    return {
+        "norms' inputs in float32, instead": 2 * (4 - b) * model.d_model,
+        "norms' values before the weight": 2 * b * model.d_model,
+        "norms' scales": 2 * 4,
+        "silu(gate)": b * model.d_ff,
+    }
+
+
+def activations(model: ModelConfig, c: Run, layers: int) -> float:
+    """Bytes that so many layers keep of one row between forward and backward."""
+    return layers * c.micro_tokens * sum(kept_per_token(model, c).values())
+
+
+def head_moment(model: ModelConfig, c: Run, n_gpus: int) -> dict[str, float]:
+    """Bytes while linear_nll runs backward, or right after, while the head's gradient is summed
+    over the GPUs. No layer has gone back yet, nor the last norm."""
+    b, t, matrix = width(c), c.micro_tokens, model.vocab_size * model.d_model
+    norm = (2 * b + 4 * is_plain(c)) * model.d_model * t  # plain: its input in float32
+    kept = {"activations": activations(model, c, model.n_layers) + norm}
+    hidden = b * model.d_model * t
+    loss = {"loss's chunk": loss_chunk(model, c), "FSDP": b * matrix}
+    # The head's gradient is summed in float32; the Triton version holds it and the last chunk
+    # while it is cast.
+    loss["gradients here"] = (4 if is_plain(c) else 4 + b) * matrix + hidden
+    summed = {"gradients here": b * matrix + hidden, "FSDP": 4 * matrix * (1 + 1 / n_gpus)}
+    return kept | max(loss, summed, key=lambda parts: sum(parts.values()))
+
+
+def loss_chunk(model: ModelConfig, c: Run) -> float:
+    """Bytes of the logits that exist at once."""
+    if is_plain(c):  # softmax, its product with the incoming gradient, the cast one
+        return (4 + 4 + width(c)) * min(c.micro_tokens, CHUNK_CUDA) * model.vocab_size
+    padded = -(-model.vocab_size // 128) * 128
+    return width(c) * chunk_tokens(c.micro_tokens, model.d_model) * padded
+
+
+def layer_moment(model: ModelConfig, c: Run, n_gpus: int) -> dict[str, float]:
+    """Bytes while the last layer but one runs backward through its MLP, its widest part: what is
+    computed again, the gradients of product, gate and up, and FSDP's whole matrices: this layer's
+    and the next one's gathered, the gradients of the one before on their way into the sum."""
+    b, d, f = width(c), model.d_model, model.d_ff
+    again = 0.0
+    if c.recompute == "full":
+        again = sum(kept_per_token(model, dataclasses.replace(c, recompute="none")).values())
+    elif c.recompute == "lean":  # SwiGLU's product and, if plain, silu(gate)
+        again = (1 + is_plain(c)) * b * f
+    # The product is let go before gate's and up's gradients come; lean's is not.
+    gradients = b * ((3 if c.recompute == "lean" else 2) * f + d)
+    n_layer = (model.n_params() - 2 * model.vocab_size * d) / model.n_layers
+    return {
+        "activations": activations(model, c, model.n_layers - 1),
+        "computed again": again * c.micro_tokens,
+        "gradients here": gradients * c.micro_tokens,
+        "FSDP": (2 * b + 4 + 4 / n_gpus) * n_layer,
+    }
+
+
+def memory(model: ModelConfig, c: Run, n_gpus: int) -> dict[str, float]:
+    """GiB on each GPU at the peak, by part."""
+    moments = head_moment(model, c, n_gpus), layer_moment(model, c, n_gpus)
+    peak = max(moments, key=lambda parts: sum(parts.values()))
+    parts = states(model, n_gpus) | peak
+    return {name: size / GIB for name, size in parts.items()} | {"reserve": RESERVE}
+
+
+def remedy(model: ModelConfig, c: Run, n_gpus: int, limit: float) -> str:
+    """The cheapest change that fits `limit` GiB: shorter rows before matmuls are computed twice,
+    and of two that compute the same matmuls the one with longer rows."""
+    smallest = 2 * c.seq_len if c.stage == "dpo" else c.seq_len
+    sizes = [c.micro_tokens >> k for k in range(20) if c.micro_tokens >> k >= smallest]
+    allowed = RECOMPUTE[RECOMPUTE.index(c.recompute) :]
+    cheap = [(size, policy) for size in sizes for policy in allowed if policy != "full"]
+    for size, recompute in [*cheap, *((size, "full") for size in sizes)]:
+        other = dataclasses.replace(c, recompute=recompute, micro_tokens=size)
+        if sum(memory(model, other, n_gpus).values()) <= limit:
+            return f"--recompute {recompute} --micro_tokens {size} fits"
+    return "no --micro_tokens fits, more GPUs are needed"
+
+
+WHAT = {
+    "weights": "4 bytes x parameters / GPUs: float32",
+    "gradients": "4 bytes x parameters / GPUs: float32",
+    "optimizer": "8 bytes x parameters / GPUs: AdamW's two moments in float32",
+    "activations": "{c.micro_tokens:,} tokens in a row, recompute {c.recompute}",
+    "loss's chunk": "the logits that exist at once",
+    "computed again": "of one layer",
+    "gradients here": "of what the part that is running backward made, before they are summed",
+    "FSDP": "matrices gathered, and gradients on their way into the sum",
+    "reserve": "assumed: CUDA context, NCCL, fragmentation",
+}
+
+
+def lines(model: ModelConfig, c: Run, n_gpus: int, limit: float) -> list[str]:
+    """The parts as text, with the cheapest change if they do not fit `limit` GiB."""
+    parts = memory(model, c, n_gpus)
+    total = sum(parts.values())
+    fits = "fits" if total <= limit else f"DOES NOT FIT; {remedy(model, c, n_gpus, limit)}"
+    head = f"memory: {total:.1f} GiB predicted of {limit} GiB on each GPU: {fits}"
+    return [head] + [
+        f"  {name:15} {size:6.2f} GiB  {WHAT[name].format(c=c)}" for name, size in parts.items()
+    ]
+
+
+def compared(model: ModelConfig, c: Run, n_gpus: int) -> str:
+    """The most that this process had allocated on its GPU, beside what was predicted."""
+    measured = torch.cuda.max_memory_allocated() / GIB
+    predicted = sum(memory(model, c, n_gpus).values()) - RESERVE  # it is outside torch's tensors
+    return (
+        f"memory: {measured:.2f} GiB at most allocated on this GPU, {predicted:.2f} GiB predicted "
+        f"for full rows of {c.micro_tokens:,} tokens ({measured / predicted - 1:+.0%})"
+    )

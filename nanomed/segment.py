@@ -1,0 +1,15 @@
+"""What examples are made of. Apart from packing.py, because reading data does without torch."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+IGNORE = -100  # the label of a token that is not trained on
+
+
+class Segment(NamedTuple):
+    """One token sequence of an example, as data sets give them."""
+
+    ids: np.ndarray  # [n] int64
+    trained: np.ndarray  # [n] bool, which tokens are learned; the first has no predecessor
+    follows: int = IGNORE  # the token that comes after the last one, if that is learned here

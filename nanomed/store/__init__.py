@@ -1,0 +1,21 @@
+"""The token stores that every stage reads: files tokenised once and memory-mapped ever after.
+
+examples.py    chats and preference pairs, with the tokens that are trained on
+stream.py      documents for continued pre-training as streams of tokens: the reader
+shards.py      a store of documents on disk, shard by shard
+texts.py       a record of a file becomes token ids: what each tokenising process does
+build.py       files into shards, in order, resumable
+cache.py       which store belongs to which files, tokenizer and code
+
+python -m nanomed.store FILES --tokenizer DIR --out STORE
+"""
+
+from nanomed.store.cache import group_key
+from nanomed.store.examples import Store, chats, pairs
+from nanomed.store.stream import Documents, Part, Piece
+from nanomed.store.writing import build, documents
+
+__all__ = [
+    "Documents", "Part", "Piece", "Store",
+    "build", "chats", "documents", "group_key", "pairs",
+]  # fmt: skip

@@ -1,0 +1,67 @@
+"""Tokenises documents for continued pre-training.
+
+    python -m nanomed.store FILES --tokenizer DIR --out STORE
+    python -m nanomed.store --verify STORE
+
+FILES are JSON lines, JSON arrays, CSV or plain text, each also as .gz; docs/formats.md has the
+fields. All cores work, memory does not grow with the files, and the same command goes on where a
+killed one stopped.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from nanomed import template, tokenizer
+from nanomed.config import InputError
+from nanomed.store.pool import n_cores
+from nanomed.store.stream import Documents, verify
+from nanomed.store.writing import build
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m nanomed.store",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("files", nargs="*", metavar="FILES")
+    parser.add_argument("--tokenizer", help="file or folder; a model's folder has one")
+    parser.add_argument("--out", type=Path, help="the store's folder")
+    parser.add_argument("--text_key", default="", help="the text's field (text, else content)")
+    parser.add_argument("--template", help="name or JSON file, for a tokenizer of no known model")
+    parser.add_argument("--processes", type=int, default=n_cores(), help="default: one per core")
+    parser.add_argument("--verify", type=Path, metavar="STORE", help="read a store, check hashes")
+    arguments = parser.parse_args()
+    try:
+        if arguments.verify:
+            verify(arguments.verify)
+            _describe(Documents(arguments.verify))
+        elif arguments.files and arguments.tokenizer and arguments.out:
+            _build(arguments)
+        else:
+            parser.error("give FILES, --tokenizer and --out, or --verify STORE")
+    except (InputError, OSError) as error:  # a full disk, a process that died
+        sys.exit(f"error: {error}")
+
+
+def _build(arguments: argparse.Namespace) -> None:
+    tok = tokenizer.load(arguments.tokenizer)
+    named = arguments.template
+    encoder = template.Encoder(template.load(named) if named else template.fitting(tok), tok)
+    out, files, text_key = arguments.out, arguments.files, arguments.text_key
+    _describe(build(out, files, encoder, text_key, n_processes=max(1, arguments.processes)))
+
+
+def _describe(store: Documents) -> None:
+    found, report = store.manifest, store.manifest["report"]
+    dropped = ", ".join(f"{n:,} dropped ({cause})" for cause, n in report["dropped"].items())
+    print(
+        f"{store.folder}: {found['documents']:,} documents, {found['tokens']:,} tokens in "
+        f"{len(found['shards']):,} shards, of {found['bytes'] / 1e6:,.1f} MB of text; "
+        f"{dropped or 'none dropped'}"
+    )
+
+
+if __name__ == "__main__":
+    main()

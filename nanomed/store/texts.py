@@ -1,0 +1,97 @@
+"""A record of a file becomes token ids: what each tokenising process does."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from nanomed.records import Chat, Document, language, read_texts, texts_in
+from nanomed.store.cache import group_key
+from nanomed.tally import Facts
+from nanomed.template import Encoder
+
+BATCH = 1 << 20  # characters that a process is given at a time
+RENDERED = "chat rendered by the template"  # its note in the report
+NO_LIMIT = 1 << 62  # tokens of a chat: here it is cut into slices, not shortened
+
+
+class Batch(NamedTuple):
+    """Records of one file as they stand in it."""
+
+    file: int  # its number
+    path: str
+    records: list[tuple[int, Any]]  # (number from 1, record)
+    n_bytes: int  # of the file read so far
+
+
+class Encoded(NamedTuple):
+    """A batch's documents one after another; a dropped one has length 0."""
+
+    file: int
+    n_bytes: int  # of the file read so far
+    ids: np.ndarray  # [T] uint32
+    lengths: list[int]
+    records: list[int]
+    keys: list[int]
+    facts: list[Facts]
+
+
+def batches(files: list[str], text_key: str, start: tuple[int, int]) -> Iterator[Batch]:
+    """The records of all files from start (the file's number, the record's) on. Files before it
+    are not opened, records before it not looked at."""
+    for file in range(start[0], len(files)):
+        first = start[1] if file == start[0] else 1
+        records, size = [], 0
+        for number, record, n_bytes in read_texts(files[file], text_key):
+            if number < first:
+                continue
+            records.append((number, record))
+            size += _size(record)
+            if size >= BATCH:
+                yield Batch(file, files[file], records, n_bytes)
+                records, size = [], 0
+        if records:
+            yield Batch(file, files[file], records, n_bytes)
+
+
+def _size(value: Any) -> int:
+    """About how many characters a record holds."""
+    if isinstance(value, str):
+        return len(value)
+    children = value.values() if isinstance(value, dict) else value
+    return 8 + (sum(map(_size, children)) if isinstance(value, dict | list) else 0)
+
+
+def encode(batch: Batch, encoder: Encoder, text_key: str) -> Encoded:
+    """Raises InputError at the first record that cannot be read."""
+    ids, lengths, records, keys, facts = [], [], [], [], []
+    for number, record in batch.records:
+        for text in texts_in(batch.path, number, record, text_key):
+            its_ids = [] if text.dropped else _ids(text, encoder)
+            ids.append(np.array(its_ids, np.uint32))
+            lengths.append(len(its_ids))
+            records.append(number)
+            keys.append(group_key(text.group))
+            facts.append(_facts(text))
+    return Encoded(batch.file, batch.n_bytes, np.concatenate(ids), lengths, records, keys, facts)
+
+
+def _ids(text: Document | Chat, encoder: Encoder) -> list[int]:
+    """A document's text; a chat as the template renders it. Both end with the document-end id, of
+    which a text itself has none, however it is spelt."""
+    if isinstance(text, Document):
+        return [*encoder.tokenizer.encode(text.text), encoder.document_end]
+    ids, _, _ = encoder.chat(text, NO_LIMIT)
+    return ids if ids[-1] == encoder.document_end else [*ids, encoder.document_end]
+
+
+def _facts(text: Document | Chat) -> Facts:
+    if isinstance(text, Document):
+        n_bytes, notes = len(text.text.encode()), []
+        # What records call their languages has no end; the report knows three.
+        lang = text.lang if text.lang in ("zh", "en") else language(text.text)
+        return Facts(text.source, lang, n_bytes, notes, text.dropped)
+    turns = [turn for _, turn in text.turns]
+    n_bytes = sum(len(turn.encode()) for turn in turns)
+    notes = [*text.notes, RENDERED]
+    return Facts(text.source, language(" ".join(turns)), n_bytes, notes, text.dropped)

@@ -1,0 +1,128 @@
+"""Compiles kernels for GPUs that are not here, by the launches of the ops themselves.
+
+Triton's interpreter replaces its compiler in a whole process, so tests do this in another one:
+elsewhere() starts a module of tests/ that calls compiling() and prints report()s. This module, so
+started, does it for RMSNorm, RoPE, SwiGLU and the head, in bfloat16 at the sizes of AquilaMed.
+"""
+
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import torch
+import triton
+
+ROOT = Path(__file__).parents[1]
+
+
+class Absent:
+    """What Triton asks of the GPU in order to compile for it."""
+
+    def __init__(self, architecture: int):
+        self.target = triton.backends.compiler.GPUTarget("cuda", architecture, 32)
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+
+class Compiled:
+    """A kernel whose launches only compile it."""
+
+    def __init__(self, kernel):
+        self.kernel, self.made = kernel, {}
+
+    def __getitem__(self, grid):
+        return lambda *args, **options: self.note(self.kernel.warmup(*args, grid=grid, **options))
+
+    def note(self, compiled):
+        self.made[compiled.hash] = compiled
+
+
+def compiling(architecture: int, module: ModuleType, names: tuple[str, ...]) -> dict[str, Compiled]:
+    """From here on these kernels of the module are compiled when launched, and do nothing."""
+    triton.runtime.driver.set_active(Absent(architecture))
+    kernels = {name: Compiled(getattr(module, name)) for name in names}
+    for name, kernel in kernels.items():
+        setattr(module, name, kernel)
+    return kernels
+
+
+def report(kernel: Compiled, folder: Path) -> dict:
+    """How many times it was compiled; of the first: bytes of shared memory and of a thread's
+    stack, and the PTX."""
+    made = list(kernel.made.values())
+    return {
+        "times": len(made),
+        "shared": made[0].metadata.shared,
+        "stack": stack_bytes(made[0].asm["cubin"], folder),
+        "ptx": made[0].asm["ptx"],
+    }
+
+
+def stack_bytes(cubin: bytes, folder: Path) -> int:
+    """Registers that a thread keeps in memory, by NVIDIA's own reader, which Triton brings."""
+    (folder / "cubin").write_bytes(cubin)
+    reader = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    command = [reader, "--dump-resource-usage", folder / "cubin"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return int(re.search(r"STACK:(\d+)", said)[1])
+
+
+def elsewhere(module: str, folder: Path, *arguments) -> dict:
+    """What the module prints, started with these arguments and the folder."""
+    run = subprocess.run(
+        [sys.executable, "-m", module, json.dumps(arguments), folder],
+        env={**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(folder / "cache")},
+        cwd=ROOT, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+def tensor(*shape: int) -> torch.Tensor:
+    return torch.zeros(*shape, dtype=torch.bfloat16).requires_grad_()
+
+
+def launch(op: str, n: int) -> None:
+    """Forward and backward of n tokens; the head's width does not reach its kernels. Positions and
+    labels of an odd number of tokens do not begin at a multiple of 16 bytes."""
+    lists = torch.arange(n + n % 2)[n % 2 :]
+    module = importlib.import_module(f"kernels.{op}")
+    if op == "rmsnorm":
+        out = module.rmsnorm(tensor(n, 4096), tensor(4096), 1e-5)
+    elif op == "swiglu":
+        out = module.swiglu(tensor(n, 14336), tensor(n, 14336))
+    elif op == "rope":
+        q, k, _ = tensor(n, 48, 128).split((32, 8, 8), 1)
+        out = torch.cat(module.rope(q, k, lists, 1e6), 1)
+    else:
+        module._add_matmul = lambda *_: None  # bfloat16 into float32 is CUDA's
+        out = module.linear_nll(tensor(n, 8), tensor(151851, 8), lists)
+    out.sum().backward()
+
+
+def main(architecture: int, ops: list[str], n_tokens: list[int], folder: Path) -> None:
+    reports = {}
+    for op in ops:
+        module = importlib.import_module(f"kernels.{op}")
+        names = [name for name in ("_forward", "_backward") if hasattr(module, name)]
+        kernels = compiling(architecture, module, tuple(names))
+        for n in n_tokens:
+            launch(op, n)
+        reports |= {f"{op}{name}": report(kernel, folder) for name, kernel in kernels.items()}
+    print(json.dumps(reports))
+
+
+if __name__ == "__main__":
+    main(*json.loads(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,83 @@
+"""bench/step.py: its parts, its gate, its counts. It checks no speed."""
+
+import dataclasses
+import math
+import types
+
+import numpy as np
+import pytest
+import torch
+
+from bench import step as bench_step
+from bench import step_gpu
+from bench.measure import Results, read
+from bench.ours import Examples, Ours, Split, model_of, settings
+from bench.theirs import padded, qwen2
+from nanomed.config import CPT, DPO, MODELS
+from nanomed.log import flops_of
+
+
+def test_the_parts_of_a_step_are_the_whole_and_change_nothing(world, small):
+    """And a DPO step, whose reference is computed at its start."""
+    for cls, segments in ((CPT, 1), (DPO, 2)):
+        c = settings(cls, 4, 64)
+        data = Examples.of_lengths([20, 31, 9, 25], small.vocab_size, segments)
+        plain, marked = (Ours(world, small, data, c, torch.float32) for _ in range(2))
+        plain()
+        with Split(marked) as split:
+            split()
+        assert marked.tokens == plain.tokens == [85 * segments]
+        for p, q in zip(plain.model.parameters(), marked.model.parameters(), strict=True):
+            assert torch.equal(p.to_local(), q.to_local())
+        seconds = split.seconds()
+        whole = split.marks[-1][1] - split.marks[0][1]
+        assert list(seconds) == list(Split.PARTS) and min(seconds.values()) > 0
+        assert sum(seconds.values()) == pytest.approx(whole)
+
+
+def test_the_gate_lets_transformers_pass_and_stops_another_model(world, small):
+    plain = model_of(world, small, torch.float32, "none", sharded=False)
+    b = types.SimpleNamespace(plain=plain, config=small)
+    data = Examples.of_lengths([20, 31, 9], small.vocab_size)
+    segments = [data[i][0] for i in range(3)]
+    batch = {n: x for n, x in padded(segments).items() if n != "labels"}
+    batch["labels"] = padded(segments)["labels"]
+    assert [len(ids) for ids, _ in bench_step.segments_of(batch)] == [20, 31, 9]
+    n = sum(int(t[1:].sum()) for _, t in segments)
+
+    def pass_gate(theirs):
+        loss = theirs(**batch, num_items_in_batch=n).loss
+        bench_step.gate(b, "theirs", theirs, loss, bench_step.next_token_loss(b, segments))
+
+    pass_gate(qwen2(small, plain, torch.device("cpu")))
+    other = dataclasses.replace(small, rope_theta=1e4)
+    with pytest.raises(SystemExit, match="computes something else"):
+        pass_gate(qwen2(other, plain, torch.device("cpu")))
+
+
+def test_flops_of_the_aquilamed_step():
+    """48.83 GF per token at 4,096 by the causal count; full recompute and the head again on top."""
+    model = MODELS["aquilamed-7b"]
+    head = 2 * model.vocab_size * model.d_model * 4096
+    counted, executed = step_gpu.flops(model, [4096], "none")
+    assert counted == flops_of(model, 4096, 4096**2)
+    assert counted / 4096 == pytest.approx(48.83e9, rel=1e-4)
+    assert executed == counted + head
+    assert step_gpu.flops(model, [4096], "full")[1] == pytest.approx(counted * 4 / 3)
+
+
+def test_a_gpu_lines_facts_on_a_cpu(world, small, tmp_path):
+    """Every stage's rows are full, and the line can be read back."""
+    results = Results(tmp_path / "x.jsonl")
+    for stage, cls in (("cpt", CPT), ("sft", CPT), ("dpo", DPO)):
+        data = step_gpu.examples(stage, 128, small)
+        c = dataclasses.replace(settings(cls, len(data), 128), dtype="bf16")
+        ours = Ours(world, small, data, c, torch.bfloat16)
+        line = step_gpu.measure(stage, ours, small, world, results, rounds=1)
+        lengths = [len(ids) for i in range(len(data)) for ids, _ in data[i]]
+        assert abs(sum(lengths) - 128 * step_gpu.ROWS) <= 128
+        assert line["facts"]["real_tokens_per_s"] > 0 and line["facts"]["MFU"] is None
+        assert not math.isnan(line["facts"]["predicted_GiB"])
+    lines, _ = read([tmp_path / "x.jsonl"])
+    assert [line["name"] for line in lines] == ["tiny CPT", "tiny SFT", "tiny DPO"]
+    assert np.all([line["samples"][0] > 0 for line in lines])

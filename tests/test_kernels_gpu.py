@@ -1,0 +1,148 @@
+"""The Triton ops on a GPU, in bfloat16, at the sizes of a 7B model and at odd ones."""
+
+import dataclasses
+
+import pytest
+import torch
+import triton
+
+import kernels
+from nanomed.model import Aquila
+from nanomed.packing import row_from
+from tests import kernel_cases
+from tests.kernel_cases import CASES, DEVICE, check, check_same_bits
+from tests.test_kernels_triton import MODULES, module_of, on_triton, triton_op  # noqa: F401
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+GIB = 2**30
+
+
+@pytest.fixture(autouse=True)
+def _poison(monkeypatch):
+    kernel_cases.poison(monkeypatch)
+
+
+@pytest.mark.parametrize("n", [1, 3, 127, 129, 1000])
+@pytest.mark.parametrize("op", MODULES)
+def test_bfloat16_is_as_exact_as_pytorchs(op, n):
+    check(triton_op(op), CASES[op](n), torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        kernel_cases.rmsnorm(1000, d=4096),
+        kernel_cases.rope(1000, h=32, k=8, e=128),
+        kernel_cases.swiglu(300, f=14336),
+        kernel_cases.linear_nll(300, d=256, v=151851),
+    ],
+    ids=lambda case: case.op,
+)
+def test_sizes_of_aquilamed(case):
+    check(triton_op(case.op), case, torch.bfloat16)
+    check_same_bits(triton_op(case.op), case, torch.bfloat16)
+
+
+def test_offsets_past_two_to_the_31(monkeypatch):
+    """80,000 rows of 28,672: the last row is the first one's twin, 2.3e9 elements away."""
+    monkeypatch.undo()  # poison would cost seconds
+    rows = torch.randn(8, 28672, device=DEVICE, dtype=torch.bfloat16)
+    gate = rows.repeat(10_000, 1)
+    y = triton_op("swiglu")(gate, gate)
+    assert torch.equal(y[-8:], y[:8]) and y[-8:].isfinite().all()
+
+
+@pytest.mark.parametrize("op", MODULES)
+def test_nothing_compiles_again_for_another_number_of_tokens(op):
+    compiled = []
+    sizes = dict(rmsnorm=dict(d=512), rope=dict(h=4, k=2, e=64), swiglu=dict(f=512))
+    options = sizes.get(op, dict(d=64, v=999))
+    check(triton_op(op), CASES[op](64, **options), torch.bfloat16)
+    triton.knobs.runtime.jit_post_compile_hook = lambda **about: compiled.append(about["repr"])
+    try:
+        for n in (2, 5, 33, 64, 131, 1024):
+            check(triton_op(op), CASES[op](n, **options), torch.bfloat16)
+    finally:
+        triton.knobs.runtime.jit_post_compile_hook = None
+    assert compiled == []
+
+
+def losses(model: Aquila, rows: list, dtype: torch.dtype) -> torch.Tensor:
+    """Of 50 steps of AdamW with float32 masters, the model computing in `dtype`."""
+    masters = [p.detach().clone().requires_grad_() for p in model.parameters()]
+    optimizer = torch.optim.AdamW(masters, lr=1e-3)
+    model = model.to(dtype)
+    seen = []
+    for row in rows:
+        with torch.no_grad():
+            for param, master in zip(model.parameters(), masters, strict=True):
+                param.copy_(master)
+        loss = model(row).sum() / (row.labels >= 0).sum()
+        loss.backward()
+        for param, master in zip(model.parameters(), masters, strict=True):
+            master.grad, param.grad = param.grad.float(), None
+        optimizer.step()
+        seen.append(loss.detach())
+    return torch.stack(seen)
+
+
+def test_a_small_models_loss_curve_is_the_definitions(small, monkeypatch):
+    """50 steps on 16 rows that come again. Triton's bfloat16 stays as near to float32 as the
+    definition's bfloat16 does."""
+    monkeypatch.undo()
+    config = dataclasses.replace(small, d_model=256, n_heads=4, n_kv_heads=2, vocab_size=1003)
+    generator = torch.Generator().manual_seed(0)
+    texts = [
+        [torch.randint(1003, (n,), generator=generator).tolist() for n in (100, 1, 77, 190)]
+        for _ in range(16)
+    ]
+    rows = [row_from(texts[i % 16]).to(DEVICE) for i in range(50)]
+    curves = {}
+    for name, dtype in (
+        ("reference", torch.float32),
+        ("reference", torch.bfloat16),
+        ("triton", torch.bfloat16),
+    ):
+        torch.manual_seed(0)
+        kernels.use(name)
+        try:
+            curves[name, dtype] = losses(Aquila(config).to(DEVICE), rows, dtype)
+        finally:
+            kernels.use("auto")
+    exact = curves["reference", torch.float32]
+    usual = (curves["reference", torch.bfloat16] - exact).abs().max()
+    ours = (curves["triton", torch.bfloat16] - exact).abs().max()
+    assert exact[-16:].mean() < exact[:16].mean() - 0.3  # it learned
+    assert ours <= 2 * usual, (ours.item(), usual.item())
+
+
+@pytest.mark.parametrize("n", [16384, 32768])
+def test_memory_of_the_head_is_a_chunk_and_the_gradients(n, monkeypatch):
+    """At AquilaMed's vocabulary; logits of all tokens would take 4.6 or 9.3 GiB."""
+    monkeypatch.undo()
+    d, v = 1024, 151851
+    hidden = torch.randn(n, d, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(v, d, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+    labels = torch.randint(v, (n,), device=DEVICE)
+    op = triton_op("linear_nll")
+    op(hidden[:8], weight, labels[:8]).sum().backward()  # what cuBLAS and Triton keep
+    hidden.grad = weight.grad = None
+    chunk = module_of("linear_nll").chunk_tokens(n, d)
+    logits = 2 * chunk * 151936
+    lists = 32 * n  # rows, lse, nll and what makes them
+    parts = 3 * 2 * chunk * d  # hidden of a chunk, its gradient, a copy
+
+    start = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    nll = op(hidden, weight, labels)
+    forward = torch.cuda.max_memory_allocated() - start
+    assert forward <= logits + parts + lists + 2**26, (forward / GIB, logits / GIB)
+
+    torch.cuda.reset_peak_memory_stats()
+    nll.sum().backward()
+    backward = torch.cuda.max_memory_allocated() - start
+    gradients = 2 * n * d + 4 * v * d + 2 * v * d  # float32 sums, then rounded
+    assert backward <= logits + parts + lists + gradients + 2**26, backward / GIB
