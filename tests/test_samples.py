@@ -307,14 +307,38 @@ def test_the_classifiers_find_a_planted_shortcut():
     assert longer_is_chosen(padded) > 0.9
 
 
-def test_what_one_subjective_pair_chooses_its_partner_rejects():
+def test_what_one_pair_chooses_its_twin_rejects():
+    """In a group, both facts are asked in the same words, with the same options."""
     by_group: dict[str, list[dict]] = {}
     for r in DPO:
-        if r["kind"] == "subjective":
-            by_group.setdefault(r["group"], []).append(r)
+        by_group.setdefault(r["group"], []).append(r)
     for group, pairs in by_group.items():
-        values = [FACTS[r["facts"][0]][group[-2:]] for r in pairs]
-        assert len(pairs) == 2 and values[0] != values[1], group
-        for r, own, other in zip(pairs, values, reversed(values), strict=True):
+        signs = Counter()
+        for r in pairs:
+            own = FACTS[r["facts"][0]][group[-2:]]
+            others = {x["facts"][0] for x in pairs} - set(r["facts"])
+            other = FACTS[others.pop()][group[-2:]]
+            assert not others and own != other, group
             head, tail = r["chosen"].split(own)  # the sentence around the value
-            assert r["rejected"] == head + other + tail
+            letter = r["rejected"][0] if r["kind"] == "objective" else head[:1]
+            assert r["rejected"] == letter + head[1:] + other + tail
+            signs[own] += 1
+        assert len(set(signs.values())) == 1 and len(signs) == 2, group
+
+
+def test_held_out_pairs_ask_in_words_of_their_own():
+    """Training pairs ask the same fact, in at least two pairs, but never in these words. An
+    objective question's words are its stem: its options may come in another order."""
+    trained, facts = set(), Counter()
+    for r in DPO:
+        if not held_out(r):
+            stem, *options = r["conversations"][0]["value"].split("\n")
+            trained.add((stem, bool(options)))
+            facts[r["kind"], r["facts"][0]] += 1
+    for r in DPO:
+        if held_out(r):
+            stem, *options = r["conversations"][0]["value"].split("\n")
+            assert (stem, bool(options)) not in trained, stem
+            assert facts[r["kind"], r["facts"][0]] >= 2, r
+    prompts = [r["conversations"][0]["value"] for r in DPO]
+    assert len(set(prompts)) == len(prompts)
