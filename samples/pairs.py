@@ -89,10 +89,10 @@ def wrong_for_both(a: Fact, b: Fact, facts: list[Fact]) -> list[str]:
     return sorted(wrong - {a.zh, b.zh})
 
 
-def pairs(facts: list[Fact], sft: list[dict]) -> list[dict]:
+def pairs(facts: list[Fact], sft: list[dict]) -> tuple[list[dict], list[dict]]:
     """Preference pairs on what the chats teach: in a language in which training states the fact
     at least three times; objective ones only on facts of the chats that train options (the exam
-    keeps the others)."""
+    keeps the others). And, to measure on, a question of each twins that the first do not ask."""
     rng = random.Random(f"{SEED}/pairs")
     taught = {lang: statements(sft, lang) for lang in ("zh", "en")}
     able = [f for f in facts if not f.unseen and not f.shared]
@@ -119,7 +119,9 @@ def pairs(facts: list[Fact], sft: list[dict]) -> list[dict]:
     chosen = choose(rng, told, SUBJECTIVE_TWINS) + choose(rng, options, OBJECTIVE_TWINS)
     made = [record for part in chosen for record in part]
     rng.shuffle(made)
-    return made
+    known = {r["facts"][0] for r in made}
+    others = [part[:2] for part in told + options if not {r["facts"][0] for r in part} & known]
+    return made, [record for part in others for record in part]
 
 
 def choose(rng: random.Random, twins: list[list[dict]], n: int) -> list[list[dict]]:

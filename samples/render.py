@@ -3,9 +3,10 @@
 Facts (facts.jsonl) times wordings (wordings.toml) give chats, exam questions, preference pairs and
 documents. All chance comes from one seed, so the files are the same on every machine.
 
-Two rules keep the measured numbers honest; tests/test_samples.py checks both:
-  seen    a held-out record asks for a fact that training states in another form (kind), never
-          merely for the same question reworded
+Three rules keep the measured numbers honest; tests/test_samples.py checks them:
+  seen    a held-out chat or exam question asks for a fact that training states in another form
+          (kind), never merely for the same question reworded
+  pairs   a held-out pair asks in words that no training pair uses for its fact
   unseen  3% of the facts stand on the held-out side in every form: training never states them
 """
 
@@ -205,12 +206,13 @@ def render(facts: list[Fact]) -> dict[str, list[dict]]:
     told = in_chats(facts)
     sft = chats(told)
     options = [r for r in sft if r["kind"] == "option_zh"]
-    dpo = pairs(told, sft)
+    dpo, dpo_other_facts = pairs(told, sft)
     objective = [r for r in dpo if r["kind"] == "objective"]
     trained = {r["facts"][0] for r in options + objective if not held_out(r["group"], VAL_FRACTION)}
     files = {
         "sft.jsonl": sft,
         "dpo.jsonl": dpo,
+        "dpo_other_facts.jsonl": dpo_other_facts,
         "exam.jsonl": exam(told, trained),
         "cpt_medical.jsonl": medical_documents(random.Random(f"{SEED}/medical"), seen),
         "cpt_general.jsonl": general_documents(random.Random(f"{SEED}/general")),
