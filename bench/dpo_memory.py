@@ -38,6 +38,7 @@ from nanomed.losses import segment_logps
 from nanomed.model import Aquila, init_weights
 from nanomed.optim import adamw
 from nanomed.packing import Row
+from nanomed.segment import Segment
 from nanomed.step import train_step
 from tests.data import ListData
 
@@ -60,7 +61,7 @@ class Pairs(ListData):
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def __getitem__(self, i: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    def __getitem__(self, i: int) -> list[Segment]:
         return self.segments[2 * i : 2 * i + 2]
 
 

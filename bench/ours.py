@@ -18,18 +18,19 @@ from nanomed.loader import Loader
 from nanomed.log import Meter
 from nanomed.model import Aquila, init_weights
 from nanomed.optim import adamw
+from nanomed.segment import Segment
 
 LR = 1e-5
 
 
 class Examples:
     """Token sequences in memory with the interface that the loader asks for; an example is a list
-    of (ids, trained), one for a chat or a document, two for a pair."""
+    of segments, one for a chat or a document, two for a pair."""
 
     def __init__(self, examples: list[list[tuple[np.ndarray, np.ndarray]]]):
-        self.examples = examples
-        self.lengths = np.array([sum(len(ids) for ids, _ in e) for e in examples])
-        labels = np.array([sum(t[1:].sum() for _, t in e) for e in examples])
+        self.examples = [[Segment(*part) for part in example] for example in examples]
+        self.lengths = np.array([sum(len(s.ids) for s in e) for e in self.examples])
+        labels = np.array([sum(s.trained[1:].sum() for s in e) for e in self.examples])
         self.divisors = labels if len(examples[0]) == 1 else np.ones(len(examples), np.int64)
 
     @classmethod
@@ -42,8 +43,14 @@ class Examples:
     def __len__(self) -> int:
         return len(self.examples)
 
-    def __getitem__(self, i: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    def __getitem__(self, i: int) -> list[Segment]:
         return self.examples[i]
+
+    def lengths_of(self, examples: np.ndarray) -> np.ndarray:
+        return self.lengths[examples]
+
+    def divisors_of(self, examples: np.ndarray) -> np.ndarray:
+        return self.divisors[examples]
 
 
 def settings(cls: type[Run], batch_size: int, micro_tokens: int, recompute: str = "none") -> Run:

@@ -12,6 +12,7 @@ padding is not counted.
 import argparse
 import tempfile
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -23,7 +24,8 @@ from nanomed import hf, store, template, tokenizer
 from nanomed.config import CPT, DPO, MODELS, SFT, ModelConfig, Run
 from nanomed.distributed import World, pick_device, start
 from nanomed.model import Aquila
-from nanomed.packing import IGNORE, row_from
+from nanomed.packing import row_from
+from nanomed.segment import IGNORE, Segment
 
 VOCABULARY = 6144  # of samples/tokenizer.model
 MID = ModelConfig(VOCABULARY, 4, 512, 8, 2, 1408, 4096, 1e6, 1e-5, True)
@@ -51,6 +53,7 @@ class Bench:
         )
         self.plain = model_of(world, self.config, torch.float32, "none", sharded=False)
 
+    @cached_property
     def tokenizer(self):
         from transformers import AutoTokenizer
 
@@ -68,13 +71,13 @@ def chats(b: Bench) -> Examples:
 def pairs(b: Bench) -> Examples:
     files = shared("preference_sharegpt.jsonl") or ["samples/dpo.jsonl"]
     found = store.pairs(files, b.encoder, b.tokens // 2, allow_drop=1.0)
-    return _first(found, 100, b.tokens)
+    return _first(found, 16 if b.given.quick else 40, b.tokens)  # TRL scores them all before
 
 
 def documents(b: Bench) -> Examples:
     """Plain text: the chats' tokens without their template's structure, every token trained on."""
     found = chats(b)
-    return Examples([[(ids, ids == ids) for ids, _ in found[i]] for i in range(len(found))])
+    return Examples([[(s.ids, s.ids == s.ids) for s in found[i]] for i in range(len(found))])
 
 
 def _first(found: store.Store, n: int, longest: int) -> Examples:
@@ -113,8 +116,8 @@ def gate(b: Bench, name: str, theirs, loss: torch.Tensor, ours: torch.Tensor) ->
     b.plain.zero_grad()
 
 
-def segments_of(batch: dict[str, torch.Tensor]) -> list[tuple]:
-    """The (ids, trained) of a collator's batch, padded, or packed with positions that restart."""
+def segments_of(batch: dict[str, torch.Tensor]) -> list[Segment]:
+    """The segments of a collator's batch, padded, or packed with positions that restart."""
     found = []
     for i, (ids, labels) in enumerate(zip(batch["input_ids"], batch["labels"], strict=True)):
         ends = [int(batch["attention_mask"][i].sum())] if "attention_mask" in batch else []
@@ -122,11 +125,12 @@ def segments_of(batch: dict[str, torch.Tensor]) -> list[tuple]:
             starts = (batch["position_ids"][i] == 0).nonzero()[:, 0].tolist()
             ends = [*starts[1:], len(ids)]
         for begin, end in zip([0, *ends[:-1]], ends, strict=True):
-            found.append((ids[begin:end].numpy(), (labels[begin:end] != IGNORE).numpy()))
+            trained = (labels[begin:end] != IGNORE).numpy()
+            found.append(Segment(ids[begin:end].numpy(), trained))
     return found
 
 
-def next_token_loss(b: Bench, segments: list[tuple]) -> torch.Tensor:
+def next_token_loss(b: Bench, segments: list[Segment]) -> torch.Tensor:
     row = row_from(*zip(*segments, strict=True))
     return b.plain(row).sum() / (row.labels >= 0).sum()
 
@@ -138,7 +142,7 @@ def trl_gate(b: Bench, name: str, trainer, dpo: bool) -> None:
     if not dpo:
         segments = segments_of(batch)
         ours = next_token_loss(b, segments)
-        n = sum(int(trained[1:].sum()) for _, trained in segments)
+        n = sum(int(s.trained[1:].sum()) for s in segments)
         loss = trainer.compute_loss(model, batch, num_items_in_batch=n)
     else:
         chosen, rejected = batch["input_ids"].chunk(2)
@@ -207,7 +211,7 @@ def trl_sides(
 
     from bench.theirs import Stepped, qwen2
 
-    sides, about, tok = {}, {}, b.tokenizer()
+    sides, about, tok = {}, {}, b.tokenizer
 
     def trainer(**given):
         model = qwen2(b.config, b.plain, b.world.device)
@@ -243,7 +247,7 @@ def sft(b: Bench) -> None:
     model = qwen2(b.config, b.plain, b.world.device)
     segments = [data[i][0] for i in range(4)]
     batch = padded(segments)
-    n = sum(int(t[1:].sum()) for _, t in segments)
+    n = sum(int(s.trained[1:].sum()) for s in segments)
     loss = model(**batch, num_items_in_batch=n).loss
     gate(b, "transformers", model, loss, next_token_loss(b, segments))
     sides = nanomed(b, data, c)
@@ -308,7 +312,6 @@ def main() -> None:
     device = pick_device("cpu")
     parts = given.only or PARTS
     with tempfile.TemporaryDirectory() as folder, start(device) as world:
-        store.CACHE = Path(folder) / "cache"
         b = Bench(given, world, Path(folder))
         print(
             f"{b.config.n_params():,} parameters, {given.dtype}, {torch.get_num_threads()} threads"

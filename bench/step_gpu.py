@@ -1,12 +1,12 @@
 """The full AquilaMed step on one GPU: CPT, SFT and DPO, in its parts, against what the GPU can do.
 
-    python -m bench.step --gpu [--tokens 4096 8192 16384] [--only cpt]
+    python -m bench.step --gpu [--tokens 8192 65536] [--only cpt]
     python -m bench.step --gpu --device cpu --quick          the same code with a tiny model
 
 The weights are initialised on the device from a seed, float32 masters and moments. Documents are
-random tokens: CPT's rows are full documents of 4,096, SFT's have the lengths of real medical chats
-drawn with a fixed seed (bench/kernels.py, documents), a pair is two such chats. Only torch, numpy
-and triton are needed.
+random tokens: CPT's are all as long (4,096; 1,024 and 256 at the first size of a row), SFT's have
+the lengths of real medical chats in a fixed order (bench/kernels.py), a pair is two such chats.
+Only torch, numpy and triton are needed.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def main(given: argparse.Namespace) -> None:
     device = pick_device(given.device)
     on_gpu = device.type == "cuda"
     config = MODELS["aquilamed-7b"] if on_gpu else TINY
-    sizes = given.tokens or ([4096, 8192, 16384] if on_gpu else [128])
+    sizes = given.tokens or ([8192, 4096, 16_384, 32_768] if on_gpu else [128])
     with start(device) as world:
         results = Results(given.results, device)
         print(f"{config.n_params():,} parameters on {device}, masters in float32")
@@ -49,13 +49,19 @@ def steps(given, world: World, config: ModelConfig, sizes: list[int], results: R
     model = model_of(world, config, torch.bfloat16, "none")
     optimizer = adamw(model, 0.1)
     lines = []
-    for stage, cls in (("cpt", CPT), ("sft", SFT), ("dpo", DPO)):
+    shorter = [("cpt", CPT, sizes[:1], length) for length in (1024, 256)]  # documents, same row
+    for stage, cls, rows, document in (
+        ("cpt", CPT, sizes, config.max_seq_len),
+        *shorter,
+        ("sft", SFT, sizes, 2048),
+        ("dpo", DPO, sizes, 2048),
+    ):
         if given.only and stage not in given.only:
             continue
-        for c in policies(cls, config, world, sizes):
+        for c in policies(cls, config, world, rows):
             for layer in model.layers:
                 layer.recompute = layer.mlp.recompute = c.recompute
-            data = examples(stage, c.micro_tokens, config)
+            data = examples(stage, c.micro_tokens, config, document)
             try:
                 batch = dataclasses.replace(c, batch_size=len(data))
                 ours = Ours(world, config, data, batch, torch.bfloat16, True, model, optimizer)
@@ -85,15 +91,13 @@ def policies(cls: type[Run], config: ModelConfig, world: World, sizes: list[int]
     return found
 
 
-def examples(stage: str, row: int, config: ModelConfig) -> Examples:
-    """ROWS rows full of random tokens; a pair is a chat's length twice."""
-    if stage == "cpt":
-        length = min(row, config.max_seq_len)
-        return Examples.of_lengths([length] * (row // length) * ROWS, config.vocab_size)
+def examples(stage: str, row: int, config: ModelConfig, longest: int) -> Examples:
+    """ROWS rows full of random tokens: CPT's of documents all as long, the others' of chats' and
+    pairs' lengths, which are `longest` at most; a pair is a chat's length twice."""
     segments = 2 if stage == "dpo" else 1
-    total, longest, lengths = row * ROWS // segments, min(2048, row // segments), []
+    longest, total, lengths = min(longest, row // segments), row * ROWS // segments, []
     for n in documents(8 * total, "chats"):
-        n = min(n, longest, total - sum(lengths))
+        n = min(longest if stage == "cpt" else n, longest, total - sum(lengths))
         if n < 2:
             break
         lengths.append(n)
@@ -121,7 +125,9 @@ def measure(
     name = torch.cuda.get_device_name() if on_gpu else "a CPU, no data sheet"
     peak = next((p for gpu, p in PEAK_FLOPS.items() if gpu in name), None)
     rate = rounds / sum(seconds)
-    predicted = memory.memory(config, dataclasses.replace(c, micro_tokens=longest), world.size)
+    predicted = memory.memory(
+        config, dataclasses.replace(c, micro_tokens=longest, seq_len=2), world.size
+    )
     return results.add(
         "step", f"AquilaMed {stage.upper()}" if on_gpu else f"tiny {stage.upper()}", seconds,
         dtype=torch.bfloat16,

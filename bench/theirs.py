@@ -12,7 +12,7 @@ from bench.ours import LR, Examples, weights_of
 from nanomed.config import DPO, ModelConfig, Run
 from nanomed.model import Aquila
 from nanomed.optim import BETAS, EPS, adamw
-from nanomed.packing import IGNORE
+from nanomed.segment import IGNORE, Segment
 
 
 def prepare() -> None:
@@ -43,15 +43,15 @@ def qwen2(config: ModelConfig, ours: Aquila, device: torch.device):
     return theirs.to(device).train()
 
 
-def padded(segments: list[tuple]) -> dict[str, Tensor]:
+def padded(segments: list[Segment]) -> dict[str, Tensor]:
     """As every collator does: on the right, to the longest."""
-    shape = len(segments), max(len(ids) for ids, _ in segments)
+    shape = len(segments), max(len(s.ids) for s in segments)
     ids, mask = (torch.zeros(shape, dtype=torch.int64) for _ in range(2))
     labels = torch.full(shape, IGNORE)
-    for i, (tokens, trained) in enumerate(segments):
-        n, tokens = len(tokens), torch.as_tensor(tokens)
+    for i, segment in enumerate(segments):
+        n, tokens = len(segment.ids), torch.as_tensor(segment.ids)
         ids[i, :n], mask[i, :n] = tokens, 1
-        labels[i, :n] = tokens.where(torch.from_numpy(trained.copy()), IGNORE)
+        labels[i, :n] = tokens.where(torch.from_numpy(segment.trained.copy()), IGNORE)
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
@@ -73,7 +73,7 @@ class Plain:
         self.k += 1
         if not self.block:
             return padded(segments)
-        ids = torch.cat([torch.as_tensor(ids) for ids, _ in segments])
+        ids = torch.cat([torch.as_tensor(s.ids) for s in segments])
         ids = ids[: len(ids) // self.block * self.block].view(-1, self.block)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
 
@@ -150,10 +150,10 @@ def trl_sft(model, data: Examples, c: Run, tokenizer, folder: Path, device: str,
 
     rows = [
         {
-            "input_ids": ids.tolist(),
-            "labels": [int(i) if t else IGNORE for i, t in zip(ids, trained, strict=True)],
+            "input_ids": s.ids.tolist(),
+            "labels": [int(i) if t else IGNORE for i, t in zip(s.ids, s.trained, strict=True)],
         }
-        for [(ids, trained)] in data
+        for [s] in data
     ]
     arguments = _arguments(trl.SFTConfig, c, folder, device, given)
     return trl.SFTTrainer(
@@ -171,9 +171,10 @@ def trl_dpo(model, data: Examples, c: DPO, tokenizer, folder: Path, device: str,
             return dataset
 
     rows = []
-    for (chosen, trained), (rejected, _) in data:
-        n = int(trained.argmax())  # the prompt's tokens
-        parts = {"prompt_ids": chosen[:n], "chosen_ids": chosen[n:], "rejected_ids": rejected[n:]}
+    for chosen, rejected in data:
+        n = int(chosen.trained.argmax())  # the prompt's tokens
+        parts = {"chosen_ids": chosen.ids[n:], "rejected_ids": rejected.ids[n:]}
+        parts |= {"prompt_ids": chosen.ids[:n]}
         rows.append({name: ids.tolist() for name, ids in parts.items()})
     model.save_pretrained(folder / "start")  # its reference is read from there
     model = type(model).from_pretrained(folder / "start", dtype=torch.float32)

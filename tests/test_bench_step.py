@@ -42,8 +42,8 @@ def test_the_gate_lets_transformers_pass_and_stops_another_model(world, small):
     segments = [data[i][0] for i in range(3)]
     batch = {n: x for n, x in padded(segments).items() if n != "labels"}
     batch["labels"] = padded(segments)["labels"]
-    assert [len(ids) for ids, _ in bench_step.segments_of(batch)] == [20, 31, 9]
-    n = sum(int(t[1:].sum()) for _, t in segments)
+    assert [len(s.ids) for s in bench_step.segments_of(batch)] == [20, 31, 9]
+    n = sum(int(s.trained[1:].sum()) for s in segments)
 
     def pass_gate(theirs):
         loss = theirs(**batch, num_items_in_batch=n).loss
@@ -70,11 +70,11 @@ def test_a_gpu_lines_facts_on_a_cpu(world, small, tmp_path):
     """Every stage's rows are full, and the line can be read back."""
     results = Results(tmp_path / "x.jsonl")
     for stage, cls in (("cpt", CPT), ("sft", CPT), ("dpo", DPO)):
-        data = step_gpu.examples(stage, 128, small)
+        data = step_gpu.examples(stage, 128, small, longest=100)
         c = dataclasses.replace(settings(cls, len(data), 128), dtype="bf16")
         ours = Ours(world, small, data, c, torch.bfloat16)
         line = step_gpu.measure(stage, ours, small, world, results, rounds=1)
-        lengths = [len(ids) for i in range(len(data)) for ids, _ in data[i]]
+        lengths = [len(s.ids) for i in range(len(data)) for s in data[i]]
         assert abs(sum(lengths) - 128 * step_gpu.ROWS) <= 128
         assert line["facts"]["real_tokens_per_s"] > 0 and line["facts"]["MFU"] is None
         assert not math.isnan(line["facts"]["predicted_GiB"])
