@@ -3,9 +3,10 @@
 Facts (facts.jsonl) times wordings (wordings.toml) give chats, exam questions, preference pairs and
 documents. All chance comes from one seed, so the files are the same on every machine.
 
-Two rules keep the measured numbers honest; tests/test_samples.py checks both:
-  seen    a held-out record asks for a fact that training states in another form (kind), never
-          merely for the same question reworded
+Three rules keep the measured numbers honest; tests/test_samples.py checks them:
+  seen    a held-out chat or exam question asks for a fact that training states in another form
+          (kind), never merely for the same question reworded
+  pairs   a held-out pair asks in words that no training pair uses for its fact
   unseen  3% of the facts stand on the held-out side in every form: training never states them
 """
 
@@ -18,23 +19,22 @@ from itertools import cycle, islice
 from pathlib import Path
 
 from documents import general_documents, medical_documents
+from pairs import by_question, pairs, partners
 from world import (
     HERE,
+    SEED,
     VAL_FRACTION,
-    WORDINGS,
     Fact,
-    fill,
+    as_prompt,
     held_out,
     in_chats,
     long_answer,
     read_facts,
     say,
     states,
-    wrong_for,
     wrong_values,
 )
 
-SEED = "nanomed"
 # Chats of each kind, in the paper's proportions (27, 14, 34 and 25%).
 CHATS = {"single_turn_zh": 324, "single_turn_en": 168, "multi_turn_zh": 408, "option_zh": 300}
 # Chats in which a fact is asked in each single form: some facts often rather than all of them once.
@@ -53,10 +53,6 @@ def question_with_options(
     wrong = [getattr(f, lang) for f in rng.sample(wrong_values(fact, facts), 3)]
     options = {c: getattr(fact, lang) if c == letter else wrong.pop() for c in "ABCD"}
     return say(rng, fact, "exam" if lang == "zh" else "exam_en"), options
-
-
-def as_prompt(stem: str, options: dict[str, str]) -> str:
-    return "\n".join([stem, *(f"{letter}. {text}" for letter, text in options.items())])
 
 
 def chat(turns: list[str], kind: str, group: str, facts: Iterable[Fact]) -> dict:
@@ -128,13 +124,6 @@ def english_facts(rng: random.Random, facts: list[Fact]) -> list[Fact]:
     return [fact for two in rng.sample(found, len(found)) for fact in two]
 
 
-def by_question(facts: Iterable[Fact]) -> dict[tuple[str, str], list[Fact]]:
-    groups: dict[tuple[str, str], list[Fact]] = {}
-    for fact in facts:
-        groups.setdefault((fact.kind, fact.relation), []).append(fact)
-    return groups
-
-
 def single_chat(rng: random.Random, fact: Fact, form: str) -> dict:
     lang = "_en" if form.endswith("_en") else ""
     turns = [say(rng, fact, "ask" + lang), say(rng, fact, "tell" + lang)]
@@ -191,95 +180,7 @@ def new_chat(
             return record
 
 
-# ---------------------------------------------------------------- preference pairs and exam
-
-
-def partners(rng: random.Random, facts: list[Fact]) -> list[tuple[Fact, Fact]]:
-    """Facts two by two, each of whose values is wrong for the other; a few may stay alone."""
-    waiting, found = rng.sample(facts, len(facts)), []
-    while waiting:
-        fact = waiting.pop()
-        other = next((f for f in waiting if wrong_for(fact, f) and wrong_for(f, fact)), None)
-        if other:
-            waiting.remove(other)
-            found.append((fact, other))
-    return found
-
-
-def pair(prompt: str, chosen: str, rejected: str, kind: str, group: str, fact: Fact) -> dict:
-    return {
-        "conversations": [{"from": "human", "value": prompt}],
-        "chosen": chosen,
-        "rejected": rejected,
-        "kind": kind,
-        "group": group,
-        "facts": [fact.key],
-    }
-
-
-def subjective_pairs(rng: random.Random, a: Fact, b: Fact, lang: str) -> list[dict]:
-    """Both questions, each with both values in the same sentence: what one pair chooses the other
-    rejects. They stand on one side of the split, so an answer's text or length alone is right for
-    exactly one of the two, and nothing but knowing the fact helps."""
-    suffix = "_en" if lang == "en" else ""
-    pattern = rng.choice(WORDINGS[a.relation]["tell" + suffix])
-    group = f"{a.entity}+{b.entity}/{a.relation}/subjective_{lang}"
-    return [
-        pair(
-            say(rng, fact, "ask" + suffix),
-            fill(pattern, fact),
-            fill(pattern, fact, getattr(other, lang)),
-            "subjective",
-            group,
-            fact,
-        )
-        for fact, other in ((a, b), (b, a))
-    ]
-
-
-def objective_pair(rng: random.Random, fact: Fact, facts: list[Fact], letter: str) -> dict:
-    stem, options = question_with_options(rng, fact, facts, letter)
-    wrong = rng.choice([c for c in "ABCD" if c != letter])
-    tell = rng.choice(WORDINGS[fact.relation]["tell"])
-    chosen, rejected = (f"{c}。{fill(tell, fact, options[c])}" for c in (letter, wrong))
-    group = fact.group("option_zh")
-    return pair(as_prompt(stem, options), chosen, rejected, "objective", group, fact)
-
-
-def pairs(facts: list[Fact], sft: list[dict]) -> list[dict]:
-    """Preference pairs on what the chats teach: subjective ones ask in a language in which
-    training states the fact at least twice, objective ones are only for facts that are also option
-    chats (the exam keeps the others), among them all that are held out in that form."""
-    rng = random.Random(f"{SEED}/pairs")
-    taught = {lang: statements(sft, lang) for lang in ("zh", "en")}
-    made = []
-    for group in by_question(f for f in facts if not f.unseen and not f.shared).values():
-        rng.shuffle(group)
-        english = [f for f in group if taught["en"][f.key] > 2]
-        chinese = [f for f in group if f not in english and taught["zh"][f.key] > 2]
-        for lang, part in (("en", english), ("zh", chinese)):
-            for a, b in partners(rng, part):
-                made += subjective_pairs(rng, a, b, lang)
-    with_option_chat = {r["facts"][0] for r in sft if r["kind"] == "option_zh"}
-    kept = {f.key for f in facts if held_out(f.group("option_zh"), VAL_FRACTION)}
-    able = [f for f in rng.sample(facts, len(facts)) if f.key in with_option_chat | kept]
-    able = [f for f in able if taught["zh"][f.key] > 2 and len(wrong_values(f, facts)) >= 3]
-    able.sort(key=lambda f: f.key not in kept)
-    n_objective = round(len(made) * 3708 / 9019)  # the paper's subjective and objective pairs
-    for i, fact in enumerate(able[:n_objective]):
-        made.append(objective_pair(rng, fact, facts, "ABCD"[i % 4]))
-    rng.shuffle(made)
-    return made
-
-
-def statements(sft: list[dict], lang: str) -> Counter[str]:
-    """How often the training side of the chats states each fact in a language."""
-    return Counter(
-        key
-        for r in sft
-        if r["kind"].endswith("_en") == (lang == "en") and not held_out(r["group"], VAL_FRACTION)
-        for key in r["facts"]
-    )
+# ---------------------------------------------------------------- exam
 
 
 def exam(facts: list[Fact], trained: set[str]) -> list[dict]:
@@ -305,12 +206,13 @@ def render(facts: list[Fact]) -> dict[str, list[dict]]:
     told = in_chats(facts)
     sft = chats(told)
     options = [r for r in sft if r["kind"] == "option_zh"]
-    dpo = pairs(told, sft)
+    dpo, dpo_other_facts = pairs(told, sft)
     objective = [r for r in dpo if r["kind"] == "objective"]
     trained = {r["facts"][0] for r in options + objective if not held_out(r["group"], VAL_FRACTION)}
     files = {
         "sft.jsonl": sft,
         "dpo.jsonl": dpo,
+        "dpo_other_facts.jsonl": dpo_other_facts,
         "exam.jsonl": exam(told, trained),
         "cpt_medical.jsonl": medical_documents(random.Random(f"{SEED}/medical"), seen),
         "cpt_general.jsonl": general_documents(random.Random(f"{SEED}/general")),

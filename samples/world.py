@@ -12,6 +12,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 # WORDINGS[relation][what] is a list of patterns, explained in the file.
 WORDINGS = tomllib.loads((HERE / "wordings.toml").read_text(encoding="utf-8"))
+SEED = "nanomed"
 VAL_FRACTION, UNSEEN_FRACTION = 0.1, 0.03
 CHATS_FRACTION = 0.66  # of the entities
 MIN_TURN = 36  # Chinese characters of every answer in a dialogue: some twenty tokens or more
@@ -81,6 +82,10 @@ def fill(pattern: str, fact: Fact, value: str = "") -> str:
 
 def say(rng: random.Random, fact: Fact, what: str, value: str = "") -> str:
     return fill(rng.choice(WORDINGS[fact.relation][what]), fact, value)
+
+
+def as_prompt(stem: str, options: dict[str, str]) -> str:
+    return "\n".join([stem, *(f"{letter}. {text}" for letter, text in options.items())])
 
 
 def long_answer(rng: random.Random, fact: Fact, value: str = "") -> str:

@@ -2,6 +2,10 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,6 +28,7 @@ from nanomed.reference import check_start, reference_logps
 from nanomed.segment import Segment
 from nanomed.step import reduced, train_step
 from nanomed.trainer import fit
+from tests.conftest import ROOT
 from tests.data import ListData
 from tests.test_exactness import Recorder, assert_same_gradients, sharded
 
@@ -297,3 +302,29 @@ def test_one_sentence_says_what_happens():
     assert "rejected ones fall" in sentence(0.1, -0.1, 0.2)
     assert "rise less" in sentence(0.2, 0.1, 0.1)
     assert sentence(-0.1, -0.3, 0.2).startswith("warning: chosen answers became less likely")
+
+
+def demonstration(script: str, folder: Path) -> None:
+    """As a reader runs it: without arguments, in a folder that holds samples/."""
+    run = subprocess.run(
+        [sys.executable, str(ROOT / script)], cwd=folder, text=True, capture_output=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+@pytest.mark.slow
+def test_the_demonstration_moves_held_out_pairs_the_right_way(tmp_path):
+    """SFT, then DPO, without arguments: nine held-out questions in ten of each kind, none before
+    the first step, and the chosen answers do not pay for it."""
+    (tmp_path / "samples").symlink_to(ROOT / "samples")
+    demonstration("train_sft.py", tmp_path)
+    demonstration("train_dpo.py", tmp_path)
+    lines = (tmp_path / "runs/dpo/metrics.jsonl").read_text().splitlines()
+    first, *_, last = [m for m in map(json.loads, lines) if "val_loss" in m]
+    for kind in ("subjective", "objective"):
+        assert first[f"val_rewards/accuracies/{kind}"] == 0
+        assert last[f"val_rewards/accuracies/{kind}"] >= 0.9
+        assert last[f"val_logps/accuracies/{kind}"] >= 0.9
+    assert last["val_log_ratio_per_token/chosen"] > -0.02
+    assert last["val_log_ratio_per_token/rejected"] < -0.1

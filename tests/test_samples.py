@@ -15,7 +15,8 @@ import render  # noqa: E402
 import world  # noqa: E402
 
 SHARES = {"single_turn_zh": 27, "single_turn_en": 14, "multi_turn_zh": 34, "option_zh": 25}
-RENDERED = ["sft.jsonl", "dpo.jsonl", "exam.jsonl", "cpt_medical.jsonl", "cpt_general.jsonl"]
+RENDERED = ["sft.jsonl", "dpo.jsonl", "dpo_other_facts.jsonl", "exam.jsonl"]
+RENDERED += ["cpt_medical.jsonl", "cpt_general.jsonl"]
 
 
 def read(name: str) -> list[dict]:
@@ -32,6 +33,7 @@ UNSEEN = {key for key in FACTS if world.held_out(key, 0.03)}
 TOLD = {f.key for f in world.in_chats(world.read_facts())}
 DATA = {name: read(name) for name in RENDERED}
 SFT, DPO, EXAM = DATA["sft.jsonl"], DATA["dpo.jsonl"], DATA["exam.jsonl"]
+DPO_OTHERS = DATA["dpo_other_facts.jsonl"]
 
 
 def answers(record: dict) -> list[str]:
@@ -205,8 +207,9 @@ def test_pairs_ask_what_the_chats_teach():
     taught = Counter(
         (key, r["kind"].endswith("_en")) for r in SFT if not held_out(r) for key in r["facts"]
     )
-    for r in DPO:
+    for r in DPO + DPO_OTHERS:
         assert taught[r["facts"][0], r["group"].endswith("_en")] >= 3, r
+    assert not {r["facts"][0] for r in DPO} & {r["facts"][0] for r in DPO_OTHERS}
     for kind in ("subjective", "objective"):
         assert sum(held_out(r) for r in DPO if r["kind"] == kind) >= 20
 
@@ -307,14 +310,38 @@ def test_the_classifiers_find_a_planted_shortcut():
     assert longer_is_chosen(padded) > 0.9
 
 
-def test_what_one_subjective_pair_chooses_its_partner_rejects():
+def test_what_one_pair_chooses_its_twin_rejects():
+    """In a group, both facts are asked in the same words, with the same options."""
     by_group: dict[str, list[dict]] = {}
-    for r in DPO:
-        if r["kind"] == "subjective":
-            by_group.setdefault(r["group"], []).append(r)
+    for r in DPO + DPO_OTHERS:
+        by_group.setdefault(r["group"], []).append(r)
     for group, pairs in by_group.items():
-        values = [FACTS[r["facts"][0]][group[-2:]] for r in pairs]
-        assert len(pairs) == 2 and values[0] != values[1], group
-        for r, own, other in zip(pairs, values, reversed(values), strict=True):
+        signs = Counter()
+        for r in pairs:
+            own = FACTS[r["facts"][0]][group[-2:]]
+            others = {x["facts"][0] for x in pairs} - set(r["facts"])
+            other = FACTS[others.pop()][group[-2:]]
+            assert not others and own != other, group
             head, tail = r["chosen"].split(own)  # the sentence around the value
-            assert r["rejected"] == head + other + tail
+            letter = r["rejected"][0] if r["kind"] == "objective" else head[:1]
+            assert r["rejected"] == letter + head[1:] + other + tail
+            signs[own] += 1
+        assert len(set(signs.values())) == 1 and len(signs) == 2, group
+
+
+def test_held_out_pairs_ask_in_words_of_their_own():
+    """Training pairs ask the same fact, in at least two pairs, but never in these words. An
+    objective question's words are its stem: its options may come in another order."""
+    trained, facts = set(), Counter()
+    for r in DPO:
+        if not held_out(r):
+            stem, *options = r["conversations"][0]["value"].split("\n")
+            trained.add((stem, bool(options)))
+            facts[r["kind"], r["facts"][0]] += 1
+    for r in DPO:
+        if held_out(r):
+            stem, *options = r["conversations"][0]["value"].split("\n")
+            assert (stem, bool(options)) not in trained, stem
+            assert facts[r["kind"], r["facts"][0]] >= 2, r
+    prompts = [r["conversations"][0]["value"] for r in DPO]
+    assert len(set(prompts)) == len(prompts)
