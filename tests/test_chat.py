@@ -158,9 +158,11 @@ def test_in_a_terminal_ctrl_c_does_not_end_the_program(folder):
     command = [sys.executable, "-m", "nanomed.tools.chat", "--model", str(folder)]
     command += ["--device", "cpu", "--max_new", "100"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
+    # A suite that was started in the background ignores Ctrl-C, and so would its children.
+    listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     with subprocess.Popen(
         command, cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs, env=env,
-        start_new_session=True,
+        start_new_session=True, preexec_fn=listen,
     ) as process:  # fmt: skip
         try:
             read_until(mine, "> ")
