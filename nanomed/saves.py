@@ -122,7 +122,8 @@ def _undone_if_it_fails(unfinished: Path) -> Iterator[None]:
     try:
         yield
     except SaveFailed as error:
-        free = checkpoint.free_space(unfinished) / 1e9  # torch's own message does not say "full"
+        # Torch's own message does not say "full". Not of `unfinished`: rank 0 is deleting that.
+        free = checkpoint.free_space(unfinished.parent) / 1e9
         if dist.get_rank() == 0:  # a full disk needs the room
             shutil.rmtree(unfinished, ignore_errors=True)
         raise SaveFailed(f"{error} ({free:.1f} GB free)") from None

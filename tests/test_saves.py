@@ -2,6 +2,7 @@
 fails or ends meanwhile."""
 
 import random
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -167,7 +168,13 @@ def with_failing_writers(world, out: str) -> dict:
 
         return hook
 
+    def late(original, *arguments):  # when rank 0 has long deleted what was unfinished
+        if last and not world.is_main:
+            time.sleep(0.1)
+        return original(*arguments)
+
     hooks = (
+        (shutil, "disk_usage", late),
         (saves, "begin", begin),
         (saves.HostCopy, "take", fails(2, last, RuntimeError("can't allocate memory"))),
         (FileSystemWriter, "write_data", fails(3, last, OSError(28, "No space left on device"))),
