@@ -1,5 +1,5 @@
-"""How many logits linear_nll.py holds at once, in a file that needs no Triton: who predicts a run's
-memory asks, too. D model width, V vocabulary, C tokens of a chunk."""
+"""How many tokens' logits linear_nll holds at once, in a file that needs no Triton: who predicts a
+run's memory asks, too. D model width, V vocabulary, C tokens of a chunk."""
 
 
 def chunk_tokens(n_tokens: int, d_model: int) -> int:
@@ -10,9 +10,13 @@ def chunk_tokens(n_tokens: int, d_model: int) -> int:
     about 7e14 operations in a second, so this takes 280 / C of the matmuls' time: 27% at 1,024
     tokens, 7% at 4,096, 3% at 8,192 (computed, not measured). Large chunks cost memory: 2 C V bytes
     of logits in bfloat16, beside the 4 V D of that gradient; C = 2 D takes as much again. V is in
-    both and decides neither. So: at most 2 D, this limit kept between 4,096 and 8,192, and the
-    tokens shared out evenly.
+    both and decides neither. So: at most 2 D, this limit kept between 4,096 and 8,192.
     """
-    most = min(max(2 * d_model, 4096), 8192)
+    return even(n_tokens, min(max(2 * d_model, 4096), 8192))
+
+
+def even(n_tokens: int, most: int) -> int:
+    """C for tokens shared out evenly over as few chunks as `most` allows. The last chunk is the one
+    whose logits backward finds; it must not be a small rest."""
     n_chunks = max(1, -(-n_tokens // most))
     return max(1, -(-n_tokens // n_chunks))

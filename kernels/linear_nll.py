@@ -5,10 +5,10 @@ T tokens, n of them trained, D model width, V vocabulary, C tokens of a chunk.
 Matmuls are torch's own. Between them a kernel reads a chunk of logits once in forward, and in
 backward overwrites it by its gradient; the definition makes several float32 copies of it instead.
 
-Backward computes the logits again. To take the gradient in forward, while they are there, would
-leave out one of four matmuls, but hold a [T,D] and a [V,D] gradient until backward comes; and it
-needs to know dnll, which for DPO hangs on both answers of a pair. What it would save has not been
-measured.
+Backward needs the logits again. It begins with the last chunk, which forward leaves in the
+workspace: a row of one chunk takes three matmuls. Other chunks take a fourth, since all logits
+would be too many to keep. To take the gradient in forward, chunk by chunk, would save that one;
+but it needs dnll, which for DPO hangs on both answers of a pair. docs/kernels.md has what is saved.
 """
 
 import torch
@@ -81,9 +81,9 @@ def _stride(v: int) -> int:
     return -(-v // 128) * 128
 
 
-def _logits(h: Tensor, weight: Tensor, workspace: Tensor) -> Tensor:
-    """h[C,D] @ weight.T -> [C,V], in the workspace."""
-    return torch.mm(h, weight.T, out=workspace[: len(h), : len(weight)])
+def _logits(workspace: Tensor, h: Tensor, weight: Tensor) -> Tensor:
+    """The place of h[C,D] @ weight.T -> [C,V] in the workspace."""
+    return workspace[: len(h), : len(weight)]
 
 
 def _launch_forward(logits: Tensor, rows: Tensor, labels: Tensor, nll: Tensor, lse: Tensor):
@@ -123,9 +123,12 @@ class _LinearNLL(torch.autograd.Function):
         lse = torch.empty(rows.shape, dtype=torch.float32, device=hidden.device)
         workspace = _workspace(len(rows), hidden, weight)
         for part, lse_part in _chunks(workspace, rows, lse):
-            logits = _logits(hidden[part], weight, workspace)
+            h = hidden[part]
+            logits = torch.mm(h, weight.T, out=_logits(workspace, h, weight))
             _launch_forward(logits, part, labels, nll, lse_part)
         ctx.save_for_backward(hidden, weight, labels, rows, lse)
+        # At the peak of memory, the beginning of backward, it has its place anyway.
+        ctx.workspace = workspace
         return nll
 
     @staticmethod
@@ -133,23 +136,32 @@ class _LinearNLL(torch.autograd.Function):
     def backward(ctx, dnll: Tensor):
         hidden, weight, labels, rows, lse = ctx.saved_tensors
         dnll = dnll.contiguous()
+        # The kernel overwrites the logits, so they serve one backward pass.
+        workspace, ctx.workspace = ctx.workspace, None
+        has_logits = workspace is not None
+        if not has_logits:
+            workspace = _workspace(len(rows), hidden, weight)
         dhidden = torch.zeros_like(hidden)
         # float32 whatever the weight's dtype: bfloat16 sums over chunks lose small gradients.
         dweight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-        workspace = _workspace(len(rows), hidden, weight)
-        for part, lse_part in _chunks(workspace, rows, lse):
+        for part, lse_part in reversed(_chunks(workspace, rows, lse)):
             h = hidden[part]
-            dlogits = _logits(h, weight, workspace)
+            dlogits = _logits(workspace, h, weight)
+            if not has_logits:
+                torch.mm(h, weight.T, out=dlogits)
+            has_logits = False  # of the chunks before it
             _launch_backward(dlogits, part, labels, dnll, lse_part)
             dhidden[part] = dlogits @ weight
             _add_matmul(dweight, dlogits.T, h)
+        workspace = dlogits = None  # before the cast takes memory
         return dhidden, dweight.to(weight.dtype), None
 
 
-def _chunks(workspace: Tensor, *tensors: Tensor):
-    """The tensors' first dimensions in parts that fit the workspace; nothing if they are empty."""
-    if len(tensors[0]):
-        yield from zip(*(t.split(len(workspace)) for t in tensors), strict=True)
+def _chunks(workspace: Tensor, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    """The tensors' first dimensions in parts that fit the workspace; none if they are empty."""
+    if not len(tensors[0]):
+        return []
+    return list(zip(*(t.split(len(workspace)) for t in tensors), strict=True))
 
 
 def linear_nll(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:

@@ -11,9 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Tokens whose logits exist at once. At V = 151,851 a chunk of 1,024 is 0.6 GB in float32, of which
-# backward holds about three; a GPU wants matmuls twice as tall.
-CHUNK_CPU, CHUNK_CUDA = 1024, 2048
+from kernels.chunk import even
+
+# Logits that exist at once on a CPU, half a GiB in float32: 883 tokens of V = 151,851, every token
+# of a row for a small vocabulary. On a GPU tokens, 1.2 GB at this V: matmuls must be tall there.
+LOGITS_CPU, CHUNK_CUDA = 2**27, 2048
 
 
 def rmsnorm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -86,7 +88,8 @@ def linear_nll(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """-log softmax(hidden @ weight.T)[label] per token: hidden[T,D], weight[V,D], labels[T] -> [T].
 
     float32; exactly 0 where the label is -100. Tokens without a label are skipped before the
-    matmul, and logits exist one chunk at a time, in forward and again in backward.
+    matmul, and logits exist one chunk at a time. Backward begins with the last chunk, whose
+    softmax is still there, and computes the logits of the others again.
     """
     return _LinearNLL.apply(hidden, weight, labels)
 
@@ -100,14 +103,17 @@ class _LinearNLL(torch.autograd.Function):
         rows = (labels >= 0).nonzero()[:, 0]  # the trained tokens
         nll = hidden.new_zeros(labels.shape, dtype=torch.float32)
         lse = torch.zeros_like(nll)
-        for part in rows.split(_chunk(hidden)):
+        for part in rows.split(_chunk(len(rows), weight)):
             logits = (hidden[part] @ weight.T).float()
             target = logits.gather(1, labels[part, None])[:, 0]
             # In place: on a CPU, fresh memory of this size costs more than the arithmetic.
             top = logits.amax(1, keepdim=True)
-            lse[part] = logits.sub_(top).exp_().sum(1).log_() + top[:, 0]
+            total = logits.sub_(top).exp_().sum(1, keepdim=True)
+            lse[part] = (total.log() + top)[:, 0]
             nll[part] = lse[part] - target
         ctx.save_for_backward(hidden, weight, labels, rows, lse)
+        # At the peak of memory, the beginning of backward, a chunk has its place anyway.
+        ctx.softmax = logits.div_(total) if len(rows) else None
         return nll
 
     @staticmethod
@@ -117,9 +123,11 @@ class _LinearNLL(torch.autograd.Function):
         dhidden = torch.zeros_like(hidden)
         # float32 whatever the weight's dtype: bfloat16 sums over chunks lose small gradients.
         dweight = torch.zeros_like(weight, dtype=torch.float32)
-        for part in rows.split(_chunk(hidden)):
+        for part in reversed(rows.split(_chunk(len(rows), weight))):
             h = hidden[part]
-            dlogits = (h @ weight.T).float().sub_(lse[part, None]).exp_()  # softmax
+            dlogits, ctx.softmax = ctx.softmax, None  # changed in place: it serves once
+            if dlogits is None:
+                dlogits = (h @ weight.T).float().sub_(lse[part, None]).exp_()  # softmax
             dlogits[torch.arange(len(part), device=h.device), labels[part]] -= 1
             dlogits = dlogits.mul_(dnll[part, None]).to(h.dtype)
             dhidden[part] = dlogits @ weight
@@ -127,8 +135,8 @@ class _LinearNLL(torch.autograd.Function):
         return dhidden, dweight.to(weight.dtype), None
 
 
-def _chunk(x: Tensor) -> int:
-    return CHUNK_CUDA if x.is_cuda else CHUNK_CPU
+def _chunk(n_tokens: int, weight: Tensor) -> int:
+    return even(n_tokens, CHUNK_CUDA if weight.is_cuda else max(1, LOGITS_CPU // len(weight)))
 
 
 def _add_matmul(out: Tensor, a: Tensor, b: Tensor) -> None:

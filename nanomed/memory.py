@@ -15,7 +15,7 @@ import dataclasses
 import torch
 
 import kernels
-from kernels.chunk import chunk_tokens
+from kernels.chunk import chunk_tokens, even
 from kernels.reference import CHUNK_CUDA
 from nanomed.config import ModelConfig, Run
 
@@ -86,21 +86,36 @@ def head_moment(model: ModelConfig, c: Run, n_gpus: int) -> dict[str, float]:
     b, t, matrix = width(c), c.micro_tokens, model.vocab_size * model.d_model
     norm = (2 * b + 4 * is_plain(c)) * model.d_model * t  # plain: its input in float32
     kept = {"activations": activations(model, c, model.n_layers) + norm}
-    hidden = b * model.d_model * t
-    loss = {"loss's chunk": loss_chunk(model, c), "FSDP": b * matrix}
-    # The head's gradient is summed in float32; the Triton version holds it and the last chunk
-    # while it is cast.
-    loss["gradients here"] = (4 if is_plain(c) else 4 + b) * matrix + hidden
-    summed = {"gradients here": b * matrix + hidden, "FSDP": 4 * matrix * (1 + 1 / n_gpus)}
-    return kept | max(loss, summed, key=lambda parts: sum(parts.values()))
+    dhidden = b * model.d_model * t
+    # The head's gradient is summed in float32, then cast; the plain version still has the last
+    # chunk's gradient and hidden then.
+    chunk = b * _chunk(model, c) * model.d_model  # of hidden; Triton: and of its gradient
+    loss = {"loss's chunk": loss_chunk(model, c) + chunk * (2 - is_plain(c))}
+    loss["gradients here"] = 4 * matrix + dhidden
+    cast = {"gradients here": (4 + b) * matrix + dhidden}
+    if is_plain(c):
+        cast["loss's chunk"] = b * _chunk(model, c) * model.vocab_size + chunk
+    # By now hidden is let go: its gradient has taken its place.
+    summed = {"gradients here": b * matrix, "FSDP": 4 * matrix * (1 + 1 / n_gpus)}
+    gathered = {"FSDP": b * matrix}
+    moments = loss | gathered, cast | gathered, summed
+    return kept | max(moments, key=lambda parts: sum(parts.values()))
 
 
 def loss_chunk(model: ModelConfig, c: Run) -> float:
     """Bytes of the logits that exist at once."""
-    if is_plain(c):  # 8: in float32, as they came from the matmul, and the gradient of those before
-        return 8 * min(c.micro_tokens, CHUNK_CUDA) * model.vocab_size
-    padded = -(-model.vocab_size // 128) * 128
-    return width(c) * chunk_tokens(c.micro_tokens, model.d_model) * padded
+    chunk = _chunk(model, c)
+    if not is_plain(c):
+        return width(c) * chunk * -(-model.vocab_size // 128) * 128
+    # Plain: in float32, and as they come from the matmul or as the gradient goes into one.
+    return (4 + width(c)) * chunk * model.vocab_size
+
+
+def _chunk(model: ModelConfig, c: Run) -> int:
+    """Tokens."""
+    if is_plain(c):
+        return even(c.micro_tokens, CHUNK_CUDA)
+    return chunk_tokens(c.micro_tokens, model.d_model)
 
 
 def layer_moment(model: ModelConfig, c: Run, n_gpus: int) -> dict[str, float]:

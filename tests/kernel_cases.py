@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import reference
 
@@ -137,6 +138,33 @@ def check_same_bits(op: Callable, case: Case, dtype: torch.dtype = torch.float32
     for _ in range(3):
         again = run(op, inputs, others, douts)
         assert all(map(torch.equal, [*outputs, *gradients], [*again[0], *again[1]]))
+
+
+class Matmuls(TorchDispatchMode):
+    """Counts them."""
+
+    n = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.n += function.overloadpacket.__name__.strip("_") in ("mm", "addmm")
+        return function(*args, **(kwargs or {}))
+
+
+def check_the_last_chunk_serves_once(op: Callable, n_chunks: int) -> None:
+    """linear_nll's backward computes again the logits of all chunks but the last one, and in a
+    second backward pass through the same graph those, too."""
+    case = linear_nll(30, trained=1.0)
+    hidden, weight = (like(x, torch.float32).requires_grad_() for x in case.inputs)
+    labels = case.others[0].to(DEVICE)
+    with Matmuls() as forward:
+        nll = op(hidden, weight, labels)
+    with Matmuls() as first:
+        wanted = torch.autograd.grad(nll.sum(), (hidden, weight), retain_graph=True)
+    with Matmuls() as second:
+        again = torch.autograd.grad(nll.sum(), (hidden, weight))
+    assert (forward.n, first.n, second.n) == (n_chunks, 3 * n_chunks - 1, 3 * n_chunks)
+    for ours, other in zip(again, wanted, strict=True):
+        assert error(ours, other.double()) < 1e-6
 
 
 def like(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import kernels
 from kernels import reference
 from kernels.chunk import chunk_tokens
+from tests.kernel_cases import check_the_last_chunk_serves_once
 
 
 def randn(*shape: int, dtype=torch.float64) -> torch.Tensor:
@@ -82,7 +83,7 @@ def test_attention_within_segments():
 @pytest.mark.parametrize("chunk", [3, 1024])
 def test_linear_nll_equals_dense_log_softmax(monkeypatch, chunk):
     """pitfalls 22: chunked loss and gradients equal dense ones, at any chunk."""
-    monkeypatch.setattr(reference, "CHUNK_CPU", chunk)
+    monkeypatch.setattr(reference, "LOGITS_CPU", chunk * 29)
     hidden, weight = randn(11, 6, dtype=torch.float32), randn(29, 6, dtype=torch.float32)
     labels = torch.tensor([3, -100, 28, 0, -100, 7, 7, 7, 1, 2, -100])
     ours = kernels.linear_nll(hidden, weight, labels)
@@ -91,6 +92,12 @@ def test_linear_nll_equals_dense_log_softmax(monkeypatch, chunk):
     logp = (h @ w.T).log_softmax(-1)
     dense = -logp.gather(1, labels.clamp(min=0)[:, None])[:, 0] * (labels >= 0)
     assert_same(gradients(ours, hidden, weight), gradients(dense, h, w), tolerance=1e-6)
+
+
+@pytest.mark.parametrize("n_chunks", [1, 4])
+def test_linear_nll_computes_the_last_chunks_logits_once(monkeypatch, n_chunks):
+    monkeypatch.setattr(reference, "LOGITS_CPU", -(-29 // n_chunks) * 97)  # 29 tokens, 97 ids
+    check_the_last_chunk_serves_once(reference.linear_nll, n_chunks)
 
 
 def test_linear_nll_without_any_label_has_a_graph_and_zero_gradients():
@@ -115,7 +122,7 @@ class Largest(TorchDispatchMode):
 
 def test_linear_nll_never_holds_all_logits(monkeypatch):
     """pitfalls 22: nothing larger than a chunk of logits exists, forward or backward."""
-    monkeypatch.setattr(reference, "CHUNK_CPU", 16)
+    monkeypatch.setattr(reference, "LOGITS_CPU", 16 * 100)
     hidden, weight = randn(400, 4), randn(100, 4)
     with Largest() as seen:
         kernels.linear_nll(hidden, weight, torch.zeros(400, dtype=torch.int64)).sum().backward()

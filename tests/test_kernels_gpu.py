@@ -144,5 +144,5 @@ def test_memory_of_the_head_is_a_chunk_and_the_gradients(n, monkeypatch):
     torch.cuda.reset_peak_memory_stats()
     nll.sum().backward()
     backward = torch.cuda.max_memory_allocated() - start
-    gradients = 2 * n * d + 4 * v * d + 2 * v * d  # float32 sums, then rounded
-    assert backward <= logits + parts + lists + gradients + 2**26, backward / GIB
+    sums = 2 * n * d + 4 * v * d  # float32; rounded when the logits have gone
+    assert backward <= sums + max(logits + parts, 2 * v * d) + lists + 2**26, backward / GIB

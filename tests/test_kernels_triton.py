@@ -86,6 +86,13 @@ def test_head_in_several_chunks(monkeypatch):
     check(triton_op("linear_nll"), kernel_cases.linear_nll(30), tolerance=TOLERANCE)
 
 
+@pytest.mark.parametrize("n_chunks", [1, 4])
+def test_head_computes_the_last_chunks_logits_once(monkeypatch, n_chunks):
+    chunk = -(-29 // n_chunks)
+    monkeypatch.setattr(module_of("linear_nll"), "chunk_tokens", lambda n, d: chunk)
+    kernel_cases.check_the_last_chunk_serves_once(triton_op("linear_nll"), n_chunks)
+
+
 def test_head_without_any_label_has_a_graph_and_zero_gradients():
     hidden, weight = (torch.randn(*s, device=DEVICE).requires_grad_() for s in ((5, 6), (29, 6)))
     labels = torch.full((5,), -100, device=DEVICE)
