@@ -15,6 +15,10 @@ os.environ.setdefault(
     "TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1"
 )  # before triton is imported
 
+from tests import interpreter  # noqa: E402
+
+interpreter.repair()
+
 import transformers.utils  # noqa: E402
 import transformers.utils.import_utils  # noqa: E402
 
