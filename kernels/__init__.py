@@ -64,7 +64,7 @@ def triton_error() -> str:
 
 def triton_head_sizes() -> tuple[int, ...]:
     """Of Triton's attention; the definition takes any."""
-    from kernels.flash_attention import HEAD_SIZES
+    from kernels.attention_tiles import HEAD_SIZES
 
     return HEAD_SIZES
 

@@ -23,51 +23,15 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kernels.attention_tiles import HEAD_SIZES, choose_blocks, find_queries, find_tile
+
 LOG2_E = 1.4426950408889634
 LN_2 = tl.constexpr(0.6931471805599453)  # the kernels' scale is log2(e) / sqrt(E)
-
-# Queries and keys of a tile of scores, warps of its program, tiles in flight (num_stages); for the
-# forward, dQ and dK/dV kernels. The tile that a program keeps must be a whole number of the tiles
-# it walks over. Chosen by the compiler's reports (registers, spills, shared memory), not by time.
-BLOCKS = {
-    ("hopper", 128): ((128, 128, 8, 2), (128, 64, 8, 3), (64, 128, 8, 2)),
-    ("hopper", 64): ((128, 128, 8, 3), (128, 128, 8, 2), (64, 128, 8, 2)),
-    ("ampere", 128): ((128, 64, 8, 2), (64, 64, 4, 2), (64, 64, 8, 2)),
-    ("ampere", 64): ((128, 64, 4, 2), (64, 64, 4, 3), (32, 128, 8, 3)),
+# What differs between packed rows compiles nothing again.
+FOR_ANY_ROW = {
+    "do_not_specialize": ["T", "n_segments"],
+    "do_not_specialize_on_alignment": ["cu_seqlens"],
 }
-# Other head sizes, GPUs with less shared memory, and the interpreter.
-SMALL = ((64, 32, 4, 2), (64, 32, 4, 2), (32, 64, 4, 2))
-FLOAT32 = ((16, 16, 4, 1),) * 3  # "ieee" matmuls, unrolled into FMAs: larger tiles only spill
-HEAD_SIZES = (16, 32, 64, 128)
-
-
-def choose_blocks(q: Tensor) -> tuple[tuple[int, int, int, int], ...]:
-    """Lengths have no say: nothing compiles again for them."""
-    if not q.is_cuda or q.dtype == torch.float32:
-        return FLOAT32 if q.is_cuda else SMALL
-    chip = {(9, 0): "hopper", (8, 0): "ampere"}.get(torch.cuda.get_device_capability(q.device))
-    return BLOCKS.get((chip, q.shape[2]), SMALL)
-
-
-# The schedule. Tiles of B tokens never cross a segment's border, so segment i of length n has
-# ceil(n / B) tiles. The host knows T and the number of segments but not their lengths, and asking
-# the GPU for them would stall every step. So the grid is an upper bound, T // B + n_segments slots,
-# and segment i owns the slots from cu_seqlens[i] // B + i to the next segment's first: never fewer
-# than its tiles, at most one more. A program finds its segment by bisection; a spare slot ends.
-
-
-@triton.jit
-def _find_tile(cu_seqlens, n_segments, slot, B: tl.constexpr):
-    """-> (first token of the segment in the row, its length, the tile's first token within it)."""
-    low, high = n_segments * 0, n_segments
-    while high - low > 1:
-        middle = (low + high) // 2
-        before = tl.load(cu_seqlens + middle) // B + middle <= slot
-        low = tl.where(before, middle, low)
-        high = tl.where(before, high, middle)
-    start = tl.load(cu_seqlens + low)
-    length = tl.load(cu_seqlens + low + 1) - start
-    return start, length, (slot - start // B - low) * B
 
 
 @triton.jit
@@ -120,25 +84,19 @@ def _visit_keys(
     return acc, total, top
 
 
-@triton.jit(do_not_specialize=["T", "n_segments"])
+@triton.jit(**FOR_ANY_ROW)
 def _forward_kernel(
     q, k, v, out, lse, cu_seqlens, T, n_segments, scale,
     q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride,
     H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """out[T,H,E] and lse[H,T] for one tile of queries and one head."""
-    # A segment's last queries see most keys: they start first. The heads that read the same keys
-    # run side by side, one key head comes after another: its k and v stay in the L2 cache.
-    slot = (tl.num_programs(0) - 1 - tl.program_id(0)) // (H // K)
-    start, length, first = _find_tile(cu_seqlens, n_segments, slot, QUERIES)
+    start, length, first, head, kv_head = find_queries(cu_seqlens, n_segments, H // K, QUERIES)
     if first >= length:
         return
-    kv_head = tl.program_id(1)
-    head = kv_head * (H // K) + tl.program_id(0) % (H // K)
     q = _at(q, start, q_stride, head, q_head_stride)
     k = _at(k, start, k_stride, kv_head, k_head_stride)
     v = _at(v, start, v_stride, kv_head, v_head_stride)
-    out = _at(out, start, H * E, head, E)
 
     q_tile = _load(q, first, length, q_stride, QUERIES, E, True)
     acc = tl.zeros([QUERIES, E], tl.float32)
@@ -153,7 +111,7 @@ def _forward_kernel(
         acc, total, top, q_tile, k, v, k_stride, v_stride, scale, first, length,
         first, tl.minimum(first + QUERIES, length), E, QUERIES, KEYS, True,
     )  # fmt: skip
-    _store(out, acc / total[:, None], first, length, H * E, QUERIES, E)
+    _store(_at(out, start, H * E, head, E), acc / total[:, None], first, length, H * E, QUERIES, E)
     rows = first + tl.arange(0, QUERIES)
     tl.store(_at(lse, head, T, start, 1) + rows, top + tl.log2(total), mask=rows < length)
 
@@ -191,25 +149,21 @@ def _gather_dq(
     return dq
 
 
-@triton.jit(do_not_specialize=["T", "n_segments"])
+@triton.jit(**FOR_ANY_ROW)
 def _dq_kernel(
     q, k, v, out, dout, lse, delta, dq, cu_seqlens, T, n_segments, scale, q_stride, q_head_stride,
     k_stride, k_head_stride, v_stride, v_head_stride, dout_stride, dout_head_stride,
     H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """dq[T,H,E] for one tile of queries and one head; and delta[H,T], read by the next kernel."""
-    slot = (tl.num_programs(0) - 1 - tl.program_id(0)) // (H // K)
-    start, length, first = _find_tile(cu_seqlens, n_segments, slot, QUERIES)
+    start, length, first, head, kv_head = find_queries(cu_seqlens, n_segments, H // K, QUERIES)
     if first >= length:
         return
-    kv_head = tl.program_id(1)
-    head = kv_head * (H // K) + tl.program_id(0) % (H // K)
     q = _at(q, start, q_stride, head, q_head_stride)
     k = _at(k, start, k_stride, kv_head, k_head_stride)
     v = _at(v, start, v_stride, kv_head, v_head_stride)
     out = _at(out, start, H * E, head, E)
     dout = _at(dout, start, dout_stride, head, dout_head_stride)
-    dq = _at(dq, start, H * E, head, E)
 
     q_tile = _load(q, first, length, q_stride, QUERIES, E, True)
     dout_tile = _load(dout, first, length, dout_stride, QUERIES, E, True)
@@ -228,7 +182,8 @@ def _dq_kernel(
         total, q_tile, dout_tile, lse_rows, delta_rows, k, v, k_stride, v_stride, scale,
         first, length, first, tl.minimum(first + QUERIES, length), E, QUERIES, KEYS, True,
     )  # fmt: skip
-    _store(dq, total * (scale * LN_2), first, length, H * E, QUERIES, E)
+    total *= scale * LN_2
+    _store(_at(dq, start, H * E, head, E), total, first, length, H * E, QUERIES, E)
 
 
 @triton.jit
@@ -258,18 +213,18 @@ def _gather_dk_dv(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["T", "n_segments"])
+@triton.jit(**FOR_ANY_ROW)
 def _dk_dv_kernel(
     q, k, v, dout, lse, delta, dk, dv, cu_seqlens, T, n_segments, scale, q_stride, q_head_stride,
     k_stride, k_head_stride, v_stride, v_head_stride, dout_stride, dout_head_stride,
     H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """dk[T,K,E] and dv[T,K,E] for one tile of keys and one key/value head, summed over the query
-    heads that read it. A segment's first keys are seen most: they start first."""
-    kv_head = tl.program_id(1)
-    start, length, first = _find_tile(cu_seqlens, n_segments, tl.program_id(0), KEYS)
+    heads that read it."""
+    start, length, first = find_tile(cu_seqlens, n_segments, tl.program_id(0), KEYS)
     if first >= length:
         return
+    kv_head = tl.program_id(1)
     k = _at(k, start, k_stride, kv_head, k_head_stride)
     v = _at(v, start, v_stride, kv_head, v_head_stride)
     k_tile = _load(k, first, length, k_stride, KEYS, E, True)

@@ -16,8 +16,9 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels import flash_attention, reference
-from kernels.flash_attention import _find_tile, attention
+from kernels import attention_tiles, flash_attention, reference
+from kernels.attention_tiles import find_tile
+from kernels.flash_attention import attention
 from tests import aot
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -86,7 +87,7 @@ MUTANTS = {
     "dq, P": ("s * scale - lse[:", "s * scale + lse[:"),
     "dq, dP": ("dp = tl.dot(dout", "dp = -tl.dot(dout"),
     "dq, dS": ("(dp - delta[:", "(dp + delta[:"),
-    "dq": ("_store(dq, total", "_store(dq, -total"),
+    "dq": ("    total *= scale", "    total *= -scale"),
     "dk, P": ("s * scale - lse_rows[N", "s * scale + lse_rows[N"),
     "dk, dP": ("dp = tl.dot(v", "dp = -tl.dot(v"),
     "dk, dS": ("(dp - delta_rows[N", "(dp + delta_rows[N"),
@@ -170,12 +171,14 @@ def test_views_and_expanded_gradients():
 
 @triton.jit
 def _write_tile(found, cu_seqlens, n_segments, B: tl.constexpr):
-    start, length, first = _find_tile(cu_seqlens, n_segments, tl.program_id(0), B)
+    start, length, first = find_tile(cu_seqlens, n_segments, tl.program_id(0), B)
     tl.store(found + 2 * tl.program_id(0), start + first)
     tl.store(found + 2 * tl.program_id(0) + 1, (first < length).to(tl.int32))
 
 
-@pytest.mark.parametrize("lengths", [[1], [32], [33, 31, 64, 1], [1] * 9, [15, 17, 16, 16, 80]])
+@pytest.mark.parametrize(
+    "lengths", [[1], [32], [33, 31, 64, 1], [1] * 9, [15, 17, 16, 16, 80], [16, 0, 3, 0, 0, 40, 0]]
+)
 def test_every_tile_has_one_program(lengths):
     """In the bound of T // B + n programs, without a look at the lengths on the host."""
     slots = sum(lengths) // 16 + len(lengths)
@@ -185,6 +188,13 @@ def test_every_tile_has_one_program(lengths):
     borders = cu_seqlens.tolist()
     expected = [t for a, b in pairwise(borders) for t in range(a, b, 16)]
     assert [token for token, busy in found.tolist() if busy] == expected
+
+
+def test_rows_far_apart_are_copied():
+    """Offsets within a tile of 128 rows are int32."""
+    for stride, kept in ((2**24 - 1, True), (2**24, False)):
+        x = torch.empty_strided((2, 1, 16), (stride, 16, 1), device="meta")
+        assert (flash_attention._readable(x) is x) == kept
 
 
 def test_unfit_shapes_are_refused():
@@ -203,14 +213,15 @@ KERNELS = ("_forward_kernel", "_dq_kernel", "_dk_dv_kernel")
 
 def compile_all(architecture: int, head_size: int, lengths: list[list[int]], folder: Path):
     """Prints what a step of each row of segments compiles, per kernel."""
-    blocks = flash_attention.BLOCKS.get((CHIPS[architecture], head_size), flash_attention.SMALL)
+    blocks = attention_tiles.BLOCKS.get((CHIPS[architecture], head_size), attention_tiles.SMALL)
     flash_attention.choose_blocks = lambda q: blocks
     kernels = aot.compiling(architecture, flash_attention, KERNELS)
     for row in lengths:
         # q, k and v as they come out of one projection.
         packed = torch.zeros(sum(row), 48, head_size, dtype=torch.bfloat16)
         tensors = packed.split((32, 8, 8), 1)
-        run(attention, *tensors, torch.zeros_like(tensors[0]), segments(row))
+        lists = torch.cat([torch.zeros(len(row) % 4), segments(row)]).int()[len(row) % 4 :]
+        run(attention, *tensors, torch.zeros_like(tensors[0]), lists)
     print(json.dumps({name: aot.report(kernel, folder) for name, kernel in kernels.items()}))
 
 
@@ -219,8 +230,8 @@ def compiled_elsewhere(folder: Path, *arguments) -> dict:
 
 
 def test_compiled_once_for_all_lengths(tmp_path):
-    """Number and lengths of segments, and of tokens: 1, odd, and multiples of 16, which Triton by
-    itself would tell apart."""
+    """Number and lengths of segments, and of tokens: 1, odd, and multiples of 16, and a list of
+    borders that begins anywhere, which Triton by itself would tell apart."""
     lengths = [[1], [3, 4], [16], [13] * 16, [4096]]
     report = compiled_elsewhere(tmp_path, 90, 16, lengths)
     assert [report[name]["times"] for name in KERNELS] == [1, 1, 1]
