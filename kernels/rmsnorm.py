@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 # Programs of the backward kernel, each of which goes through many rows: enough that one computes
 # while another waits for memory, few enough that their float32 rows of dweight stay small.
 PROGRAMS_PER_SM = 2
+ROWS_AHEAD_BYTES = 48 * 1024  # of shared memory, of each program
 
 
 @triton.jit
@@ -30,7 +31,7 @@ def _forward(x_ptr, w_ptr, y_ptr, rstd_ptr, x_stride, eps, D: tl.constexpr, BLOC
 @triton.jit(do_not_specialize=["n_rows"])
 def _backward(
     dy_ptr, x_ptr, w_ptr, rstd_ptr, dx_ptr, dw_ptr, dy_stride, x_stride, n_rows,
-    D: tl.constexpr, BLOCK: tl.constexpr,
+    D: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Every n_programs-th row. r depends on all of x: dr/dx = -r^3 x / D, so with g = w dy
 
@@ -41,7 +42,7 @@ def _backward(
     d = tl.arange(0, BLOCK)
     w = tl.load(w_ptr + d, mask=d < D, other=0).to(tl.float32)
     dw = tl.zeros([BLOCK], dtype=tl.float32)
-    for row in range(program, n_rows, n_programs):
+    for row in tl.range(program, n_rows, n_programs, num_stages=STAGES):
         x = tl.load(x_ptr + row * x_stride + d, mask=d < D, other=0).to(tl.float32)
         dy = tl.load(dy_ptr + row * dy_stride + d, mask=d < D, other=0).to(tl.float32)
         rstd = tl.load(rstd_ptr + row)
@@ -69,13 +70,18 @@ def _launch_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tup
     n_programs = min(n_rows, PROGRAMS_PER_SM * _n_processors(x.device))
     dw = torch.empty(n_programs, d, dtype=torch.float32, device=x.device)
     strides = dy.stride(0), x.stride(0)
-    _backward[(n_programs,)](dy, x, weight, rstd, dx, dw, *strides, n_rows, **_tile(d))
+    tile = _tile(d)
+    # Two more rows are on their way from memory while one is computed, where they fit a small GPU.
+    fit = 2 * tile["BLOCK"] * (dy.element_size() + x.element_size()) <= ROWS_AHEAD_BYTES
+    tile["STAGES"] = 3 if fit else 1
+    _backward[(n_programs,)](dy, x, weight, rstd, dx, dw, *strides, n_rows, **tile)
     return dx, dw.sum(0).to(weight.dtype)  # in this order every time: no atomics
 
 
 def _tile(d: int) -> dict[str, int]:
     block = triton.next_power_of_2(d)
-    return {"D": d, "BLOCK": block, "num_warps": min(8, max(1, block // 256))}
+    warps = min(8, max(1, block // 256))
+    return {"D": d, "BLOCK": block, "num_warps": warps, "enable_fp_fusion": True}
 
 
 def _n_processors(device: torch.device) -> int:

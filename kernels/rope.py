@@ -57,7 +57,7 @@ def _launch(
     q: Tensor, k: Tensor, positions: Tensor, theta: float, direction: float
 ) -> tuple[Tensor, Tensor]:
     """q[T,H,E], k[T,K,E], positions[T] -> q and k turned (direction 1) or turned back (-1)."""
-    q, k = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k))
+    q, k = _readable(q), _readable(k)
     q_out, k_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
     wavelengths = _wavelengths(theta, q.shape[2] // 2, q.device)
     strides = *q.stride()[:2], *k.stride()[:2]
@@ -69,13 +69,22 @@ def _launch(
 
 
 def _tile(h: int, k: int, e: int) -> dict[str, int]:
-    sizes = {"H": h, "K": k, "HALF": e // 2}
-    return sizes | {
+    planes = triton.next_power_of_2(e // 2)
+    return {
+        "H": h, "K": k, "HALF": e // 2,
         "BLOCK_H": triton.next_power_of_2(h),
         "BLOCK_K": triton.next_power_of_2(k),
-        "BLOCK_E": triton.next_power_of_2(e // 2),
-        "num_warps": 4,
-    }
+        "BLOCK_E": planes,
+        # One angle for each thread: with more threads several would compute the same exact sine.
+        "num_warps": max(1, planes // 32),
+        "enable_fp_fusion": True,
+    }  # fmt: skip
+
+
+def _readable(x: Tensor) -> Tensor:
+    """Views of a projection are read where they lie, if a head's elements are adjacent and offsets
+    within a token fit int32."""
+    return x if x.stride(2) == 1 and x.shape[1] * x.stride(1) < 2**31 else x.contiguous()
 
 
 @functools.cache

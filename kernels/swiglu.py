@@ -62,7 +62,8 @@ def _launch_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tens
 
 
 def _tile(f: int) -> dict[str, int]:
-    return {"F": f, "BLOCK": min(BLOCK, triton.next_power_of_2(f)), "num_warps": 4}
+    block = min(BLOCK, triton.next_power_of_2(f))
+    return {"F": f, "BLOCK": block, "num_warps": 4, "enable_fp_fusion": True}
 
 
 def _grid(x: Tensor, tile: dict[str, int]) -> tuple[int, int]:

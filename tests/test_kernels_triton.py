@@ -6,6 +6,7 @@ is a GPU these tests run on it; tests/test_kernels_gpu.py has those that need on
 
 import importlib
 import importlib.util
+import re
 import warnings
 
 import pytest
@@ -136,6 +137,39 @@ def test_layouts_that_autograd_hands_over(op):
     assert all(kernel_cases.error(a, b) <= TOLERANCE for a, b in zip(ours, truth, strict=True))
 
 
+@pytest.mark.parametrize("op", MODULES)
+def test_no_tokens(op):
+    """No kernel runs; the weights' gradients are zero."""
+    case = CASES[op](1)
+    many = {"rope": 2, "swiglu": 2}.get(op, 1)  # inputs that have tokens
+    inputs = [x[:0] if i < many else x for i, x in enumerate(case.inputs)]
+    others = [x[:0].to(DEVICE) if torch.is_tensor(x) else x for x in case.others]
+    outputs, gradients, _ = kernel_cases.run(
+        triton_op(op), [x.float().to(DEVICE) for x in inputs], others
+    )
+    assert not any(y.numel() for y in outputs)
+    assert all(
+        (g == 0).all() and g.shape == x.shape for g, x in zip(gradients, inputs, strict=True)
+    )
+
+
+def test_rope_reads_positions_as_they_come():
+    """int32, or every other element of a list."""
+    case = kernel_cases.rope(7)
+    positions = case.others[0]
+    for given in (positions.int(), torch.stack((positions, -positions), 1)[:, 0]):
+        case.others = (given, kernel_cases.THETA)
+        check(triton_op("rope"), case, tolerance=TOLERANCE)
+
+
+def test_heads_far_apart_are_copied():
+    """rope's offsets within a token are int32."""
+    readable = module_of("rope")._readable
+    for stride, kept in ((2**29, True), (2**30, False)):
+        x = torch.empty_strided((1, 3, 4), (4, stride, 1), device="meta")
+        assert (readable(x) is x) == kept and readable(x).shape == x.shape
+
+
 # Each with one sign turned in a formula.
 MUTANTS = {
     "rmsnorm dx": ("rmsnorm", "rstd * (g - n *", "rstd * (g + n *"),
@@ -176,13 +210,23 @@ def test_compiled_for_an_a100(tmp_path):
     check_compiled(aot.elsewhere("tests.aot", tmp_path, 80, MODULES, [1, 3, 16, 21]))
 
 
+LABELS_LOGIT = "ld.global.b16"  # the only thing that is less than 16 bytes of a row, of the head
+
+
 def check_compiled(reports: dict[str, dict]) -> None:
     assert len(reports) == 7  # RoPE's backward kernel is its forward kernel
     for name, made in reports.items():
-        assert made["times"] == 1 and "ld.global.v4.b32" in made["ptx"], name
-        assert "sin.approx" not in made["ptx"] and "atom" not in made["ptx"], name
+        ptx = made["ptx"]
+        assert made["times"] == 1 and "ld.global.v4.b32" in ptx, name
+        assert not re.search(r"(ld|st)\.global\.(v2|b16)", ptx.replace(LABELS_LOGIT, "", 1)), name
+        assert "sin.approx" not in ptx and "atom" not in ptx, name
         # Exact sines of huge angles need a little memory; nothing else is spilled.
         assert made["stack"] <= (64 if name == "rope_forward" else 0), (name, made["stack"])
+
+    # The rows that a program of many will read next are already on their way.
+    assert "cp.async.cg" in reports["rmsnorm_backward"]["ptx"]
+    # A thread has one angle: no two compute the same exact sine.
+    assert reports["rope_forward"]["ptx"].count("div.rn.f32") == 1
 
 
 def nll_and_gradients(model, row) -> list[torch.Tensor]:
