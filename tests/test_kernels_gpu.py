@@ -46,13 +46,37 @@ def test_sizes_of_aquilamed(case):
     check_same_bits(triton_op(case.op), case, torch.bfloat16)
 
 
-def test_offsets_past_two_to_the_31(monkeypatch):
-    """80,000 rows of 28,672: the last row is the first one's twin, 2.3e9 elements away."""
+def test_rmsnorm_of_many_rows_that_load_16_bytes_at_a_time():
+    """kernel_cases has views that begin anywhere, which the compiler reads element by element. Here
+    a program of backward goes through 19 or more rows, the next ones on their way."""
+    case = kernel_cases.rmsnorm(5000, d=4096)
+    case.inputs = tuple(x.contiguous() for x in case.inputs)
+    check(triton_op("rmsnorm"), case, torch.bfloat16)
+    check_same_bits(triton_op("rmsnorm"), case, torch.bfloat16)
+
+
+@pytest.mark.parametrize("op", ["rmsnorm", "rope", "swiglu"])
+def test_offsets_past_two_to_the_31(op, monkeypatch):
     monkeypatch.undo()  # poison would cost seconds
-    rows = torch.randn(8, 28672, device=DEVICE, dtype=torch.bfloat16)
-    gate = rows.repeat(10_000, 1)
-    y = triton_op("swiglu")(gate, gate)
-    assert torch.equal(y[-8:], y[:8]) and y[-8:].isfinite().all()
+    last_rows_are_the_first_ones_twins(op, 2**31)
+
+
+def last_rows_are_the_first_ones_twins(op: str, elements: int) -> None:
+    """Eight rows again and again, until the last are this many elements away from the first."""
+    width = {"rmsnorm": 4096, "rope": 4096, "swiglu": 28672}[op]
+    times = elements // (8 * width) + 2
+    rows = torch.randn(8, width, device=DEVICE, dtype=torch.bfloat16)
+    x = rows.repeat(times, 1).requires_grad_()
+    if op == "rmsnorm":
+        y = triton_op(op)(x, torch.ones_like(x[0]), 1e-5)
+    elif op == "swiglu":
+        y = triton_op(op)(x, x.detach())
+    else:
+        positions = torch.arange(8, device=DEVICE).repeat(times)
+        y = triton_op(op)(x.view(-1, 32, 128), x[:, :128].unflatten(1, (1, 128)), positions, 1e6)[0]
+    y.backward(y.detach())
+    for result in (y, x.grad):
+        assert torch.equal(result[-8:], result[:8]) and result[-8:].isfinite().all()
 
 
 @pytest.mark.parametrize("op", MODULES)
