@@ -220,8 +220,10 @@ def compile_all(architecture: int, head_size: int, lengths: list[list[int]], fol
         # q, k and v as they come out of one projection.
         packed = torch.zeros(sum(row), 48, head_size, dtype=torch.bfloat16)
         tensors = packed.split((32, 8, 8), 1)
-        lists = torch.cat([torch.zeros(len(row) % 4), segments(row)]).int()[len(row) % 4 :]
-        run(attention, *tensors, torch.zeros_like(tensors[0]), lists)
+        aside = len(row) % 4
+        borders = torch.zeros(aside + len(row) + 1, dtype=torch.int32)[aside:]
+        borders.copy_(segments(row))
+        run(attention, *tensors, torch.zeros_like(tensors[0]), borders)
     print(json.dumps({name: aot.report(kernel, folder) for name, kernel in kernels.items()}))
 
 
