@@ -100,7 +100,8 @@ def _launch_backward(logits: Tensor, rows: Tensor, labels: Tensor, dnll: Tensor,
 
 def _tile(v: int) -> dict[str, int]:
     block = min(BLOCK, triton.next_power_of_2(v))
-    return {"V": v, "STRIDE": _stride(v), "BLOCK": block, "num_warps": 8}
+    tile = {"V": v, "STRIDE": _stride(v), "BLOCK": block}
+    return {**tile, "num_warps": 8, "enable_fp_fusion": True}
 
 
 def _add_matmul(out: Tensor, a: Tensor, b: Tensor) -> None:
