@@ -11,6 +11,7 @@ from pathlib import Path
 
 from bench.counts import OPS
 from bench.measure import ROOT, read, shown, table
+from bench.step_scaling import ROWS
 
 FOLDER, PAGE = ROOT / "bench/results", ROOT / "docs/results.md"
 
@@ -82,6 +83,18 @@ KINDS = {
         "python -m bench.step --results bench/results/NAME.jsonl",
         ("AquilaMed CPT", "AquilaMed SFT", "AquilaMed DPO"),
         ("median ms", "recompute", "real tokens per s", "MFU", "HFU", "peak GiB", "predicted GiB"),
+    ),
+    "scaling": Kind(
+        "How a step grows",
+        "With the row at a fixed length of documents, with the documents, with the processes. "
+        "*Of the rate* is tokens per second over those of the shortest row: 1 is linear.",
+        "python -m bench.step --gpu --only scaling --results bench/results/NAME.jsonl\n"
+        "python -m bench.step --only scaling ranks --results bench/results/NAME.jsonl",
+        (
+            *(f"rows of {n:,}, documents of 4,096" for n in ROWS),
+            *(f"rows of {ROWS[0]:,}, documents of {n:,}" for n in (256, 1024)),
+        ),
+        ("median ms", "min ms", "IQR ms", "real tokens per s", f"of the rate at {ROWS[0]:,}"),
     ),
     "data": Kind(
         "Data",

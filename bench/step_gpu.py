@@ -1,11 +1,13 @@
 """The full AquilaMed step on one GPU: CPT, SFT and DPO, in its parts, against what the GPU can do.
 
-    python -m bench.step --gpu [--tokens 8192 65536] [--only cpt]
+    python -m bench.step --gpu [--tokens 8192 65536] [--only cpt scaling]
     python -m bench.step --gpu --device cpu --quick          the same code with a tiny model
 
 The weights are initialised on the device from a seed, float32 masters and moments. Documents are
 random tokens: CPT's are all as long (4,096; 1,024 and 256 at the first size of a row), SFT's have
 the lengths of real medical chats in a fixed order (bench/kernels.py), a pair is two such chats.
+Rows of up to 65,536 tokens beside the states of 8.2 billion parameters need more than one GPU has:
+how the step grows is measured with AquilaMed cut to four layers.
 Only torch, numpy and triton are needed.
 """
 
@@ -18,6 +20,7 @@ from bench.kernels import documents
 from bench.measure import Results, shown, table
 from bench.ours import Examples, Ours, Split, model_of, settings
 from bench.setting import TINY
+from bench.step_scaling import ROWS, growth
 from nanomed import memory
 from nanomed.config import CPT, DPO, MODELS, SFT, ModelConfig, Run
 from nanomed.distributed import World, pick_device, start
@@ -30,7 +33,7 @@ CONVENTION = (
     "dense bf16). HFU adds the matmuls that are computed again: logits in the head's backward, and "
     "all layers under recompute full. Tokens are real ones; there is no padding"
 )
-GIB, ROWS = memory.GIB, 4  # rows of a step: gradients are accumulated, as in a run
+GIB, N_ROWS = memory.GIB, 4  # rows of a step: gradients are accumulated, as in a run
 
 
 def main(given: argparse.Namespace) -> None:
@@ -41,14 +44,26 @@ def main(given: argparse.Namespace) -> None:
     with start(device) as world:
         results = Results(given.results, device)
         print(f"{config.n_params():,} parameters on {device}, masters in float32")
-        print(table([shown(line) for line in steps(given, world, config, sizes, results)]))
+        if given.only != ["scaling"]:
+            steps(given, world, config, sizes, results)
+        if not given.only or "scaling" in given.only:
+            scaling(world, config, results, 2 if given.quick else 5)
 
 
-def steps(given, world: World, config: ModelConfig, sizes: list[int], results: Results) -> list:
+def scaling(world: World, config: ModelConfig, results: Results, rounds: int) -> None:
+    """The step against the row's length and the documents'."""
+    on_gpu = world.device.type == "cuda"
+    document, documents, sizes = (4096, (256, 1024), ROWS) if on_gpu else (32, (8,), (64, 256))
+    fewer = dataclasses.replace(config, n_layers=min(4, config.n_layers))
+    given = dict(dtype=torch.bfloat16, rounds=rounds)
+    lines = growth(world, fewer, results, document, sizes, documents, **given)
+    print(table([shown(line) for line in lines]), flush=True)
+
+
+def steps(given, world: World, config: ModelConfig, sizes: list[int], results: Results) -> None:
     """One model and one optimizer for all, so that the weights are initialised once."""
     model = model_of(world, config, torch.bfloat16, "none")
     optimizer = adamw(model, 0.1)
-    lines = []
     shorter = [("cpt", CPT, sizes[:1], length) for length in (1024, 256)]  # documents, same row
     for stage, cls, rows, document in (
         ("cpt", CPT, sizes, config.max_seq_len),
@@ -65,12 +80,12 @@ def steps(given, world: World, config: ModelConfig, sizes: list[int], results: R
             try:
                 batch = dataclasses.replace(c, batch_size=len(data))
                 ours = Ours(world, config, data, batch, torch.bfloat16, True, model, optimizer)
-                lines.append(measure(stage, ours, config, world, results, 2 if given.quick else 3))
+                line = measure(stage, ours, config, world, results, 2 if given.quick else 3)
+                print(table([shown(line)]), flush=True)  # a run that is stopped keeps it
             except torch.cuda.OutOfMemoryError as error:
                 model.zero_grad()
                 torch.cuda.empty_cache()
                 print(f"{stage}, rows of {c.micro_tokens:,}, recompute {c.recompute}: {error}")
-    return lines
 
 
 def policies(cls: type[Run], config: ModelConfig, world: World, sizes: list[int]) -> list[Run]:
@@ -92,10 +107,10 @@ def policies(cls: type[Run], config: ModelConfig, world: World, sizes: list[int]
 
 
 def examples(stage: str, row: int, config: ModelConfig, longest: int) -> Examples:
-    """ROWS rows full of random tokens: CPT's of documents all as long, the others' of chats' and
+    """N_ROWS rows full of random tokens: CPT's of documents all as long, the others' of chats' and
     pairs' lengths, which are `longest` at most; a pair is a chat's length twice."""
     segments = 2 if stage == "dpo" else 1
-    longest, total, lengths = min(longest, row // segments), row * ROWS // segments, []
+    longest, total, lengths = min(longest, row // segments), row * N_ROWS // segments, []
     for n in documents(8 * total, "chats"):
         n = min(longest if stage == "cpt" else n, longest, total - sum(lengths))
         if n < 2:
