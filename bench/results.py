@@ -19,7 +19,7 @@ TOP = """# Results
 
 Written by `python -m bench.results` from `bench/results/*.jsonl`; a test compares. An empty cell
 was not measured; the command above its table fills it, and [`bench/gpu.sh`](../bench/gpu.sh) runs
-those for a GPU in about eight minutes.
+those for a GPU in less than ten minutes.
 
 Versions take turns within a run (A B A B), on a GPU with its L2 cache emptied before every sample.
 *IQR* is the distance between the quartiles of the samples. A ratio is the median of the pairs taken

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+import kernels
 from bench import startup, step_gpu, step_scaling
 from bench.measure import ROOT, Results, interleaved, ratio, shown, table
 from bench.ours import Examples, Ours, model_of, settings
@@ -309,6 +310,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bf16", choices=("bf16", "fp32"))
     parser.add_argument("--rounds", type=int, default=0)
     parser.add_argument("--tokens", type=int, nargs="*", help="--gpu: of a packed row")
+    parser.add_argument("--kernels", default="auto", choices=kernels.CHOICES, help="of --gpu")
     parser.add_argument("--results", default="runs/bench-step.jsonl", help="JSON lines")
     given = parser.parse_args()
     if given.gpu:

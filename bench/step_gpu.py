@@ -8,14 +8,16 @@ random tokens: CPT's are all as long (4,096; 1,024 and 256 at the first size of 
 the lengths of real medical chats in a fixed order (bench/kernels.py), a pair is two such chats.
 Rows of up to 65,536 tokens beside the states of 8.2 billion parameters need more than one GPU has:
 how the step grows is measured with AquilaMed cut to four layers.
-Only torch, numpy and triton are needed.
+Nothing but nanomed's core packages is needed.
 """
 
 import argparse
 import dataclasses
+import gc
 
 import torch
 
+import kernels
 from bench.kernels import documents
 from bench.measure import Results, shown, table
 from bench.ours import Examples, Ours, Split, model_of, settings
@@ -38,12 +40,14 @@ GIB, N_ROWS = memory.GIB, 4  # rows of a step: gradients are accumulated, as in 
 
 def main(given: argparse.Namespace) -> None:
     device = pick_device(given.device)
+    kernels.use(given.kernels)
     on_gpu = device.type == "cuda"
     config = MODELS["aquilamed-7b"] if on_gpu else TINY
     sizes = given.tokens or ([8192, 4096, 16_384, 32_768] if on_gpu else [128])
     with start(device) as world:
         results = Results(given.results, device)
-        print(f"{config.n_params():,} parameters on {device}, masters in float32")
+        version = kernels.in_force(device)
+        print(f"{config.n_params():,} parameters on {device}, masters in float32, ops: {version}")
         if given.only != ["scaling"]:
             steps(given, world, config, sizes, results)
         if not given.only or "scaling" in given.only:
@@ -52,7 +56,10 @@ def main(given: argparse.Namespace) -> None:
 
 def scaling(world: World, config: ModelConfig, results: Results, rounds: int) -> None:
     """The step against the row's length and the documents'."""
+    gc.collect()  # the whole model's parameters and moments, which refer to one another
     on_gpu = world.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.empty_cache()
     document, documents, sizes = (4096, (256, 1024), ROWS) if on_gpu else (32, (8,), (64, 256))
     fewer = dataclasses.replace(config, n_layers=min(4, config.n_layers))
     given = dict(dtype=torch.bfloat16, rounds=rounds)
@@ -148,7 +155,8 @@ def measure(
         dtype=torch.bfloat16,
         convention=CONVENTION.format(peak=peak / 1e12, name=name) if peak else "",
         shapes={"row": longest, "rows": len(packed), "documents": len(lengths)},
-        recompute=c.recompute, real_tokens_per_s=round(sum(lengths) * rate), **parts,
+        ops=kernels.in_force(world.device), recompute=c.recompute,
+        real_tokens_per_s=round(sum(lengths) * rate), **parts,
         MFU=f"{counted * rate / peak:.1%}" if peak else None,
         HFU=f"{executed * rate / peak:.1%}" if peak else None,
         peak_GiB=round(torch.cuda.max_memory_allocated() / GIB, 2) if on_gpu else None,

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -59,3 +60,22 @@ def test_the_gpu_script_says_what_it_had_no_time_for(tmp_path):
     skipped = re.findall(r"== (\w+): skipped", run.stdout)
     assert skipped[:3] == ["machine", "tests", "ceilings"] and "layer" in skipped
     assert (tmp_path / "gpu.log").read_text() == run.stdout
+
+
+def test_a_part_of_the_gpu_script_that_breaks_stops_no_other(tmp_path):
+    """One that breaks is not one that runs out of time: only then the step is tried again."""
+    fake = tmp_path / "python3"
+    fake.write_text('#!/bin/sh\ncase "$*" in *bench.step*) exit $CODE;; esac\n', "utf-8")
+    fake.chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    for code, again in ((3, True), (124, False)):
+        folder = tmp_path / str(code)
+        run = subprocess.run(
+            ["bash", "bench/gpu.sh", str(folder), "300"], cwd=ROOT, capture_output=True, text=True,
+            timeout=60, env=os.environ | {"PATH": path, "CODE": str(code)},
+        )  # fmt: skip
+        assert run.returncode == 1 and "skipped" not in run.stdout
+        assert ("== step without Triton, at most" in run.stdout) == again
+        assert f"== not whole: step (exit {code})" in run.stdout
+        for part in ("tests", "attention", "kernels", "layer", "growth", "rows"):
+            assert f"== {part} took" in run.stdout, part
