@@ -1,6 +1,6 @@
 """A training step of nanomed beside what a user would pick: a transformers loop and TRL's trainers.
 
-    python -m bench.step                    all tables for a CPU, about 25 minutes on two cores
+    python -m bench.step                    all tables for a CPU, about fifteen minutes
     python -m bench.step --quick            the same with 2 million parameters, in a minute
     python -m bench.step --gpu              the AquilaMed step on one GPU (bench/step_gpu.py)
 
