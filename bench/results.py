@@ -1,24 +1,36 @@
-"""docs/results.md from the measurements in bench/results/*.jsonl: no figure there is typed.
+"""docs/results.md, and README's figures, from the measurements in bench/results/*.jsonl: none of
+them is typed.
 
-python -m bench.results            writes it
-python -m bench.results --check    fails if it is not what the files give
+python -m bench.results            writes them
+python -m bench.results --check    fails if they are not what the files give
 """
 
 import argparse
+import re
 import sys
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
 from bench.counts import OPS
 from bench.measure import ROOT, read, shown, table
+from bench.step_scaling import ROWS
 
 FOLDER, PAGE = ROOT / "bench/results", ROOT / "docs/results.md"
+README = ROOT / "README.md"
+FIGURES = r"(?s)(?<=<!-- figures -->\n).*?(?=\n *<!-- end of figures -->)"
+RIVALS = {
+    "SFT: TRL as shipped": "TRL as shipped",
+    "SFT: TRL packing, no checkpointing": "TRL's packing without checkpointing",
+    "SFT: TRL no checkpointing, by length": "TRL's batches by length without checkpointing",
+    "CPT: transformers loop, full rows": "a plain transformers loop over full rows of text",
+}
 
 TOP = """# Results
 
 Written by `python -m bench.results` from `bench/results/*.jsonl`; a test compares. An empty cell
 was not measured; the command above its table fills it, and [`bench/gpu.sh`](../bench/gpu.sh) runs
-those for a GPU in about eight minutes.
+those for a GPU in less than ten minutes.
 
 Versions take turns within a run (A B A B), on a GPU with its L2 cache emptied before every sample.
 *IQR* is the distance between the quartiles of the samples. A ratio is the median of the pairs taken
@@ -83,6 +95,18 @@ KINDS = {
         ("AquilaMed CPT", "AquilaMed SFT", "AquilaMed DPO"),
         ("median ms", "recompute", "real tokens per s", "MFU", "HFU", "peak GiB", "predicted GiB"),
     ),
+    "scaling": Kind(
+        "How a step grows",
+        "With the row at a fixed length of documents, with the documents, with the processes. "
+        "*Of the rate* is tokens per second over those of the shortest row: 1 is linear.",
+        "python -m bench.step --gpu --only scaling --results bench/results/NAME.jsonl\n"
+        "python -m bench.step --only scaling ranks --results bench/results/NAME.jsonl",
+        (
+            *(f"rows of {n:,}, documents of 4,096" for n in ROWS),
+            *(f"rows of {ROWS[0]:,}, documents of {n:,}" for n in (256, 1024)),
+        ),
+        ("median ms", "min ms", "IQR ms", "real tokens per s", f"of the rate at {ROWS[0]:,}"),
+    ),
     "data": Kind(
         "Data",
         "Reading, tokenising and packing documents, beside datasets with transformers.",
@@ -129,15 +153,53 @@ def machine(run: dict) -> str:
     return f"{where}, {versions}; code {code}, {run['date'][:10]}{state}"
 
 
+def figures(paths: list[Path]) -> str:
+    """What README says of speed: nanomed beside each rival, in the newest run of the largest model,
+    and how the rate changes from the shortest rows to the longest."""
+    lines, runs = read(paths)
+    found = {}
+    for line in lines:  # in the order in which they were taken
+        known = found.get(line["name"], line)["shapes"].get("parameters", 0)
+        if line["shapes"].get("parameters", 0) >= known and "gpu" not in runs[line["run"]]:
+            found[line["name"]] = line
+    parts = []
+    for name, rival in RIVALS.items():
+        line = found[name]
+        faster = line["facts"]["nanomed_is_faster_by"]
+        if name.startswith("SFT"):  # the setting begins with TRL and its version
+            rival = rival.replace("TRL", line["facts"]["setting"].partition(":")[0])
+        model = f"{line['shapes']['parameters'] / 1e6:.1f} million parameters"
+        parts.append(f"- {_times(faster)} {rival} ({model}, {len(line['samples'])} turns)")
+    longest = f"rows of {ROWS[-1]:,}, documents of 512"
+    if longest in found:
+        rate = found[longest]["facts"][f"of_the_rate_at_{ROWS[0]:,}"]
+        parts.append(f"- rows of {ROWS[-1]:,} tokens: {_times(rate)} rows of {ROWS[0]:,}")
+    wrap = dict(width=100, initial_indent="  ", subsequent_indent="    ")
+    return "\n".join(textwrap.fill(part, **wrap) for part in parts)
+
+
+def _times(ratio: str) -> str:
+    """A measured ratio in words: `2.01 (1.87 to 2.22)` or `no difference (0.97 to 1.02)`."""
+    median, spread = ratio.split(" (")
+    if median == "no difference":
+        return f"as fast (no difference, {spread} as"
+    return f"{median} times ({spread} as fast as"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true")
     given = parser.parse_args()
-    text = page(sorted(FOLDER.glob("*.jsonl")))
-    if not given.check:
-        PAGE.write_text(text, "utf-8")
-    elif not PAGE.exists() or PAGE.read_text("utf-8") != text:
-        sys.exit(f"{PAGE.relative_to(ROOT)} is stale; write it with `python -m bench.results`")
+    files, readme = sorted(FOLDER.glob("*.jsonl")), README.read_text("utf-8")
+    written = {
+        PAGE: page(files),
+        README: re.sub(FIGURES, lambda _: figures(files), readme),
+    }
+    for path, text in written.items():
+        if not given.check:
+            path.write_text(text, "utf-8")
+        elif not path.exists() or path.read_text("utf-8") != text:
+            sys.exit(f"{path.relative_to(ROOT)} is stale; write it with `python -m bench.results`")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """A training step of nanomed beside what a user would pick: a transformers loop and TRL's trainers.
 
-    python -m bench.step                    all tables for a CPU, about ten minutes
-    python -m bench.step --quick            the same with a tiny model and few rounds, a minute
+    python -m bench.step                    all tables for a CPU, about fifteen minutes
+    python -m bench.step --quick            the same with 2 million parameters, in a minute
     python -m bench.step --gpu              the AquilaMed step on one GPU (bench/step_gpu.py)
 
 Same weights, documents, dtype and machine, in one process, turn by turn. First, in float32, loss
@@ -17,11 +17,12 @@ from pathlib import Path
 
 import torch
 
+import kernels
 from bench import startup, step_gpu, step_scaling
 from bench.measure import ROOT, Results, interleaved, ratio, shown, table
 from bench.ours import Examples, Ours, model_of, settings
 from nanomed import hf, store, template, tokenizer
-from nanomed.config import CPT, DPO, MODELS, SFT, ModelConfig, Run
+from nanomed.config import CPT, DPO, SFT, ModelConfig, Run
 from nanomed.distributed import World, pick_device, start
 from nanomed.model import Aquila
 from nanomed.packing import row_from
@@ -29,7 +30,8 @@ from nanomed.segment import IGNORE, Segment
 
 VOCABULARY = 6144  # of samples/tokenizer.model
 MID = ModelConfig(VOCABULARY, 4, 512, 8, 2, 1408, 4096, 1e6, 1e-5, True)
-QUICK = MODELS["tiny"]
+# Overhead is most of a step of it: its ratios say whether all runs, not how a model of use does.
+QUICK = ModelConfig(VOCABULARY, 2, 128, 4, 2, 352, 4096, 1e6, 1e-5, True)
 PARTS = ("sft", "dpo", "cpt", "fsdp", "scaling", "ranks", "startup")
 FASTER = "nanomed_is_faster_by"
 CONVENTION = (
@@ -44,8 +46,9 @@ class Bench:
     def __init__(self, given: argparse.Namespace, world: World, folder: Path):
         self.given, self.world, self.folder = given, world, folder
         self.config = QUICK if given.quick else MID
-        self.tokens = 1024 if given.quick else 2048
+        self.tokens = 512 if given.quick else 2048
         self.rounds = given.rounds or (3 if given.quick else 12)
+        self.warmup = 1 if given.quick else 2
         self.dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[given.dtype]
         self.results = Results(given.results, world.device)
         self.encoder = template.Encoder(
@@ -71,7 +74,7 @@ def chats(b: Bench) -> Examples:
 def pairs(b: Bench) -> Examples:
     files = shared("preference_sharegpt.jsonl") or ["samples/dpo.jsonl"]
     found = store.pairs(files, b.encoder, b.tokens // 2, allow_drop=1.0)
-    return _first(found, 16 if b.given.quick else 40, b.tokens)  # TRL scores them all before
+    return _first(found, 8 if b.given.quick else 40, b.tokens)  # TRL scores them all before
 
 
 def documents(b: Bench) -> Examples:
@@ -173,7 +176,7 @@ def _dpo_loss(b: Bench, batch: dict, ids: torch.Tensor) -> torch.Tensor:
 def compare(b: Bench, stage: str, sides: dict[str, Callable], about: dict[str, str]) -> None:
     """Times the sides in turns. The first is nanomed, the second nanomed again: what is noise."""
     first, again = list(sides)[:2]
-    seconds = interleaved(sides, b.rounds, warmup=2)
+    seconds = interleaved(sides, b.rounds, b.warmup)
     tokens = {name: side.tokens[-b.rounds :] for name, side in sides.items()}
     per_token = {
         name: [s / t for s, t in zip(seconds[name], tokens[name], strict=True)] for name in sides
@@ -231,7 +234,7 @@ def sft(b: Bench) -> None:
     from bench.theirs import Plain, padded, qwen2, trl_sft
 
     data = chats(b)
-    c = settings(SFT, 8, 2 * b.tokens)
+    c = settings(SFT, 4 if b.given.quick else 8, 2 * b.tokens)
     row = dict(packing=True, max_length=b.tokens, per_device_train_batch_size=1)
     off = dict(gradient_checkpointing=False)
     trl = {
@@ -297,7 +300,9 @@ def cpt(b: Bench) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a tiny model and few rounds")
+    parser.add_argument(
+        "--quick", action="store_true", help="2 million parameters, few short rounds"
+    )
     parser.add_argument("--gpu", action="store_true", help="the AquilaMed step on one GPU")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--only", nargs="*", choices=PARTS, help="of the tables for a CPU")
@@ -305,6 +310,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bf16", choices=("bf16", "fp32"))
     parser.add_argument("--rounds", type=int, default=0)
     parser.add_argument("--tokens", type=int, nargs="*", help="--gpu: of a packed row")
+    parser.add_argument("--kernels", default="auto", choices=kernels.CHOICES, help="of --gpu")
     parser.add_argument("--results", default="runs/bench-step.jsonl", help="JSON lines")
     given = parser.parse_args()
     if given.gpu:

@@ -1,23 +1,28 @@
 """The full AquilaMed step on one GPU: CPT, SFT and DPO, in its parts, against what the GPU can do.
 
-    python -m bench.step --gpu [--tokens 8192 65536] [--only cpt]
+    python -m bench.step --gpu [--tokens 8192 65536] [--only cpt scaling]
     python -m bench.step --gpu --device cpu --quick          the same code with a tiny model
 
 The weights are initialised on the device from a seed, float32 masters and moments. Documents are
 random tokens: CPT's are all as long (4,096; 1,024 and 256 at the first size of a row), SFT's have
 the lengths of real medical chats in a fixed order (bench/kernels.py), a pair is two such chats.
-Only torch, numpy and triton are needed.
+Rows of up to 65,536 tokens beside the states of 8.2 billion parameters need more than one GPU has:
+how the step grows is measured with AquilaMed cut to four layers.
+Nothing but nanomed's core packages is needed.
 """
 
 import argparse
 import dataclasses
+import gc
 
 import torch
 
+import kernels
 from bench.kernels import documents
 from bench.measure import Results, shown, table
 from bench.ours import Examples, Ours, Split, model_of, settings
 from bench.setting import TINY
+from bench.step_scaling import ROWS, growth
 from nanomed import memory
 from nanomed.config import CPT, DPO, MODELS, SFT, ModelConfig, Run
 from nanomed.distributed import World, pick_device, start
@@ -30,25 +35,42 @@ CONVENTION = (
     "dense bf16). HFU adds the matmuls that are computed again: logits in the head's backward, and "
     "all layers under recompute full. Tokens are real ones; there is no padding"
 )
-GIB, ROWS = memory.GIB, 4  # rows of a step: gradients are accumulated, as in a run
+GIB, N_ROWS = memory.GIB, 4  # rows of a step: gradients are accumulated, as in a run
 
 
 def main(given: argparse.Namespace) -> None:
     device = pick_device(given.device)
+    kernels.use(given.kernels)
     on_gpu = device.type == "cuda"
     config = MODELS["aquilamed-7b"] if on_gpu else TINY
     sizes = given.tokens or ([8192, 4096, 16_384, 32_768] if on_gpu else [128])
     with start(device) as world:
         results = Results(given.results, device)
-        print(f"{config.n_params():,} parameters on {device}, masters in float32")
-        print(table([shown(line) for line in steps(given, world, config, sizes, results)]))
+        version = kernels.in_force(device)
+        print(f"{config.n_params():,} parameters on {device}, masters in float32, ops: {version}")
+        if given.only != ["scaling"]:
+            steps(given, world, config, sizes, results)
+        if not given.only or "scaling" in given.only:
+            scaling(world, config, results, 2 if given.quick else 5)
 
 
-def steps(given, world: World, config: ModelConfig, sizes: list[int], results: Results) -> list:
+def scaling(world: World, config: ModelConfig, results: Results, rounds: int) -> None:
+    """The step against the row's length and the documents'."""
+    gc.collect()  # the whole model's parameters and moments, which refer to one another
+    on_gpu = world.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.empty_cache()
+    document, documents, sizes = (4096, (256, 1024), ROWS) if on_gpu else (32, (8,), (64, 256))
+    fewer = dataclasses.replace(config, n_layers=min(4, config.n_layers))
+    given = dict(dtype=torch.bfloat16, rounds=rounds)
+    lines = growth(world, fewer, results, document, sizes, documents, **given)
+    print(table([shown(line) for line in lines]), flush=True)
+
+
+def steps(given, world: World, config: ModelConfig, sizes: list[int], results: Results) -> None:
     """One model and one optimizer for all, so that the weights are initialised once."""
     model = model_of(world, config, torch.bfloat16, "none")
     optimizer = adamw(model, 0.1)
-    lines = []
     shorter = [("cpt", CPT, sizes[:1], length) for length in (1024, 256)]  # documents, same row
     for stage, cls, rows, document in (
         ("cpt", CPT, sizes, config.max_seq_len),
@@ -65,12 +87,12 @@ def steps(given, world: World, config: ModelConfig, sizes: list[int], results: R
             try:
                 batch = dataclasses.replace(c, batch_size=len(data))
                 ours = Ours(world, config, data, batch, torch.bfloat16, True, model, optimizer)
-                lines.append(measure(stage, ours, config, world, results, 2 if given.quick else 3))
+                line = measure(stage, ours, config, world, results, 2 if given.quick else 3)
+                print(table([shown(line)]), flush=True)  # a run that is stopped keeps it
             except torch.cuda.OutOfMemoryError as error:
                 model.zero_grad()
                 torch.cuda.empty_cache()
                 print(f"{stage}, rows of {c.micro_tokens:,}, recompute {c.recompute}: {error}")
-    return lines
 
 
 def policies(cls: type[Run], config: ModelConfig, world: World, sizes: list[int]) -> list[Run]:
@@ -92,10 +114,10 @@ def policies(cls: type[Run], config: ModelConfig, world: World, sizes: list[int]
 
 
 def examples(stage: str, row: int, config: ModelConfig, longest: int) -> Examples:
-    """ROWS rows full of random tokens: CPT's of documents all as long, the others' of chats' and
+    """N_ROWS rows full of random tokens: CPT's of documents all as long, the others' of chats' and
     pairs' lengths, which are `longest` at most; a pair is a chat's length twice."""
     segments = 2 if stage == "dpo" else 1
-    longest, total, lengths = min(longest, row // segments), row * ROWS // segments, []
+    longest, total, lengths = min(longest, row // segments), row * N_ROWS // segments, []
     for n in documents(8 * total, "chats"):
         n = min(longest if stage == "cpt" else n, longest, total - sum(lengths))
         if n < 2:
@@ -133,7 +155,8 @@ def measure(
         dtype=torch.bfloat16,
         convention=CONVENTION.format(peak=peak / 1e12, name=name) if peak else "",
         shapes={"row": longest, "rows": len(packed), "documents": len(lengths)},
-        recompute=c.recompute, real_tokens_per_s=round(sum(lengths) * rate), **parts,
+        ops=kernels.in_force(world.device), recompute=c.recompute,
+        real_tokens_per_s=round(sum(lengths) * rate), **parts,
         MFU=f"{counted * rate / peak:.1%}" if peak else None,
         HFU=f"{executed * rate / peak:.1%}" if peak else None,
         peak_GiB=round(torch.cuda.max_memory_allocated() / GIB, 2) if on_gpu else None,

@@ -1,14 +1,18 @@
 """How nanomed's step grows: with the documents' length, the row's, and the number of processes;
 and what FSDP2 costs where there is nothing to shard."""
 
+from collections.abc import Sequence
+
 import torch
 
-from bench.measure import Results, interleaved, ratio, shown, table
-from bench.ours import Examples, Ours, settings
-from nanomed.config import CPT, ModelConfig
+from bench.measure import Results, interleaved, quartiles, ratio, shown, table
+from bench.ours import Examples, Ours, model_of, settings
+from nanomed.config import CPT, MODELS, ModelConfig
 from nanomed.distributed import World
+from nanomed.optim import adamw
 
 SHARE = "of_one_process"
+ROWS = (8192, 16_384, 32_768, 65_536)  # tokens, full of documents of the same length
 
 
 def side(world: World, config: ModelConfig, document: int, row: int, n_rows: int = 1, **given):
@@ -23,7 +27,7 @@ def fsdp(b) -> None:
     given = dict(document=b.tokens // 8, row=b.tokens, dtype=torch.float32)
     names = {"FSDP2 on one process": True, "FSDP2, again": True, "unsharded loop": False}
     sides = {n: side(b.world, b.config, sharded=s, **given) for n, s in names.items()}
-    seconds = interleaved(sides, b.rounds)
+    seconds = interleaved(sides, b.rounds, b.warmup)
     first, again, plain = seconds.values()
     cost = ratio(first, plain, _noise(first, again, plain))
     facts = {"unsharded loop": {"FSDP2_takes": str(cost)}}
@@ -43,25 +47,51 @@ def _noise(first: list[float], again: list[float], plain: list[float]) -> list[f
 
 
 def rows(b) -> None:
-    """Step time against the documents' length in rows of the same size, and the other way round."""
-    lengths = [b.tokens // 32, b.tokens // 8, b.tokens // 2, b.tokens]
-    sizes = [b.tokens // 4, b.tokens, 4 * b.tokens]
-    shapes = dict.fromkeys(
-        [*((n, b.tokens) for n in lengths), *((b.tokens // 8, n) for n in sizes)]
-    )
-    sides = {shape: side(b.world, b.config, *shape, dtype=b.dtype) for shape in shapes}
-    seconds = interleaved(sides, max(3, b.rounds // 3), warmup=1)
-    print("\nThe step against the documents' length and the row's:")
-    print(table([shown(_line(b.results, b.config, b.dtype, s, seconds[s])) for s in shapes]))
+    """On a CPU: the tiny model, because a row of 65,536 tokens is many seconds of work."""
+    if b.given.quick:
+        config, document, documents, sizes, rounds = b.config, 128, (32, 512), (512, 2048), 3
+    else:
+        config, document, documents, sizes, rounds = MODELS["tiny"], 512, (128, 2048), ROWS, 5
+    given = dict(dtype=b.dtype, rounds=b.given.rounds or rounds)
+    lines = growth(b.world, config, b.results, document, sizes, documents, **given)
+    print("\nThe step against the row's length and the documents':")
+    print(table([shown(line) for line in lines]), flush=True)
 
 
-def _line(results: Results, config: ModelConfig, dtype: torch.dtype, shape, seconds) -> dict:
-    document, row = shape
-    rate = row * len(seconds) / sum(seconds)
-    return results.add(
-        "step", "nanomed", seconds, dtype=dtype, real_tokens_per_s=round(rate),
-        shapes={"parameters": config.n_params(), "document": document, "row": row},
-    )  # fmt: skip
+def growth(
+    world: World,
+    config: ModelConfig,
+    results: Results,
+    document: int,
+    sizes: Sequence[int],
+    documents: Sequence[int],
+    dtype: torch.dtype,
+    rounds: int,
+) -> list[dict]:
+    """Rows of each of `sizes` full of documents of `document` tokens, and rows of the first size
+    full of documents of each of `documents` tokens, in turns. With the documents' length fixed the
+    work is proportional to the row, so the rate should be that of the shortest row."""
+    model = model_of(world, config, dtype, "none")
+    optimizer = adamw(model, 0.1)
+    shared = dict(dtype=dtype, model=model, optimizer=optimizer)
+    first, longest = (document, sizes[0]), (document, sizes[-1])
+    shapes = [*((document, n) for n in sizes), *((n, sizes[0]) for n in documents)]
+    sides = {shape: side(world, config, *shape, **shared) for shape in shapes}
+    sides["again"] = sides[first]
+    seconds = interleaved(sides, rounds, warmup=1, device=world.device, flush=False)
+    short, long = ([s / shape[1] for s in seconds[shape]] for shape in (first, longest))
+    again = [s / sizes[0] for s in seconds["again"]]
+    rate = ratio(short, long, _noise(short, again, long))
+    facts = {longest: {f"of_the_rate_at_{sizes[0]:,}": str(rate)}}
+    return [
+        results.add(
+            "scaling", f"rows of {shape[1]:,}, documents of {shape[0]:,}", seconds[shape],
+            dtype=dtype, shapes={"parameters": config.n_params()},
+            real_tokens_per_s=round(shape[1] / quartiles(seconds[shape])[1]),
+            **facts.get(shape, {}),
+        )
+        for shape in shapes
+    ]  # fmt: skip
 
 
 def ranks(b) -> None:
@@ -70,18 +100,18 @@ def ranks(b) -> None:
     from tests.ranks import Pool
 
     n = max(2, torch.get_num_threads())
-    rounds = 2 if b.given.quick else 4
+    rounds, n_steps = (2, 2) if b.given.quick else (4, 4)
     found: dict[int, list[float]] = {1: [], n: []}
     with Pool(n) as pool:
         for _ in range(rounds):
             for size in found:
-                given = (b.config, b.tokens // 8, b.tokens, n, b.given.dtype, n // size)
+                given = (b.config, b.tokens // 8, b.tokens, n, b.given.dtype, n // size, n_steps)
                 found[size] += max(pool(size, steps, *given), key=sum)
     paired = ratio(found[1], found[n], found[n]).median
     facts = {1: {}, n: {SHARE: f"{paired:.2f}"}}
     lines = [
         b.results.add(
-            "step", f"{size} x {n // size} threads", found[size], dtype=b.dtype,
+            "scaling", f"processes x threads: {size} x {n // size}", found[size], dtype=b.dtype,
             shapes={"parameters": b.config.n_params(), "tokens": n * b.tokens}, **facts[size],
         )
         for size in found
@@ -98,9 +128,10 @@ def steps(
     n_rows: int,
     dtype: str,
     threads: int,
+    n_steps: int,
 ) -> list[float]:
-    """Seconds of a few steps on this rank, after two that do not count."""
+    """Seconds of each step on this rank, after one that does not count."""
     torch.set_num_threads(threads)
     kind = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
     ours = side(world, config, document, row, n_rows, dtype=kind)
-    return interleaved({"ours": ours}, rounds=4)["ours"]
+    return interleaved({"ours": ours}, n_steps, warmup=1)["ours"]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bench import step as bench_step
-from bench import step_gpu
+from bench import step_gpu, step_scaling
 from bench.measure import Results, read
 from bench.ours import Examples, Ours, Split, model_of, settings
 from bench.theirs import padded, qwen2
@@ -75,9 +75,34 @@ def test_a_gpu_lines_facts_on_a_cpu(world, small, tmp_path):
         ours = Ours(world, small, data, c, torch.bfloat16)
         line = step_gpu.measure(stage, ours, small, world, results, rounds=1)
         lengths = [len(s.ids) for i in range(len(data)) for s in data[i]]
-        assert abs(sum(lengths) - 128 * step_gpu.ROWS) <= 128
+        assert abs(sum(lengths) - 128 * step_gpu.N_ROWS) <= 128
         assert line["facts"]["real_tokens_per_s"] > 0 and line["facts"]["MFU"] is None
         assert not math.isnan(line["facts"]["predicted_GiB"])
     lines, _ = read([tmp_path / "x.jsonl"])
     assert [line["name"] for line in lines] == ["tiny CPT", "tiny SFT", "tiny DPO"]
     assert np.all([line["samples"][0] > 0 for line in lines])
+
+
+def test_the_table_of_growth(world, small, tmp_path, monkeypatch):
+    """Its rows are full and are of the lengths that they say; the ratio is of rates, not of times,
+    and stands beside the longest row."""
+    results = Results(tmp_path / "x.jsonl")
+    given = dict(dtype=torch.float32, rounds=2)
+    seen = []
+
+    def timed(sides, rounds, **_):
+        for name, side in sides.items():
+            if name != "again":
+                rows = side.loader.step(0)
+                seen.append([len(rows), *(n for r in rows for n in r.cu_seqlens.diff().tolist())])
+        size = {name: name[1] if name != "again" else 64 for name in sides}
+        return {name: [n / 1000, n / 500] for name, n in size.items()}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(step_scaling, "interleaved", timed)
+        lines = step_scaling.growth(world, small, results, 32, (64, 128), (8,), **given)
+    assert seen == [[1, 32, 32], [1, 32, 32, 32, 32], [1, *[8] * 8]]
+    assert [line["facts"].get("of_the_rate_at_64") for line in lines] == [
+        None, "no difference (1.00 to 1.00)", None
+    ]  # fmt: skip
+    assert step_scaling.growth(world, small, results, 32, (64, 128), (8,), **given)

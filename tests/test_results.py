@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -12,9 +13,11 @@ from bench import measure, results
 from tests.conftest import ROOT
 
 
-def test_the_page_of_results_is_what_the_files_give():
+def test_the_page_of_results_and_readmes_figures_are_what_the_files_give():
     files = sorted(results.FOLDER.glob("*.jsonl"))
     assert results.page(files) == results.PAGE.read_text("utf-8"), "python -m bench.results"
+    shown = re.findall(results.FIGURES, results.README.read_text("utf-8"))
+    assert shown == [results.figures(files)], "python -m bench.results"
 
 
 def test_a_page_shows_what_was_measured_and_leaves_the_rest_empty(tmp_path):
@@ -37,13 +40,40 @@ def test_a_page_shows_what_was_measured_and_leaves_the_rest_empty(tmp_path):
 def test_check_fails_on_a_page_that_was_edited(tmp_path, monkeypatch):
     monkeypatch.setattr(results, "ROOT", tmp_path)
     monkeypatch.setattr(results, "PAGE", tmp_path / "results.md")
+    readme = tmp_path / "README.md"
+    readme.write_text(results.README.read_text("utf-8"), "utf-8")
+    monkeypatch.setattr(results, "README", readme)
     monkeypatch.setattr(sys, "argv", ["x"])
     results.main()
+    assert readme.read_text("utf-8") == (ROOT / "README.md").read_text("utf-8")
     monkeypatch.setattr(sys, "argv", ["x", "--check"])
     results.main()
-    results.PAGE.write_text(results.PAGE.read_text("utf-8") + "10x faster\n", "utf-8")
-    with pytest.raises(SystemExit, match="stale"):
+    right = results.PAGE.read_text("utf-8")
+    results.PAGE.write_text(right + "10x faster\n", "utf-8")
+    with pytest.raises(SystemExit, match=r"results\.md is stale"):
         results.main()
+    results.PAGE.write_text(right, "utf-8")
+    readme.write_text(re.sub(r"(\d)(\.\d+ times)", r"1\1\2", readme.read_text("utf-8")), "utf-8")
+    with pytest.raises(SystemExit, match=r"README\.md is stale"):
+        results.main()
+
+
+def test_readmes_figures_are_of_the_newest_run_of_the_largest_model(tmp_path):
+    """A quick run of a smaller model that came later does not take their place."""
+    paths = []
+    for parameters, median in ((9, "3.00"), (9, "4.00"), (1, "5.00")):
+        paths.append(tmp_path / f"{median}.jsonl")
+        for name in results.RIVALS:
+            measure.Results(paths[-1]).add(
+                "step", name, [1.0], shapes={"parameters": parameters * 10**6},
+                nanomed_is_faster_by=f"{median} (2.00 to 6.00)", setting="TRL 7: bf16=True",
+            )  # fmt: skip
+    text = results.figures(paths)
+    assert text.count("4.00 times (2.00 to 6.00) as fast as") == len(results.RIVALS)
+    assert (
+        "9.0 million parameters, 1 turns" in " ".join(text.split()) and "TRL 7 as shipped" in text
+    )
+    assert results._times("no difference (0.97 to 1.02)").startswith("as fast (no difference, 0.97")
 
 
 def test_results_in_the_repository_parse():
@@ -59,3 +89,22 @@ def test_the_gpu_script_says_what_it_had_no_time_for(tmp_path):
     skipped = re.findall(r"== (\w+): skipped", run.stdout)
     assert skipped[:3] == ["machine", "tests", "ceilings"] and "layer" in skipped
     assert (tmp_path / "gpu.log").read_text() == run.stdout
+
+
+def test_a_part_of_the_gpu_script_that_breaks_stops_no_other(tmp_path):
+    """One that breaks is not one that runs out of time: only then the step is tried again."""
+    fake = tmp_path / "python3"
+    fake.write_text('#!/bin/sh\ncase "$*" in *bench.step*) exit $CODE;; esac\n', "utf-8")
+    fake.chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    for code, again in ((3, True), (124, False)):
+        folder = tmp_path / str(code)
+        run = subprocess.run(
+            ["bash", "bench/gpu.sh", str(folder), "300"], cwd=ROOT, capture_output=True, text=True,
+            timeout=60, env=os.environ | {"PATH": path, "CODE": str(code)},
+        )  # fmt: skip
+        assert run.returncode == 1 and "skipped" not in run.stdout
+        assert ("== step without Triton, at most" in run.stdout) == again
+        assert f"== not whole: step (exit {code})" in run.stdout
+        for part in ("tests", "attention", "kernels", "layer", "growth", "rows"):
+            assert f"== {part} took" in run.stdout, part
