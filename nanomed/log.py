@@ -20,8 +20,9 @@ from nanomed.config import InputError, ModelConfig, Run
 from nanomed.distributed import World, from_main, restart_count
 from nanomed.packing import Row
 
-# Dense bf16 FLOP/s from the vendor's data sheets: what MFU is a share of.
-PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
+# Dense bf16 FLOP/s from the vendor's data sheets: what MFU is a share of. The first that is in the
+# GPU's name counts.
+PEAK_FLOPS = {"H100 PCIe": 756e12, "A100": 312e12, "H100": 989e12, "H200": 989e12}
 
 
 class RunFolder:

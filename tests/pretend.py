@@ -273,6 +273,7 @@ def pretended():
         "max_memory_allocated": lambda *_: 2**30,
         "get_device_name": lambda *_: "NVIDIA H200",
         "get_device_capability": lambda *_: (9, 0),
+        "is_current_stream_capturing": lambda: False,
         "_lazy_init": lambda: None,
     }
     with contextlib.ExitStack() as stack:

@@ -12,6 +12,7 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
+import torch.testing._internal.distributed.fake_pg  # noqa: F401 (it registers the backend "fake")
 
 import kernels
 import train_cpt
@@ -230,6 +231,15 @@ def test_more_processes_than_gpus(monkeypatch):
         assert distributed.pick_device("auto") == torch.device("cuda", 7)
 
 
+def test_mfu_is_a_share_of_what_this_gpu_can_do(monkeypatch):
+    values = {}
+    with pretended():
+        for name in ("NVIDIA H200", "NVIDIA H100 PCIe", "NVIDIA A100-SXM4-40GB", "Tesla T4"):
+            monkeypatch.setattr(torch.cuda, "get_device_name", lambda name=name: name)
+            values[name] = log._peak_flops()
+    assert list(values.values()) == [989e12, 756e12, 312e12, None]
+
+
 def test_a_run_on_the_cpu_of_a_machine_with_a_gpu(monkeypatch, small):
     """Its rates and its memory are not the GPU's."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -263,6 +273,9 @@ def test_a_script_on_a_gpu(gpu, script, flags, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(stage, "shard", lambda model, world, dtype: model.to(dtype))
     given = f"--device cuda --kernels reference --steps 2 --out {tmp_path / 'x'} {flags}"
     monkeypatch.setattr(sys, "argv", ["script", *given.split()])
-    script.main()
+    try:
+        script.main()
+    finally:  # as the fixture `world` left it
+        init("gloo", rank=0, world_size=1, store=dist.HashStore())
     assert (tmp_path / "x/export/model.safetensors").exists()
     assert "MFU" in capsys.readouterr().out
