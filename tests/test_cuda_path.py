@@ -12,7 +12,7 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
-import torch.testing._internal.distributed.fake_pg  # noqa: F401 (it registers the backend "fake")
+import torch.testing._internal.distributed.fake_pg  # registers the backend "fake"
 
 import kernels
 import train_cpt
