@@ -180,6 +180,7 @@ def _copied(func, args, kwargs):
 
 _INDEXING = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default)
 _INDEXING = (*_INDEXING, aten._index_put_impl_.default)
+_TAKES_A_NUMBER = (*_INDEXING, aten.fill_.Tensor)
 
 
 def _refuse_mixtures(func, args, kwargs) -> None:
@@ -187,7 +188,7 @@ def _refuse_mixtures(func, args, kwargs) -> None:
     if func in _INDEXING and isinstance(args[0], Pretended):
         args = (args[0], *args[2:3])
     leaves = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
-    elementwise = torch.Tag.pointwise in func.tags or func in _INDEXING
+    elementwise = torch.Tag.pointwise in func.tags or func in _TAKES_A_NUMBER
     for x in leaves:
         on_gpu = isinstance(x, Pretended)
         if not on_gpu and not (elementwise and x.dim() == 0):

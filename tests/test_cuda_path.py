@@ -123,6 +123,17 @@ def test_the_host_waits_for_the_gpu_once_in_a_row_and_at_the_end_of_a_step(gpu, 
         assert math.isfinite(values["loss"]) and 0 < values["trained_share"] < 1
 
 
+def test_a_step_that_is_not_finite(gpu, small):
+    """It is counted layer by layer, and no weight has moved."""
+    c = settings(batch_size=16, micro_tokens=128)
+    model, loader = model_on_gpu(small), test_exactness.loader_of(WORLD, 16, c)
+    optimizer, before = adamw(model, 0.1), model.lm_head.weight.clone()
+    model.norm.weight.data[0] = torch.nan
+    result = train_step(c, model, optimizer, loader, next_token_loss, 0, 1e-3, Meter(small, 1))
+    assert not result.applied and set(result.layers) >= {"layers.0", "lm_head", "norm"}
+    assert torch.equal(model.lm_head.weight.cpu(), before.cpu())
+
+
 def dpo_loss(n: int):
     reference = test_dpo.random_reference(n).to(CUDA)
     kinds = (torch.arange(n) % 2).to(CUDA)
@@ -178,10 +189,11 @@ def test_a_copy_in_host_memory_is_waited_for(gpu):
         weights.copy_(torch.arange(6.0))
 
 
-def test_generation_waits_for_each_token_alone(gpu, small):
+@pytest.mark.parametrize("drawn", [{}, {"temperature": 1.0, "top_k": 9, "top_p": 0.9}])
+def test_generation_waits_for_each_token_alone(gpu, small, drawn):
     """And finds what the CPU finds, with prompts of several lengths and places that fall idle."""
     prompts = [[1, 2, 3], [4], list(range(9)), [7, 7]]
-    sampling = Sampling(max_new=8)
+    sampling = Sampling(max_new=8, repetition_penalty=1.2, **drawn)
     wanted = generate(Aquila(small), prompts, {5}, sampling)
     model = model_on_gpu(small, torch.float32).eval()
     gpu.waits.clear()
