@@ -53,7 +53,15 @@ def pick_device(asked: str) -> torch.device:
             f"this machine's GPU; NVIDIA driver: {_driver()}. Install the torch build that fits "
             "the driver (README, 'Which torch'), or ask for the CPU with --device cpu."
         )
-    return torch.device("cuda", rank_from_env()[2]) if asked == "cuda" else torch.device("cpu")
+    if asked != "cuda":
+        return torch.device("cpu")
+    _, _, local_rank, local_size = rank_from_env()
+    if local_size > torch.cuda.device_count():
+        raise InputError(
+            f"{local_size} processes on a machine where torch sees {torch.cuda.device_count()} "
+            "GPUs; each process needs one of its own: lower --nproc_per_node"
+        )
+    return torch.device("cuda", local_rank)
 
 
 def _driver() -> str:
@@ -94,9 +102,15 @@ def end_with(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+# How long a rank waits for the others, that is, for the slowest disk among them: torch's 10 minutes
+# for NCCL are less than a checkpoint takes on some. A rank that is gone is noticed by torchrun.
+PATIENCE = timedelta(hours=2)
+
+
 @contextmanager
 def start(device: torch.device):
-    """Joins the process group (gloo on CPU, NCCL on CUDA) and yields the World."""
+    """Joins the process group and yields the World. Tensors on a GPU go through NCCL; what is in
+    host memory, objects included, through gloo, on whatever device the model is."""
     rank, size, _, local_size = rank_from_env()
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -106,12 +120,21 @@ def start(device: torch.device):
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
     if device.type == "cpu":
         keep_freed_memory()
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, rank=rank, world_size=size, store=_meeting_place())
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(
+        backend, rank=rank, world_size=size, store=_meeting_place(), timeout=PATIENCE
+    )
+    failed = False
     try:
         yield World(rank, size, device, init_device_mesh(device.type, (size,)))
+    except Exception:
+        failed = True
+        raise
     finally:
-        dist.destroy_process_group()
+        # NCCL would first finish what it has begun: if this rank fails alone, the others never do
+        # their part, and the error would be seen after PATIENCE.
+        if not (failed and device.type == "cuda"):
+            dist.destroy_process_group()
 
 
 def keep_freed_memory() -> None:

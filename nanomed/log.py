@@ -20,8 +20,9 @@ from nanomed.config import InputError, ModelConfig, Run
 from nanomed.distributed import World, from_main, restart_count
 from nanomed.packing import Row
 
-# Dense bf16 FLOP/s from the vendor's data sheets: what MFU is a share of.
-PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
+# Dense bf16 FLOP/s from the vendor's data sheets: what MFU is a share of. The first that is in the
+# GPU's name counts.
+PEAK_FLOPS = {"H100 PCIe": 756e12, "A100": 312e12, "H100": 989e12, "H200": 989e12}
 
 
 class RunFolder:
@@ -223,15 +224,18 @@ def flops_of(model: ModelConfig, tokens: float, squares: float) -> float:
 
 
 def _peak_flops() -> float | None:
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    name = torch.cuda.get_device_name() if _peak_on_gpu() else ""
     return next((peak for gpu, peak in PEAK_FLOPS.items() if gpu in name), None)
 
 
 def peak_memory() -> int:
     """Bytes: allocated on the GPU, else resident in this process."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return _peak_on_gpu() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _peak_on_gpu() -> int:
+    """0 in a run on the CPU, be there a GPU or not."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
 
 
 def step_line(step: int, n_steps: int, values: dict[str, float]) -> str:

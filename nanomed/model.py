@@ -154,21 +154,24 @@ class LayerCache:
 
     def __init__(self, n_sequences: int, max_tokens: int):
         self.n_sequences, self.max_tokens = n_sequences, max_tokens
+        self.longest = 0  # no sequence has more tokens; counted here, so that no GPU is asked
         self.k = self.v = None  # [B,K,S,E]
 
     def store(self, k: Tensor, v: Tensor, row: Row) -> None:  # k, v[T,K,E]
         if self.k is None:
             shape = (self.n_sequences, k.shape[1], self.max_tokens, k.shape[2])
             self.k, self.v = k.new_zeros(shape), v.new_zeros(shape)
+        self.longest = min(self.max_tokens, max(row.max_seqlen, self.longest + 1))
         lengths = row.cu_seqlens.diff().long()
-        sequence = torch.arange(len(lengths), device=k.device).repeat_interleave(lengths)
+        sequence = torch.arange(len(lengths), device=k.device)
+        sequence = sequence.repeat_interleave(lengths, output_size=len(k))
         self.k[sequence, :, row.positions] = k
         self.v[sequence, :, row.positions] = v
 
     def attend(self, q: Tensor, positions: Tensor) -> Tensor:  # q[B,H,E], positions[B] -> [B,H,E]
         """Each sequence's newest token looks at its own past. The query heads that share a
         key/value head stand where SDPA expects successive queries, so nothing is repeated."""
-        n = int(positions.max()) + 1
+        n = self.longest
         q = q.unflatten(1, (self.k.shape[1], -1))  # [B,K,H/K,E]
         seen = torch.arange(n, device=q.device) <= positions[:, None]  # [B,n]
         out = F.scaled_dot_product_attention(

@@ -50,6 +50,8 @@ class Row:
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
         for name, value in moved.items():
             if isinstance(value, Tensor):
+                if device.type == "cuda":  # else the copy would wait for all that is queued there
+                    value = value.pin_memory()
                 moved[name] = value.to(device, non_blocking=True)
         return Row(**moved)
 

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 import kernels
 from nanomed.config import InputError
-from nanomed.distributed import sum_over_ranks
+from nanomed.distributed import local, sum_over_ranks
 from nanomed.loader import Loader
 from nanomed.log import RunFolder, is_terminal
 from nanomed.losses import segment_logps
@@ -58,13 +58,10 @@ def _compute(model: nn.Module, loader: Loader, run: RunFolder) -> Tensor:
 
 def fingerprint(model: nn.Module) -> str:
     """Of the weights' bits, whole: the same however they are sharded."""
-    sums = [_local(p).view(torch.int32).long().sum() for p in model.parameters()]
+    bits = (local(p.detach()).contiguous().view(torch.int32) for p in model.parameters())
+    sums = [x.sum(dtype=torch.int64) for x in bits]
     total = sum_over_ranks(torch.stack(sums)).cpu()
     return hashlib.sha256(total.numpy().tobytes()).hexdigest()[:16]
-
-
-def _local(param: Tensor) -> Tensor:
-    return param.detach().to_local().contiguous()
 
 
 def _check_key(run: RunFolder, found: dict, wanted: dict) -> None:

@@ -121,8 +121,7 @@ def evaluate(
 def reduced(result: Step, divisor: int, meter: Meter) -> dict[str, float]:
     """What a logged step shows: its sums over all ranks, and the rates since the last one."""
     counts = {"all_tokens": meter.tokens, "squares": meter.squares}
-    device = result.sums["loss"].device
-    counts = {name: torch.tensor(value, device=device) for name, value in counts.items()}
+    counts = {name: torch.tensor(value) for name, value in counts.items()}
     totals = _over_ranks(result.sums | counts)
     rates = meter.read(totals.pop("all_tokens"), totals.pop("squares"))
     share = totals.pop("trained_tokens") / totals.pop("tokens")
@@ -131,8 +130,10 @@ def reduced(result: Step, divisor: int, meter: Meter) -> dict[str, float]:
 
 
 def _over_ranks(sums: dict[str, Tensor]) -> dict[str, float]:
-    """The sums of all ranks, in float64, in one exchange."""
-    totals = sum_over_ranks(torch.stack([value.double() for value in sums.values()]))
+    """The sums of all ranks, in float64, in one exchange. Counts of tokens are still on the CPU."""
+    device = sums["loss"].device
+    values = [value.to(device, torch.float64) for value in sums.values()]
+    totals = sum_over_ranks(torch.stack(values))
     return dict(zip(sums, totals.tolist(), strict=True))
 
 
