@@ -36,6 +36,7 @@ part() { # name, seconds that it needs at least, seconds that it may take, comma
     ((code == 0 || code == 124 || code == 137)) # false: it broke, and not for want of time
 }
 
+export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True # 122 GiB of states leave little for gaps
 step=(python3 -m bench.step --gpu)
 part machine 5 30 python3 -m bench.measure
 part tests 20 110 python3 -m pytest -q -m gpu $(grep -l 'mark.gpu' tests/test_*.py)
@@ -47,6 +48,7 @@ part attention 20 60 python3 -m bench.kernels --ops attention --tokens 4096 8192
 part kernels 30 90 python3 -m bench.kernels --ops rmsnorm linear_nll swiglu rope --tokens 8192 \
     "${flags[@]}"
 part layer 20 45 python3 -m bench.layer --tokens 8192 "${flags[@]}"
+part head 15 40 python3 -m bench.head --tokens 8192 32768 "${flags[@]}"
 part growth 30 60 "${step[@]}" --only scaling "${flags[@]}"
 part rows 30 60 python3 -m bench.kernels --ops attention rmsnorm swiglu --tokens 32768 "${flags[@]}"
 

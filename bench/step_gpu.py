@@ -32,8 +32,8 @@ from nanomed.optim import adamw
 CONVENTION = (
     "MFU counts 6 FLOPs per matmul weight and token (the embedding is a lookup, the head a matmul) "
     "and 6 L D S per token of a document of S tokens, over {peak:.0f} TFLOP/s ({name}, data sheet, "
-    "dense bf16). HFU adds the matmuls that are computed again: logits in the head's backward, and "
-    "all layers under recompute full. Tokens are real ones; there is no padding"
+    "dense bf16). HFU adds the matmuls that are computed again: logits of all the head's chunks "
+    "but the last, and all layers under recompute full. Tokens are real ones; there is no padding"
 )
 GIB, N_ROWS = memory.GIB, 4  # rows of a step: gradients are accumulated, as in a run
 
@@ -69,8 +69,7 @@ def scaling(world: World, config: ModelConfig, results: Results, rounds: int) ->
 
 def steps(given, world: World, config: ModelConfig, sizes: list[int], results: Results) -> None:
     """One model and one optimizer for all, so that the weights are initialised once."""
-    model = model_of(world, config, torch.bfloat16, "none")
-    optimizer = adamw(model, 0.1)
+    model = optimizer = ours = None
     shorter = [("cpt", CPT, sizes[:1], length) for length in (1024, 256)]  # documents, same row
     for stage, cls, rows, document in (
         ("cpt", CPT, sizes, config.max_seq_len),
@@ -81,6 +80,10 @@ def steps(given, world: World, config: ModelConfig, sizes: list[int], results: R
         if given.only and stage not in given.only:
             continue
         for c in policies(cls, config, world, rows):
+            c = dataclasses.replace(c, kernels=given.kernels)
+            if model is None:
+                model = model_of(world, config, torch.bfloat16, "none")
+                optimizer = adamw(model, 0.1)
             for layer in model.layers:
                 layer.recompute = layer.mlp.recompute = c.recompute
             data = examples(stage, c.micro_tokens, config, document)
@@ -89,10 +92,13 @@ def steps(given, world: World, config: ModelConfig, sizes: list[int], results: R
                 ours = Ours(world, config, data, batch, torch.bfloat16, True, model, optimizer)
                 line = measure(stage, ours, config, world, results, 2 if given.quick else 3)
                 print(table([shown(line)]), flush=True)  # a run that is stopped keeps it
+                continue
             except torch.cuda.OutOfMemoryError as error:
-                model.zero_grad()
-                torch.cuda.empty_cache()
                 print(f"{stage}, rows of {c.micro_tokens:,}, recompute {c.recompute}: {error}")
+            # FSDP2 does not finish the steps that follow one broken in backward: all anew.
+            model = optimizer = ours = None
+            gc.collect()
+            torch.cuda.empty_cache()
 
 
 def policies(cls: type[Run], config: ModelConfig, world: World, sizes: list[int]) -> list[Run]:
@@ -143,13 +149,12 @@ def measure(
             seconds.append(sum(split.seconds().values()) - sum(seconds))
     parts = {f"{name}_ms": round(1000 * s / rounds, 1) for name, s in split.seconds().items()}
     lengths = [n for row in packed for n in row.cu_seqlens.diff().tolist()]
-    counted, executed = flops(config, lengths, c.recompute)
+    c = dataclasses.replace(c, micro_tokens=longest, seq_len=2)
+    counted, executed = flops(config, lengths, c)
     name = torch.cuda.get_device_name() if on_gpu else "a CPU, no data sheet"
     peak = next((p for gpu, p in PEAK_FLOPS.items() if gpu in name), None)
     rate = rounds / sum(seconds)
-    predicted = memory.memory(
-        config, dataclasses.replace(c, micro_tokens=longest, seq_len=2), world.size
-    )
+    predicted = memory.memory(config, c, world.size)
     return results.add(
         "step", f"AquilaMed {stage.upper()}" if on_gpu else f"tiny {stage.upper()}", seconds,
         dtype=torch.bfloat16,
@@ -164,10 +169,12 @@ def measure(
     )  # fmt: skip
 
 
-def flops(config: ModelConfig, lengths: list[int], recompute: str) -> tuple[float, float]:
+def flops(config: ModelConfig, lengths: list[int], c: Run) -> tuple[float, float]:
     """(counted, executed) of one step over documents of these lengths."""
     tokens, squares = sum(lengths), sum(n * n for n in lengths)
     counted = flops_of(config, tokens, squares)
     head = 2 * config.vocab_size * config.d_model * tokens  # the head's forward
-    again = head + (counted / 3 - head if recompute == "full" else 0)
+    again = head * (1 - memory.chunk(config, c) / c.micro_tokens)  # of all chunks but the last
+    if c.recompute == "full":
+        again += counted / 3 - head
     return counted, counted + again

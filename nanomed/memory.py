@@ -89,12 +89,12 @@ def head_moment(model: ModelConfig, c: Run, n_gpus: int) -> dict[str, float]:
     dhidden = b * model.d_model * t
     # The head's gradient is summed in float32, then cast; the plain version still has the last
     # chunk's gradient and hidden then.
-    chunk = b * _chunk(model, c) * model.d_model  # of hidden; Triton: and of its gradient
-    loss = {"loss's chunk": loss_chunk(model, c) + chunk * (2 - is_plain(c))}
+    part = b * chunk(model, c) * model.d_model  # of hidden; Triton: and of its gradient
+    loss = {"loss's chunk": loss_chunk(model, c) + part * (2 - is_plain(c))}
     loss["gradients here"] = 4 * matrix + dhidden
     cast = {"gradients here": (4 + b) * matrix + dhidden}
     if is_plain(c):
-        cast["loss's chunk"] = b * _chunk(model, c) * model.vocab_size + chunk
+        cast["loss's chunk"] = b * chunk(model, c) * model.vocab_size + part
     # By now hidden is let go: its gradient has taken its place.
     summed = {"gradients here": b * matrix, "FSDP": 4 * matrix * (1 + 1 / n_gpus)}
     gathered = {"FSDP": b * matrix}
@@ -104,15 +104,15 @@ def head_moment(model: ModelConfig, c: Run, n_gpus: int) -> dict[str, float]:
 
 def loss_chunk(model: ModelConfig, c: Run) -> float:
     """Bytes of the logits that exist at once."""
-    chunk = _chunk(model, c)
+    tokens = chunk(model, c)
     if not is_plain(c):
-        return width(c) * chunk * -(-model.vocab_size // 128) * 128
+        return width(c) * tokens * -(-model.vocab_size // 128) * 128
     # Plain: in float32, and as they come from the matmul or as the gradient goes into one.
-    return (4 + width(c)) * chunk * model.vocab_size
+    return (4 + width(c)) * tokens * model.vocab_size
 
 
-def _chunk(model: ModelConfig, c: Run) -> int:
-    """Tokens."""
+def chunk(model: ModelConfig, c: Run) -> int:
+    """Tokens whose logits exist at once."""
     if is_plain(c):
         return even(c.micro_tokens, CHUNK_CUDA)
     return chunk_tokens(c.micro_tokens, model.d_model)
