@@ -205,7 +205,7 @@ def test_a_resume_reads_the_reference_and_refuses_another_key(world, small, tmp_
     _, model, run, loader = fresh_run(world, small, tmp_path)
     first = reference_logps(model, loader, run, {"data": "x", "dtype": "float32"})
     run.resume_from = tmp_path  # as after a stop
-    monkeypatch.setattr("nanomed.reference._compute", lambda *_: pytest.fail("computed again"))
+    monkeypatch.setattr("nanomed.reference.answer_logps", lambda *_: pytest.fail("computed again"))
     again = reference_logps(model, loader, run, {"data": "x", "dtype": "float32"})
     assert torch.equal(first, again)
     with pytest.raises(InputError, match="dtype: float32 there, bfloat16 now"):
