@@ -30,17 +30,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train_dpo
 import train_sft
+from bench.ours import Examples, model_of
 from nanomed.config import DPO, MODELS, SFT, ModelConfig
-from nanomed.distributed import World, pick_device, shard, start
+from nanomed.distributed import pick_device, start
 from nanomed.loader import Loader
 from nanomed.log import Meter
 from nanomed.losses import segment_logps
-from nanomed.model import Aquila, init_weights
 from nanomed.optim import adamw
 from nanomed.packing import Row
-from nanomed.segment import Segment
 from nanomed.step import train_step
-from tests.data import ListData
 
 SHAPES = {
     "tiny": MODELS["tiny"],
@@ -50,28 +48,13 @@ STAGES = ("sft", "dpo", "reference")
 SEGMENT = 64  # tokens in each segment of the row, the second half of them trained
 
 
-class Pairs(ListData):
-    """The segments of ListData two by two."""
-
-    def __init__(self, segments: list):
-        super().__init__(segments)
-        self.lengths = self.lengths.reshape(-1, 2).sum(1)
-        self.divisors = np.ones(len(self.lengths), int)
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __getitem__(self, i: int) -> list[Segment]:
-        return self.segments[2 * i : 2 * i + 2]
-
-
 def measured(stage: str, config: ModelConfig, tokens: int) -> dict[str, float]:
     """What one step of a stage takes, in MiB."""
     with start(pick_device("auto")) as world:
         torch.set_num_threads(1)
-        model = fresh_model(config, world)
-        kind = ListData if stage == "sft" else Pairs
-        data = kind.of_lengths([SEGMENT] * (tokens // SEGMENT), config.vocab_size)
+        dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
+        model = model_of(world, config, dtype, "none")
+        data = examples_of(1 if stage == "sft" else 2, config, tokens)
         every = np.arange(len(data))
         loader = Loader(data, every, every[:0], batch_size=len(data), micro_tokens=tokens, epochs=1)
         if stage == "reference":
@@ -83,13 +66,11 @@ def measured(stage: str, config: ModelConfig, tokens: int) -> dict[str, float]:
         return peak_of(work, world.device)
 
 
-def fresh_model(config: ModelConfig, world: World) -> Aquila:
-    with torch.device("meta"):
-        model = Aquila(config)
-    shard(model, world, torch.bfloat16 if world.device.type == "cuda" else torch.float32)
-    model.to_empty(device=world.device)
-    init_weights(model)
-    return model
+def examples_of(n: int, config: ModelConfig, tokens: int) -> Examples:
+    """The same segments for all stages, as chats (n=1) or as pairs (n=2)."""
+    rng, trained = np.random.default_rng(0), np.arange(SEGMENT) >= SEGMENT // 2
+    drawn = rng.integers(config.vocab_size, size=(tokens // SEGMENT // n, n, SEGMENT))
+    return Examples([[(ids, trained) for ids in example] for example in drawn])
 
 
 def one_step(stage: str, model: nn.Module, optimizer, loader: Loader, device) -> None:

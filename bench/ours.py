@@ -6,18 +6,18 @@ The step is nanomed.step.train_step with the loader, the sharded model and the o
 
 import time
 from collections.abc import Callable
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 
-from nanomed import reference, step
+from nanomed import step
 from nanomed.config import DPO, ModelConfig, Run
 from nanomed.distributed import World, shard
 from nanomed.loader import Loader
 from nanomed.log import Meter
 from nanomed.model import Aquila, init_weights
 from nanomed.optim import adamw
+from nanomed.reference import answer_logps
 from nanomed.segment import Segment
 
 LR = 1e-5
@@ -105,7 +105,7 @@ class Ours:
     def _preference_loss(self, world: World) -> Callable:
         from train_dpo import preference_loss
 
-        logps = reference._compute(self.model, self.loader, SimpleNamespace(world=world))
+        logps = answer_logps(self.model, self.loader, world)
         kinds = torch.zeros(len(self.loader.data), dtype=torch.int64, device=world.device)
         return preference_loss(logps, kinds, [], self.c)
 

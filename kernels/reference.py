@@ -56,8 +56,12 @@ def attention(
 ) -> Tensor:  # q[T,H,E], k[T,K,E], v[T,K,E], cu_seqlens[n+1] -> [T,H,E]
     """Causal softmax attention within each segment: segment i is tokens cu_seqlens[i] up to
     cu_seqlens[i+1], and sees nothing else. Query head h reads key/value head h // (H/K)."""
-    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
-        return _varlen_attention(q, k, v, cu_seqlens, max_seqlen)
+    if q.dtype in (torch.bfloat16, torch.float16):
+        if q.is_cuda:
+            return _varlen_attention(q, k, v, cu_seqlens, max_seqlen)
+        # torch's CPU kernel is faster in float32, most of all its backward on short segments.
+        out = attention(q.float(), k.float(), v.float(), cu_seqlens, max_seqlen)
+        return out.to(q.dtype)
     # One call per segment: measured faster on CPU than any mask over the whole row.
     lengths = cu_seqlens.diff().tolist()
     parts = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)

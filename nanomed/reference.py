@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 import kernels
 from nanomed.config import InputError
-from nanomed.distributed import local, sum_over_ranks
+from nanomed.distributed import World, local, sum_over_ranks
 from nanomed.loader import Loader
 from nanomed.log import RunFolder, is_terminal
 from nanomed.losses import segment_logps
@@ -34,7 +34,7 @@ def reference_logps(model: nn.Module, loader: Loader, run: RunFolder, parts: dic
         _check_key(run, json.loads(key_path.read_text()), key)
         logps = torch.from_numpy(np.load(path))
     else:
-        logps = _compute(model, loader, run).cpu()
+        logps = answer_logps(model, loader, run.world).cpu()
         if run.world.is_main:
             np.save(path, logps.numpy())
             run.write_json("reference.json", key)
@@ -42,14 +42,15 @@ def reference_logps(model: nn.Module, loader: Loader, run: RunFolder, parts: dic
 
 
 @torch.no_grad()
-def _compute(model: nn.Module, loader: Loader, run: RunFolder) -> Tensor:
+def answer_logps(model: nn.Module, loader: Loader, world: World) -> Tensor:
+    """[pairs, 2], (chosen, rejected): the log-probabilities, in nats, of all answers of the data
+    set under the weights that the model now has. Every rank calls it."""
     model.eval()
-    device = run.world.device
-    logps = torch.zeros(len(loader.data), 2, device=device)
+    logps = torch.zeros(len(loader.data), 2, device=world.device)
     rows = loader.rows(np.arange(len(loader.data)))
-    hidden = not (run.world.is_main and is_terminal())
+    hidden = not (world.is_main and is_terminal())
     for row in tqdm(rows, desc="reference", unit="row", disable=hidden):
-        row = row.to(device)
+        row = row.to(world.device)
         pairs = segment_logps(model(row), row).view(-1, 2)
         examples = row.examples[::2]
         logps[examples[examples >= 0]] = pairs[examples >= 0]

@@ -1,6 +1,7 @@
 """DPO against TRL's own trainer."""
 
 import dataclasses
+from collections.abc import Iterable
 
 import pytest
 import torch
@@ -20,10 +21,55 @@ def test_equals_trl(small, tmp_path, monkeypatch):
     """TRL 1.16's own trainer on the same ids and weights, padded where we pack: the loss to 1e-5,
     gradients to 1e-5 of their norm, and the metrics."""
     trl = pytest.importorskip("trl")
-    from datasets import Dataset
+    ours = Aquila(small)
+    theirs = _theirs(small, ours, tmp_path)
+    data, reference = PairData(8), random_reference(8)
+    trainer = _trl_trainer(trl, theirs, tmp_path, monkeypatch)
+    batch = _padded(data, reference, range(8))
+    loss = trainer._compute_loss(theirs, batch, return_outputs=False)
+    loss.backward()
+
+    row = row_from(*zip(*[(*s, i) for i in range(8) for s in data[i]], strict=True))
+    total, metrics = loss_of(reference, C)(ours(row), row)
+    (total / 8).backward()
+    assert (total / 8).item() == pytest.approx(loss.item(), rel=1e-5)
+    assert_same_gradients([p.grad for p in ours.parameters()], _gradients(theirs, ours))
+    logged = trainer._metrics["train"]
+    for name in ("chosen", "rejected", "margins", "accuracies"):
+        value = (metrics[f"rewards/{name}"] / 8).item()
+        assert value == pytest.approx(logged[f"rewards/{name}"][0], rel=1e-4, abs=1e-6), name
+
+
+def test_the_sft_term_equals_trls(small, tmp_path, monkeypatch):
+    """--sft_weight is TRL's loss types sigmoid and sft, weighted. TRL's takes the mean of a batch's
+    chosen tokens and ours of each pair's, so TRL gets one pair at a time; ours all eight, as one
+    row and as several."""
+    trl = pytest.importorskip("trl")
+    ours = Aquila(small)
+    theirs = _theirs(small, ours, tmp_path)
+    weighted = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.7]}
+    trainer = _trl_trainer(trl, theirs, tmp_path, monkeypatch, **weighted)
+    data, reference = PairData(8), random_reference(8)
+    losses = [trainer._compute_loss(theirs, _padded(data, reference, [i]), False) for i in range(8)]
+    torch.stack(losses).mean().backward()
+    wanted = _gradients(theirs, ours)
+
+    for rows in ([range(8)], [[5, 0], [3], [1, 7, 2], [6, 4]]):
+        ours.zero_grad()
+        total = 0.0
+        for pairs in rows:
+            row = row_from(*zip(*[(*s, i) for i in pairs for s in data[i]], strict=True))
+            part, _ = loss_of(reference, dataclasses.replace(C, sft_weight=0.7))(ours(row), row)
+            (part / 8).backward()
+            total += part.item() / 8
+        assert total == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
+        assert_same_gradients([p.grad for p in ours.parameters()], wanted)
+
+
+def _theirs(small, ours, folder):
+    """transformers' model with our weights."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    ours = Aquila(small)
     config = Qwen2Config(
         vocab_size=small.vocab_size,
         hidden_size=small.d_model,
@@ -36,33 +82,25 @@ def test_equals_trl(small, tmp_path, monkeypatch):
         tie_word_embeddings=False,
     )
     theirs = Qwen2ForCausalLM(config)
-    name_of = lambda n: n if n.startswith("lm_head") else f"model.{n}"  # noqa: E731
-    theirs.load_state_dict({name_of(n): p for n, p in ours.named_parameters()})
-    theirs.save_pretrained(tmp_path / "m")  # its reference is read from there
-    theirs = Qwen2ForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32)
-    data, reference = PairData(8), random_reference(8)
-    trainer = _trl_trainer(trl, theirs, tmp_path, Dataset, monkeypatch)
-    batch = _padded(data, reference)
-    loss = trainer._compute_loss(theirs, batch, return_outputs=False)
-    loss.backward()
+    theirs.load_state_dict({_name_of(n): p for n, p in ours.named_parameters()})
+    theirs.save_pretrained(folder / "m")  # TRL's reference is read from there
+    return Qwen2ForCausalLM.from_pretrained(folder / "m", dtype=torch.float32)
 
-    row = row_from(*zip(*[(*s, i) for i in range(8) for s in data[i]], strict=True))
-    total, metrics = loss_of(reference, C)(ours(row), row)
-    (total / 8).backward()
-    assert (total / 8).item() == pytest.approx(loss.item(), rel=1e-5)
+
+def _name_of(name: str) -> str:
+    return name if name.startswith("lm_head") else f"model.{name}"
+
+
+def _gradients(theirs, ours) -> list[Tensor]:
+    """In the order of our parameters."""
     grads = dict(theirs.named_parameters())
-    assert_same_gradients(
-        [p.grad for p in ours.parameters()],
-        [grads[name_of(n)].grad for n, _ in ours.named_parameters()],
-    )
-    logged = trainer._metrics["train"]
-    for name in ("chosen", "rejected", "margins", "accuracies"):
-        value = (metrics[f"rewards/{name}"] / 8).item()
-        assert value == pytest.approx(logged[f"rewards/{name}"][0], rel=1e-4, abs=1e-6), name
+    return [grads[_name_of(n)].grad for n, _ in ours.named_parameters()]
 
 
-def _trl_trainer(trl, model, folder, dataset_class, monkeypatch):
+def _trl_trainer(trl, model, folder, monkeypatch, **given):
     """A trainer of theirs, built the usual way on a pair of words; our batch replaces its own."""
+    from datasets import Dataset
+
     arguments = trl.DPOConfig(
         output_dir=str(folder),
         beta=C.beta,
@@ -72,8 +110,9 @@ def _trl_trainer(trl, model, folder, dataset_class, monkeypatch):
         precompute_ref_log_probs=False,
         report_to=[],
         per_device_train_batch_size=8,
+        **given,
     )
-    rows = dataset_class.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}] * 2)
+    rows = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}] * 2)
     trainer = trl.DPOTrainer(
         model, args=arguments, train_dataset=rows, processing_class=plain_export(folder / "t")
     )
@@ -82,9 +121,9 @@ def _trl_trainer(trl, model, folder, dataset_class, monkeypatch):
     return trainer
 
 
-def _padded(data: PairData, reference: Tensor) -> dict[str, Tensor]:
+def _padded(data: PairData, reference: Tensor, pairs: Iterable[int]) -> dict[str, Tensor]:
     """All chosen answers, then all rejected ones, padded on the right."""
-    segments = [data[i][side] for side in (0, 1) for i in range(len(data))]
+    segments = [data[i][side] for side in (0, 1) for i in pairs]
     longest = max(len(ids) for ids, *_ in segments)
     shape = (len(segments), longest)
     ids, mask, learned = (torch.zeros(shape, dtype=torch.long) for _ in range(3))
@@ -96,8 +135,8 @@ def _padded(data: PairData, reference: Tensor) -> dict[str, Tensor]:
         "input_ids": ids,
         "attention_mask": mask,
         "completion_mask": learned,
-        "ref_chosen_logps": reference[:, 0],
-        "ref_rejected_logps": reference[:, 1],
+        "ref_chosen_logps": reference[list(pairs), 0],
+        "ref_rejected_logps": reference[list(pairs), 1],
     }
 
 

@@ -37,10 +37,10 @@ def settings(**changes) -> SFT:
     return SFT(**{**defaults, "micro_tokens": 64, "log_every": 1, **changes})
 
 
-def sharded(world: World, model_config, seed=0, recompute="none") -> Aquila:
+def sharded(world: World, model_config, seed=0, recompute="none", dtype=torch.float32) -> Aquila:
     with torch.device("meta"):
         model = Aquila(model_config, recompute)
-    shard(model, world, torch.float32)
+    shard(model, world, dtype)
     model.to_empty(device=world.device)
     init_weights(model, seed)
     return model
