@@ -1,5 +1,6 @@
 """Fixtures that the tests share. Everything here runs on a CPU, without network."""
 
+import functools
 import os
 import sys
 from pathlib import Path
@@ -61,6 +62,20 @@ def pool():
     """Four processes that stay warm: pool(n, function, *arguments) runs it on n ranks."""
     with Pool(4) as joined:
         yield joined
+
+
+@pytest.fixture(scope="session")
+def undisturbed(pool, tmp_path_factory):
+    """(folder, results) of the run of tests/test_faults.py to which nothing happens, by its number
+    of ranks. Tests read it."""
+    from tests.test_faults import train
+
+    @functools.cache
+    def of(n_ranks: int) -> tuple[Path, list[dict]]:
+        folder = tmp_path_factory.mktemp("undisturbed") / "run"
+        return folder, pool(n_ranks, train, str(folder))
+
+    return of
 
 
 @pytest.fixture

@@ -1,9 +1,12 @@
 """Processes for the tests that need several ranks. Starting one costs seconds, so they are kept."""
 
+import importlib
 import multiprocessing as mp
 import os
 import tempfile
 import traceback
+from contextlib import chdir, nullcontext
+from unittest import mock
 
 import torch
 
@@ -56,3 +59,14 @@ def _serve(pipe) -> None:
         except BaseException:
             pipe.send((None, traceback.format_exc()))
             os._exit(1)  # the others may hang in a collective
+
+
+def script(world, name: str, arguments: list[str], folder: str) -> None:
+    """main() of a script in a folder, on a rank that torchrun would have started so."""
+    main, places = importlib.import_module(name), ("RANK", "LOCAL_RANK")
+    sizes = ("WORLD_SIZE", "LOCAL_WORLD_SIZE")
+    here = dict.fromkeys(places, str(world.rank)) | dict.fromkeys(sizes, str(world.size))
+    joined = mock.patch.object(main, "start", lambda _: nullcontext(world))
+    argv = mock.patch("sys.argv", [f"{name}.py", *arguments])
+    with chdir(folder), mock.patch.dict(os.environ, here), argv, joined:
+        main.main()
