@@ -158,6 +158,9 @@ def spiking(world, out: str) -> None:
 # ---------------------------------------------------------------- replay
 
 
+AFTERWARDS = [(train_sft, "show_answers"), (train_sft, "show_exam"), (train_sft.stage, "export")]
+
+
 def test_a_bad_batch_replays(tmp_path, monkeypatch, capsys, world):
     """A real run of the script in which every text with a certain token breaks the model: the step
     is skipped, and the tool finds the record without being told."""
@@ -180,7 +183,8 @@ def test_a_bad_batch_replays(tmp_path, monkeypatch, capsys, world):
     with monkeypatch.context() as patch:
         patch.setattr(sys, "argv", ["train_sft.py", *flags.split(), "--val_fraction", "0.01"])
         patch.setattr(train_sft, "start", lambda _: _Joined(world))
-        patch.setattr(train_sft.stage, "export", lambda *_: None)
+        for owner, name in AFTERWARDS:
+            patch.setattr(owner, name, lambda *_: None)
         train_sft.main()
     found = sorted((out / "bad_batches").iterdir())[0]
     assert found.name == "step-000002.json"

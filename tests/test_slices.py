@@ -100,7 +100,7 @@ WEIGHTS = [None, [Fraction(7, 10), Fraction(3, 10)]]
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
 def test_the_order_is_the_same_on_any_number_of_ranks_and_after_a_resume(world_size, weights):
     """3 passes; a loader that begins at step 7 knows nothing of what was drawn before."""
-    data = slices_of([random_documents(40, 0), random_documents(20, 1)], 16, weights, passes=0)
+    data = slices_of([random_documents(16, 0), random_documents(8, 1)], 16, weights, passes=0)
     (alone,), ranks = loaders(data, epochs=3), loaders(data, world_size, epochs=3)
     resumed = loaders(data, world_size, epochs=3)
     for step in range(alone.n_steps):
