@@ -32,9 +32,12 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
-def _own_folder(tmp_path, monkeypatch):
-    """Tests write nothing into the checkout."""
+def _as_new(tmp_path, monkeypatch):
+    """Tests write nothing into the checkout, and leave the number of threads as it was: a script
+    that a test runs to its start takes all cores."""
     monkeypatch.setattr(store.cache, "CACHE", tmp_path / "cache")
+    yield
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -194,13 +194,15 @@ def test_the_next_rows_are_prepared_while_a_step_runs():
     """By one thread, which ends with its loader; nothing is prepared beyond the last step."""
     data = slices_of([random_documents(40, 0)], 16)
     (loader,) = loaders(data)
+    others = set(threading.enumerate())
     names, read = [], data._pieces
     data._pieces = lambda i: names.append(threading.current_thread().name) or read(i)
     n = [len(loader.examples(k)) for k in range(loader.n_steps)]
     for step in range(loader.n_steps):
         loader.step(step)
     assert sum(name == "MainThread" for name in names) == n[0] and len(names) == sum(n)
-    (thread,) = {t for t in threading.enumerate() if t.name.startswith("next rows")}
+    threads = set(threading.enumerate()) - others
+    (thread,) = {t for t in threads if t.name.startswith("next rows")}
     del loader
     gc.collect()
     thread.join(timeout=10)

@@ -139,7 +139,7 @@ def subprocess_run(flags: str, n_ranks: int) -> subprocess.CompletedProcess:
     command = [*torchrun, str(ROOT / "train_sft.py"), *flags.split()]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
     )
 
 
