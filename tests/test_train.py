@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -60,7 +61,7 @@ def write(path, *records) -> str:
         (["--device", "cuda"], "cannot use this machine's GPU.*--device cpu"),
     ],
 )
-def test_bad_input_is_met_before_the_first_step(tmp_path, monkeypatch, flags, message):
+def test_bad_input_is_met_before_the_first_step(world, tmp_path, monkeypatch, flags, message):
     if "cuda" in flags and torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     (tmp_path / "FRESH").mkdir()
@@ -81,6 +82,7 @@ def test_bad_input_is_met_before_the_first_step(tmp_path, monkeypatch, flags, me
     places["TOKENIZER"] = str(ROOT / "samples/tokenizer.model")
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", ["train_sft.py", *(places.get(flag, flag) for flag in flags)])
+    monkeypatch.setattr(train_sft, "start", lambda _: nullcontext(world))
     monkeypatch.setattr(train_sft, "fit", lambda *_: pytest.fail("a step was reached"))
     with pytest.raises(InputError, match=message):
         train_sft.main()
