@@ -1,5 +1,6 @@
 """Fixtures that the tests share. Everything here runs on a CPU, without network."""
 
+import functools
 import os
 import sys
 from contextlib import suppress
@@ -37,9 +38,12 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
-def _own_folder(tmp_path, monkeypatch):
-    """Tests write nothing into the checkout."""
+def _as_new(tmp_path, monkeypatch):
+    """Tests write nothing into the checkout, and leave the number of threads as it was: a script
+    that a test runs to its start takes all cores."""
     monkeypatch.setattr(store.cache, "CACHE", tmp_path / "cache")
+    yield
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -67,6 +71,20 @@ def pool():
     """Four processes that stay warm: pool(n, function, *arguments) runs it on n ranks."""
     with Pool(4) as joined:
         yield joined
+
+
+@pytest.fixture(scope="session")
+def undisturbed(pool, tmp_path_factory):
+    """(folder, results) of the run of tests/test_faults.py to which nothing happens, by its number
+    of ranks. Tests read it."""
+    from tests.test_faults import train
+
+    @functools.cache
+    def of(n_ranks: int) -> tuple[Path, list[dict]]:
+        folder = tmp_path_factory.mktemp("undisturbed") / "run"
+        return folder, pool(n_ranks, train, str(folder))
+
+    return of
 
 
 @pytest.fixture

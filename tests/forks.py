@@ -1,25 +1,31 @@
 """Processes that a test may kill: forked in milliseconds from one that has imported torch."""
 
 import multiprocessing as mp
+import multiprocessing.forkserver
 import os
 import signal
 import tempfile
 import time
 import traceback
 from pathlib import Path
+from unittest import mock
 
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
-from tests.ranks import _run
+from nanomed.distributed import World
+
+# FSDP and DCP import the last two at their first step and save: half a second in each process.
+IMPORTED = ["tests.killed", "torch._dynamo", "torch.distributed.checkpoint._fsspec_filesystem"]
 
 
 def server() -> mp.context.ForkServerContext:
     """Start it once; it ends with the test session."""
-    os.environ["PYTHONPATH"] = str(
-        Path(__file__).parent.parent
-    )  # by which it finds what it imports beforehand
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["tests.killed"])
+    context.set_forkserver_preload(IMPORTED)
+    with mock.patch.dict(os.environ, PYTHONPATH=str(Path(__file__).parent.parent)):
+        multiprocessing.forkserver.ensure_running()  # it finds by the path what it imports
     return context
 
 
@@ -57,7 +63,18 @@ class Group:
 def _rank(function, arguments, rank: int, n_ranks: int, folder: str) -> None:
     torch.set_num_threads(1)
     try:
-        _run(function, arguments, rank, n_ranks, folder)
+        run(function, arguments, rank, n_ranks, folder)
     except BaseException:
         traceback.print_exc()
         os._exit(1)
+
+
+def run(function, arguments, rank: int, n_ranks: int, folder: str):
+    """function(world, *arguments) as one rank of a group that meets in an empty folder."""
+    store = dist.FileStore(str(Path(folder) / "store"), n_ranks)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=n_ranks)
+    try:
+        mesh = init_device_mesh("cpu", (n_ranks,))
+        return function(World(rank, n_ranks, torch.device("cpu"), mesh), *arguments)
+    finally:
+        dist.destroy_process_group()

@@ -1,28 +1,32 @@
 """Processes for the tests that need several ranks. Starting one costs seconds, so they are kept."""
 
+import importlib
+import multiprocessing as mp
 import os
 import tempfile
 import traceback
-from pathlib import Path
+from contextlib import chdir, nullcontext
+from unittest import mock
 
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
-from torch.distributed.device_mesh import init_device_mesh
 
-from nanomed.distributed import World
+from tests.forks import run, server
 
 
 class Pool:
     def __init__(self, size: int):
-        context = mp.get_context("spawn")
-        pipes = [context.Pipe() for _ in range(size)]
-        self.pipes = [mine for mine, _ in pipes]
-        self.processes = [
-            context.Process(target=_serve, args=(theirs,), daemon=True) for _, theirs in pipes
-        ]
+        self.size = size
 
     def __enter__(self) -> "Pool":
+        # A fork is cheaper by seconds, but forks hash strings alike. Processes that torchrun starts
+        # do not, so what goes through a set in another order on each rank must be seen here too.
+        contexts = [mp.get_context("spawn"), *[server()] * (self.size - 1)]
+        pipes = [mp.Pipe() for _ in contexts]
+        self.pipes = [mine for mine, _ in pipes]
+        self.processes = [
+            context.Process(target=_serve, args=(theirs,), daemon=True)
+            for context, (_, theirs) in zip(contexts, pipes, strict=True)
+        ]
         for process in self.processes:
             process.start()
         return self
@@ -39,7 +43,10 @@ class Pool:
                 pipe.send((function, arguments, rank, n_ranks, folder))
             answers = [pipe.recv() for pipe in self.pipes[:n_ranks]]
         failed = [error for _, error in answers if error]
-        assert not failed, failed[0]
+        if failed:  # those ranks have ended: the next test gets new ones
+            self.__exit__()
+            self.__enter__()
+        assert not failed, "\n".join(failed)  # some only say that another rank has gone
         return [result for result, _ in answers]
 
 
@@ -48,17 +55,18 @@ def _serve(pipe) -> None:
     while True:
         function, arguments, rank, n_ranks, folder = pipe.recv()
         try:
-            pipe.send((_run(function, arguments, rank, n_ranks, folder), None))
+            pipe.send((run(function, arguments, rank, n_ranks, folder), None))
         except BaseException:
             pipe.send((None, traceback.format_exc()))
-            os._exit(1)  # the others may hang in a collective: the pool is of no use any more
+            os._exit(1)  # the others may hang in a collective
 
 
-def _run(function, arguments, rank: int, n_ranks: int, folder: str):
-    store = dist.FileStore(str(Path(folder) / "store"), n_ranks)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=n_ranks)
-    try:
-        mesh = init_device_mesh("cpu", (n_ranks,))
-        return function(World(rank, n_ranks, torch.device("cpu"), mesh), *arguments)
-    finally:
-        dist.destroy_process_group()
+def script(world, name: str, arguments: list[str], folder: str) -> None:
+    """main() of a script in a folder, on a rank that torchrun would have started so."""
+    main, places = importlib.import_module(name), ("RANK", "LOCAL_RANK")
+    sizes = ("WORLD_SIZE", "LOCAL_WORLD_SIZE")
+    here = dict.fromkeys(places, str(world.rank)) | dict.fromkeys(sizes, str(world.size))
+    joined = mock.patch.object(main, "start", lambda _: nullcontext(world))
+    argv = mock.patch("sys.argv", [f"{name}.py", *arguments])
+    with chdir(folder), mock.patch.dict(os.environ, here), argv, joined:
+        main.main()

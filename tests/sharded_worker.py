@@ -1,9 +1,9 @@
-"""What test_hf.py starts on two processes: import of a folder as train_sft.py does it, then export.
+"""What test_hf_runs.py does on two processes: import of a folder as train_sft.py does it, then
+export. Fresh ones where it measures memory:
 
-    torchrun --nproc_per_node 2 tests/sharded_worker.py FOLDER...
+    torchrun --nproc_per_node 2 tests/sharded_worker.py FOLDER
 
-Each folder NAME is written again as NAME-out; each rank writes NAME-report-RANK: peak
-anonymous memory above what it was before, or the error.
+A folder NAME is written again as NAME-out; each rank writes NAME-report-RANK.
 """
 
 import json
@@ -49,17 +49,19 @@ class Peak:
         self.bytes = max(self.highest, rss_anon()) - self.start
 
 
-def main(folders: list[str]) -> None:
+def main(folder: str) -> None:
     hf_tensors.SHARD_BYTES = 250 * 10**6
     with start(torch.device("cpu")) as world:
         torch.zeros(1000, 1000) @ torch.zeros(1000, 1000)  # what the first matmul allocates
-        for folder in folders:
-            name = Path(folder).name
-            try:
-                said = go(folder, f"{name}-out", world)
-            except InputError as error:
-                said = {"error": str(error)}
-            Path(f"{name}-report-{world.rank}").write_text(json.dumps(said))
+        Path(f"{folder}-report-{world.rank}").write_text(json.dumps(report(world, folder)))
+
+
+def report(world, folder: str) -> dict:
+    """Peak anonymous memory above what it was before, in bytes; or the error."""
+    try:
+        return go(folder, f"{folder}-out", world)
+    except InputError as error:
+        return {"error": str(error)}
 
 
 def go(folder: str, out: str, world) -> dict[str, int]:
@@ -78,4 +80,4 @@ def go(folder: str, out: str, world) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(sys.argv[1])

@@ -141,7 +141,7 @@ def test_save_reports_what_went_wrong(loaded, monkeypatch, tmp_path):
     assert "[not saved: " in say(loaded, "问", f"/save {tmp_path}")
 
 
-def read_until(fd, text, seconds=40, meanwhile=lambda: None):
+def read_until(fd, text, seconds=200, meanwhile=lambda: None):
     got, end = "", time.time() + seconds
     while text not in got:
         assert time.time() < end, f"{text!r} did not come: {got!r}"
@@ -177,7 +177,7 @@ def test_in_a_terminal_ctrl_c_does_not_end_the_program(folder):
             os.write(mine, b"/reset\n")
             read_until(mine, "starts anew")
             os.write(mine, b"/quit\n")
-            assert process.wait(20) == 0
+            assert process.wait(200) == 0
         finally:
             process.kill()
             os.close(mine)

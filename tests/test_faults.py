@@ -61,24 +61,29 @@ def train(world, out: str, bad_steps=(), rank=1, on_step=None, **changes) -> dic
 # ---------------------------------------------------------------- steps that are skipped
 
 
-def test_a_bad_row_on_one_rank_is_skipped_by_both(pool, tmp_path):
+@pytest.fixture(scope="module")
+def with_a_bad_row(pool, tmp_path_factory):
+    """(folder, results) of a run on two ranks in which one has a bad row in step 6."""
+    folder = tmp_path_factory.mktemp("faults") / "bad"
+    return folder, pool(2, train, str(folder), {5})
+
+
+def test_a_bad_row_on_one_rank_is_skipped_by_both(undisturbed, with_a_bad_row):
     """No weight, moment or count of Adam moves; learning rate and data do; training goes on."""
-    clean = pool(2, train, str(tmp_path / "clean"))
-    bad = pool(2, train, str(tmp_path / "bad"), {5})
+    (clean_folder, clean), (bad_folder, bad) = undisturbed(2), with_a_bad_row
     for rank in (0, 1):
         wanted, got = clean[rank]["steps"], bad[rank]["steps"]
         assert [s[:2] for s in got] == [s[:2] for s in wanted]  # numbers, learning rates
         assert [s[0] for s in got if not s[2]] == [5] == [s[0] for s in got if s[3] and s[0]]
         assert bad[rank]["outcome"] is None and bad[rank]["rows"] > 1
-    lines = metrics_of(tmp_path / "bad")
+    lines = metrics_of(bad_folder)
     assert [m["step"] for m in lines if "loss" in m] == [1, 2, 3, 4, 5, *range(7, 13)]
-    same = [m for m in metrics_of(tmp_path / "clean") if m["step"] <= 5]
+    same = [m for m in metrics_of(clean_folder) if m["step"] <= 5]
     assert [m for m in lines if m["step"] <= 5] == same
 
 
-def test_what_is_written_about_a_bad_step(pool, tmp_path):
-    pool(2, train, str(tmp_path / "bad"), {5})
-    (path,) = (tmp_path / "bad/bad_batches").iterdir()
+def test_what_is_written_about_a_bad_step(with_a_bad_row):
+    (path,) = (with_a_bad_row[0] / "bad_batches").iterdir()
     facts = json.loads(path.read_text(), parse_constant=pytest.fail)  # strict JSON
     assert path.name == "step-000006.json" and facts["step"] == 6
     assert facts["loss"] == "nan" and facts["checkpoint"] == "step-000004"
@@ -153,6 +158,9 @@ def spiking(world, out: str) -> None:
 # ---------------------------------------------------------------- replay
 
 
+AFTERWARDS = [(train_sft, "show_answers"), (train_sft, "show_exam"), (train_sft.stage, "export")]
+
+
 def test_a_bad_batch_replays(tmp_path, monkeypatch, capsys, world):
     """A real run of the script in which every text with a certain token breaks the model: the step
     is skipped, and the tool finds the record without being told."""
@@ -175,7 +183,8 @@ def test_a_bad_batch_replays(tmp_path, monkeypatch, capsys, world):
     with monkeypatch.context() as patch:
         patch.setattr(sys, "argv", ["train_sft.py", *flags.split(), "--val_fraction", "0.01"])
         patch.setattr(train_sft, "start", lambda _: _Joined(world))
-        patch.setattr(train_sft.stage, "export", lambda *_: None)
+        for owner, name in AFTERWARDS:
+            patch.setattr(owner, name, lambda *_: None)
         train_sft.main()
     found = sorted((out / "bad_batches").iterdir())[0]
     assert found.name == "step-000002.json"
@@ -222,11 +231,10 @@ def with_a_failing_save(world, out: str) -> dict:
 
 
 @pytest.mark.parametrize("n_ranks", [1, 2])
-def test_a_failing_save_leaves_the_run_alive(pool, tmp_path, n_ranks):
-    pool(n_ranks, train, str(tmp_path / "straight"))
+def test_a_failing_save_leaves_the_run_alive(pool, undisturbed, tmp_path, n_ranks):
     results = pool(n_ranks, with_a_failing_save, str(tmp_path / "x"))
     assert [r["outcome"] for r in results] == [None] * n_ranks
-    assert metrics_of(tmp_path / "x") == metrics_of(tmp_path / "straight")
+    assert metrics_of(tmp_path / "x") == metrics_of(undisturbed(n_ranks)[0])
     assert checkpoint.newest(tmp_path / "x/checkpoints").name == "step-000012"
 
 
@@ -266,13 +274,12 @@ def with_a_failing_validation(world, out: str) -> str:
         trainer.evaluate = evaluate
 
 
-def test_an_exception_in_validation_loses_no_step(pool, tmp_path):
+def test_an_exception_in_validation_loses_no_step(pool, undisturbed, tmp_path):
     """pitfalls 17: the save came before. The resume validates what was saved, then goes on."""
     assert pool(1, with_a_failing_validation, str(tmp_path / "x")) == ["sampling broke"]
     assert checkpoint.newest(tmp_path / "x/checkpoints").name == "step-000008"
     assert [s[0] for s in pool(1, train, str(tmp_path / "x"))[0]["steps"]] == [8, 9, 10, 11]
-    pool(1, train, str(tmp_path / "straight"))
-    assert metrics_of(tmp_path / "x") == metrics_of(tmp_path / "straight")
+    assert metrics_of(tmp_path / "x") == metrics_of(undisturbed(1)[0])
 
 
 def test_a_full_disk_does_not_end_the_run_at_a_log_line(world, tmp_path, capsys):

@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +14,9 @@ from nanomed import hf, pretrained, stage, tokenizer
 from nanomed.config import SFT
 from nanomed.hf import __main__ as hf_commands
 from nanomed.hf import reading
+from tests import sharded_worker
 from tests.folders import TEXTS, all_tensors, edit_tensor, write_model, write_rank_file
+from tests.ranks import script
 
 HEAD = "lm_head.weight"
 
@@ -27,39 +28,12 @@ def folder(tmp_path):
     return tmp_path / "in"
 
 
-ROOT = Path(__file__).parents[1]
-
-
-def on_two_processes(*command, **kwargs):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*launcher, *map(str, command)],
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=900,
-        **kwargs,
-    )
-
-
-def sharded(tmp_path: Path, *folders: Path) -> list[list[dict]]:
-    """Imports each folder and exports it to NAME-out; the reports [folder][rank]."""
-    worker = ROOT / "tests/sharded_worker.py"
-    done = on_two_processes(worker, *folders, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    return [
-        [json.loads((tmp_path / f"{folder.name}-report-{rank}").read_text()) for rank in (0, 1)]
-        for folder in folders
-    ]
-
-
-def test_import_and_export_on_two_processes(folder, tmp_path):
+def test_import_and_export_on_two_processes(pool, folder, tmp_path):
     """And a number that is none, in the rows of one rank, is an error on both."""
     bad = tmp_path / "bad"
     shutil.copytree(folder, bad)
     edit_tensor(bad, HEAD, lambda t: t.index_fill(0, torch.tensor([899]), float("nan")))
-    good, refused = sharded(tmp_path, folder, bad)
+    good, refused = (pool(2, sharded_worker.report, str(path)) for path in (folder, bad))
 
     total = sum(p.nbytes for p in hf.load(folder).parameters())
     assert [0.4 < report["share"] / total < 0.6 for report in good] == [True, True]
@@ -71,16 +45,16 @@ def test_import_and_export_on_two_processes(folder, tmp_path):
     assert not (tmp_path / "bad-out").exists()
 
 
-def test_a_run_starts_from_a_folder_and_its_result_is_read_again(folder, tmp_path, monkeypatch):
+def test_a_run_starts_from_a_folder_and_its_result_is_read_again(
+    pool, folder, tmp_path, monkeypatch
+):
     """--init, the run's own export, --init on the run, the export command, and chat's reader."""
     chats = [{"messages": turns(q, "好" * (1 + i % 3))} for i, q in enumerate(TEXTS[:6] * 4)]
     data = tmp_path / "chats.jsonl"
     data.write_text("".join(json.dumps(c) + "\n" for c in chats))
-    given = ["--data", data, "--epochs=1", "--batch_size=8", "--seq_len=400", "--lr=1e-3"]
+    given = ["--data", str(data), "--epochs=1", "--batch_size=8", "--seq_len=400", "--lr=1e-3"]
     given += ["--micro_tokens=800", "--device=cpu", "--val_fraction=0.2"]
-    command = [ROOT / "train_sft.py", "--init", folder, "--out", "run", *given]
-    done = on_two_processes(*command, cwd=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
+    pool(2, script, "train_sft", ["--init", str(folder), "--out", "run", *given], str(tmp_path))
     run = tmp_path / "run"
 
     trained = pretrained.load(run, torch.device("cpu"), torch.float32)
@@ -125,8 +99,13 @@ def test_memory_of_import_and_export(tmp_path):
     folder = tmp_path / "in"
     write_model(folder, "qwen2", dtype=torch.bfloat16, max_shard_size="200MB", **big)
     write_rank_file(folder)
-    (reports,) = sharded(tmp_path, folder)
-    for r in reports:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*launcher, sharded_worker.__file__, str(folder)]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    for rank in (0, 1):
+        r = json.loads((tmp_path / f"in-report-{rank}").read_text())
         print({name: f"{value / 1e6:.0f} MB" for name, value in r.items()})
         assert r["import"] <= 1.3 * r["share"] + r["largest"]
         assert r["export"] <= r["largest"] < 250e6  # a shard of the export

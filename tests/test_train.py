@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -60,7 +61,7 @@ def write(path, *records) -> str:
         (["--device", "cuda"], "cannot use this machine's GPU.*--device cpu"),
     ],
 )
-def test_bad_input_is_met_before_the_first_step(tmp_path, monkeypatch, flags, message):
+def test_bad_input_is_met_before_the_first_step(world, tmp_path, monkeypatch, flags, message):
     if "cuda" in flags and torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     (tmp_path / "FRESH").mkdir()
@@ -81,6 +82,7 @@ def test_bad_input_is_met_before_the_first_step(tmp_path, monkeypatch, flags, me
     places["TOKENIZER"] = str(ROOT / "samples/tokenizer.model")
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", ["train_sft.py", *(places.get(flag, flag) for flag in flags)])
+    monkeypatch.setattr(train_sft, "start", lambda _: nullcontext(world))
     monkeypatch.setattr(train_sft, "fit", lambda *_: pytest.fail("a step was reached"))
     with pytest.raises(InputError, match=message):
         train_sft.main()
@@ -123,7 +125,8 @@ def test_an_embedding_is_never_resized_silently():
 def finished(tmp_path_factory):
     """A short run of the script on samples/ and two processes: its screen and its folder."""
     folder = tmp_path_factory.mktemp("run") / "out"
-    return subprocess_run(f"--out {folder} --steps 5 --log_every 2", n_ranks=2), folder
+    flags = f"--out {folder} --steps 5 --log_every 2 --batch_size 8 --val_fraction 0.03"
+    return subprocess_run(flags, n_ranks=2), folder
 
 
 def subprocess_run(flags: str, n_ranks: int) -> subprocess.CompletedProcess:
@@ -138,7 +141,7 @@ def subprocess_run(flags: str, n_ranks: int) -> subprocess.CompletedProcess:
     command = [*torchrun, str(ROOT / "train_sft.py"), *flags.split()]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
     )
 
 
@@ -238,13 +241,14 @@ def test_sixteen_chats_are_learned_by_heart_and_every_answer_ends(tmp_path, enco
     chats = long_chats(encoder, 16)
     data_file = write(tmp_path / "chats.jsonl", *chats)
     data = store.chats([data_file], encoder, 1024, 0.0)
-    c = SFT(batch_size=16, micro_tokens=4096, lr=5e-3, dropout=0.0, seq_len=1024, epochs=90,
-            warmup_ratio=0.1, min_lr_ratio=0.05, log_every=90, save_every=90, eval_every=90,
+    n = 64  # epochs of one step
+    c = SFT(batch_size=16, micro_tokens=4096, lr=8e-3, dropout=0.0, seq_len=1024, epochs=n,
+            warmup_ratio=0.1, min_lr_ratio=0.05, log_every=n, save_every=n, eval_every=n,
             out=str(tmp_path / "run"))  # fmt: skip
     config = dataclasses.replace(
         stage.MODELS["tiny"],
         vocab_size=encoder.tokenizer.vocab_size,
-        n_layers=2,
+        n_layers=1,
         d_model=128,
         n_heads=2,
         n_kv_heads=1,
@@ -255,7 +259,7 @@ def test_sixteen_chats_are_learned_by_heart_and_every_answer_ends(tmp_path, enco
     shard(model, world, torch.float32)
     model.to_empty(device="cpu")
     init_weights(model)
-    loader = Loader(data, np.arange(16), np.arange(0), batch_size=16, micro_tokens=4096, epochs=90)
+    loader = Loader(data, np.arange(16), np.arange(0), batch_size=16, micro_tokens=4096, epochs=n)
     run = train_sft.RunFolder(c, world)
     fit(c, model, loader, train_sft.next_token_loss, run)
     run.close()
