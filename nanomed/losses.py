@@ -39,15 +39,15 @@ def dpo_loss(
 def segment_logps(nll: Tensor, row: Row) -> Tensor:  # nll[T] -> [n]
     """The log-probability of each segment's labels. Every segment is summed by itself, in float64:
     a difference of running sums would carry the rounding of the whole row before it."""
-    return -_sums(nll.double(), row).float()
+    return -_sums(nll, row).float()
 
 
 def segment_counts(row: Row) -> Tensor:  # [n]
     """The number of labels in each segment."""
-    return _sums((row.labels >= 0).double(), row)
+    return _sums(row.labels >= 0, row)
 
 
-def _sums(values: Tensor, row: Row) -> Tensor:  # [T] -> [n]
-    # unsafe: without a look at the lengths, for which the host would wait for the GPU, twice.
+def _sums(values: Tensor, row: Row) -> Tensor:  # values[T] -> [n] float64
     lengths = row.cu_seqlens.diff().long()
-    return torch.segment_reduce(values, "sum", lengths=lengths, unsafe=True)
+    # unsafe: the lengths are right, and to check them the host would wait for the GPU.
+    return torch.segment_reduce(values.double(), "sum", lengths=lengths, unsafe=True)
