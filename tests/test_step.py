@@ -105,7 +105,8 @@ def test_a_validation_takes_less_than_a_step_however_many_rows_it_has(world, sta
     of_step = peak_of(step, CPU)["allocated"]
     # From the third row on: before, sums are not all there.
     few, many = (peak_of(lambda n=n: validation(n), CPU)["allocated"] for n in (3, 12))
-    assert many == few <= of_step
+    assert few <= of_step and abs(many - few) <= 2**-10  # MiB: a number for each token is more
+    assert len(row.tokens) > 2**8
 
 
 @pytest.mark.parametrize("stage", STAGES)
