@@ -9,13 +9,14 @@ from collections import deque
 
 from nanomed import checkpoint
 from nanomed.distributed import from_all
-from nanomed.loader import Loader
+from nanomed.loader import DataSet, Loader
 from nanomed.log import RunFolder
 from nanomed.step import Step
 
 # Seconds in which a second signal is the first one's echo: on Ctrl-C a worker gets one from the
 # terminal and one from torchrun.
 ECHO = 1.0
+MOST_NAMED = 100  # documents of a slice, beside its first: a batch of them stays a file to read
 
 
 class Signals:
@@ -103,9 +104,18 @@ def note_bad(run: RunFolder, loader: Loader, step: int, lr: float, result: Step)
 
 
 def _records(loader: Loader, examples: list[int]) -> list[dict]:
-    """Where the examples stand; a record may have given several."""
-    places = [loader.data.where(i) for i in examples]
-    return [{"file": file, "record": record} for file, record in places]
+    """Where each example stands. Of a slice that is its first document; the others are `more`."""
+    return [_record(loader.data, i) for i in examples]
+
+
+def _record(data: DataSet, i: int) -> dict:
+    first, *more = data.documents_in(i) if hasattr(data, "documents_in") else [data.where(i)]
+    found = {"file": first[0], "record": first[1]}
+    if more:
+        found["more"] = [{"file": file, "record": record} for file, record in more[:MOST_NAMED]]
+    if not_named := len(more[MOST_NAMED:]):
+        found["not_named"] = not_named
+    return found
 
 
 def _json_number(value: float) -> float | str:

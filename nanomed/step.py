@@ -71,8 +71,8 @@ def train_step(
     if isinstance(grad_norm, DTensor):
         grad_norm = grad_norm.full_tensor()
 
-    # Every rank decides from the same three numbers: one small exchange and the step's only wait
-    # for the device. A loss that is not finite on one rank is none in the sum.
+    # Every rank decides from the same three numbers: one small exchange and, but for linear_nll's,
+    # the step's only wait for the device. A loss that is not finite on one rank is none in the sum.
     exchanged = sum_over_ranks(torch.stack([sums["loss"], sums["loss"].new_tensor(stop)]))
     total, stops, norm = (*exchanged.tolist(), grad_norm.item())
     applied = math.isfinite(total) and math.isfinite(norm)

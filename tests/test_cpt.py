@@ -4,13 +4,14 @@ import dataclasses
 import json
 import shlex
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 import train_cpt
-from nanomed import arguments, slices, stage, store, template
+from nanomed import arguments, faults, pretrained, slices, stage, store, template
 from nanomed.config import CPT, InputError
 from nanomed.distributed import full
 from nanomed.loader import Loader
@@ -255,3 +256,24 @@ def test_a_bad_batch_replays(tmp_path, monkeypatch, capsys, world):
     assert len(examples) == len(set(examples)) == 4
     assert len(broken) == 1 and printed.count("<- NOT FINITE") == 1
     assert f"slice {broken[0]} (samples/cpt_" in printed and ".jsonl, records " in printed
+
+    # Every document of every slice is named: its text has the slice's piece.
+    _, encoder = pretrained.describe(tmp_path / "run")
+    data = slices.read(arguments.parse(CPT, shlex.split(SMALL)), encoder)
+    named = [record for row in facts["rows"] for record in row["records"]]
+    assert any("more" in record for record in named)
+    for i, record in zip(examples, named, strict=True):
+        places = [record, *record.get("more", [])]
+        for segment, place in zip(data[i], places, strict=True):
+            line = (ROOT / place["file"]).read_text().splitlines()[place["record"] - 1]
+            ids = [*encoder.tokenizer.encode(json.loads(line)["text"]), encoder.document_end]
+            starts = range(len(ids) - len(segment.ids) + 1)
+            assert any(ids[k : k + len(segment.ids)] == segment.ids.tolist() for k in starts)
+
+
+def test_the_documents_that_a_bad_batch_names_are_bounded():
+    places = [("x.jsonl", n) for n in range(1, 151)]
+    loader = SimpleNamespace(data=SimpleNamespace(documents_in=lambda i: places))
+    (record,) = faults._records(loader, [0])
+    assert (record["file"], record["record"], record["not_named"]) == ("x.jsonl", 1, 49)
+    assert [other["record"] for other in record["more"]] == [*range(2, 102)]

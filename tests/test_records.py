@@ -210,6 +210,67 @@ def test_broken_files_name_the_record(tmp_path, text, message):
         values(write(tmp_path / "x", text))
 
 
+# A record of 200 characters, with so many x as fit, stands second in each.
+AS_LARGE_AS_CAN_BE = {
+    "x.jsonl": '{"a": "b"}\n{"a": "%s"}\n',
+    "x.json": '[{"a": "b"}, {"a": "%s"}]',
+    "x.jsonl.gz": '{"a": "b"}\n{"a": "%s"}\n',
+    "x.txt": "b\n\n%s\n",
+    "x.csv": "a,c\nb,d\n%s,d\n",
+}
+NEVER_ENDS = {
+    "quote.json": '[{"a": "b"}, {"a": "' + "x," * 1000,
+    "bracket.jsonl": '{"a": "b"}\n{"a": [' + '"x",' * 1000,
+    "line.txt": "b\n" + "x" * 1000,
+    "line.csv": "a,c\nb,d\n" + "x" * 1000,
+    "quote.csv": 'a,c\nb,d\n"' + "x\n" * 1000,
+    "columns.csv": "a,c\nb,d\n" + "x," * 1000,
+}
+
+
+def records_before_the_error(path, message: str) -> list[int]:
+    read = files.read_lines if path.suffix == ".txt" else files.read_records
+    found = []
+    with pytest.raises(InputError) as error:
+        found.extend(number for number, *_ in read(str(path)))
+    assert str(error.value).startswith(f"{path}, {message}")
+    return found
+
+
+@pytest.mark.parametrize("chunk", [50, 1 << 20])
+@pytest.mark.parametrize("name", AS_LARGE_AS_CAN_BE)
+def test_a_record_over_the_limit_is_named(tmp_path, monkeypatch, name, chunk):
+    """Wherever a read ends; one character less is read."""
+    monkeypatch.setattr(files, "MAX_RECORD", 200)
+    monkeypatch.setattr(files, "CHUNK", chunk)
+    path, text = tmp_path / name, AS_LARGE_AS_CAN_BE[name]
+    save = gzip.compress if name.endswith(".gz") else bytes
+    ends = name in ("x.txt", "x.csv")  # of lines count
+    room = 200 - len('{"a": ""}' if "json" in name else ",d" * ("csv" in name)) - ends
+    path.write_bytes(save((text % ("x" * room)).encode()))
+    read = files.read_lines if name == "x.txt" else files.read_records
+    assert [number for number, *_ in read(str(path))] == [1, 2]
+    path.write_bytes(save((text % ("x" * (room + 1))).encode()))
+    message = "record 2: over 200 characters; a quote, a bracket or a line's end may be missing, "
+    assert records_before_the_error(path, message + "else split the record") == [1]
+
+
+@pytest.mark.parametrize("chunk", [50, 1 << 20])
+@pytest.mark.parametrize("name", NEVER_ENDS)
+def test_a_record_that_never_ends_is_named(tmp_path, monkeypatch, name, chunk):
+    monkeypatch.setattr(files, "MAX_RECORD", 200)
+    monkeypatch.setattr(files, "CHUNK", chunk)
+    (tmp_path / name).write_text(NEVER_ENDS[name])
+    assert records_before_the_error(tmp_path / name, "record 2: over 200 characters") == [1]
+
+
+def test_a_book_in_a_csv_file(tmp_path):
+    """Python's own limit for a field is 131,072 characters."""
+    path = write(tmp_path / "x.csv", "text,n\n" + "糖" * 200_000 + ",1\n")
+    ((_, row, _),) = files.read_csv(path)
+    assert len(row["text"]) == 200_000
+
+
 def test_missing_files_folders_and_other_encodings(tmp_path):
     with pytest.raises(InputError, match="No such file"):
         values(tmp_path / "none")

@@ -97,24 +97,40 @@ def _with_encoding(file: BinaryIO) -> tuple[BinaryIO, str]:
 
 
 def _rows(path: str, file: TextIO) -> Iterator[dict[str, str]]:
-    rows = csv.reader(file, strict=True)  # else an open quote would swallow the rest unnoticed
+    number, size = 0, 0  # of the record that is being read: the header is 0
+
+    def lines() -> Iterator[str]:
+        nonlocal size
+        while line := file.readline(MAX_RECORD + 1):
+            size += len(line)
+            if size > MAX_RECORD:
+                raise _too_large(path, number)
+            yield line
+
+    csv.field_size_limit(MAX_RECORD)  # by default 131,072: less than a book
+    # strict: else an open quote would swallow the rest unnoticed
+    rows = csv.reader(lines(), strict=True)
     header = [name.strip() for name in next(rows, [])]
     if len(set(header)) != len(header):
         raise InputError(f"{path}: the header names a column twice: {', '.join(header)}")
-    for number, row in enumerate((row for row in rows if row), 1):
-        if len(row) != len(header):
+    number, size = 1, 0
+    for row in rows:
+        if row and len(row) != len(header):
             raise InputError(
                 f"{path}, record {number} (line {rows.line_num}): {len(row)} columns, but the "
                 f"header has {len(header)}: {', '.join(header)[:200]}"
             )
-        yield dict(zip(header, row, strict=True))
+        if row:
+            yield dict(zip(header, row, strict=True))
+            number += 1
+        size = 0
 
 
 def _lines(path: str, file: TextIO) -> Iterator[str]:
     number = 1
-    while line := file.readline(MAX_RECORD):
-        if len(line) == MAX_RECORD:
-            raise InputError(f"{path}, record {number}: a line of over {MAX_RECORD} characters")
+    while line := file.readline(MAX_RECORD + 1):
+        if len(line) > MAX_RECORD:
+            raise _too_large(path, number)
         if line.strip():
             yield line.rstrip("\n")
             number += 1
@@ -142,12 +158,14 @@ def _values(path: str, file: TextIO) -> Iterator[Any]:
             position, comma_due = position + 1, False
         else:
             try:
-                value, position = decode(buffer, position)
+                value, end = decode(buffer, position)
             except RecursionError:
                 raise InputError(f"{path}, record {number}: nested too deep") from None
             except json.JSONDecodeError as error:
-                more = _may_go_on(error, buffer, position) and file.read(CHUNK + len(buffer))
-                if not more:
+                goes_on = _may_go_on(error, buffer)
+                if goes_on and len(buffer) - position > MAX_RECORD:
+                    raise _too_large(path, number) from None
+                if not (more := goes_on and file.read(CHUNK + len(buffer))):
                     near = buffer[max(position, error.pos - 30) : error.pos + 30]
                     problem = f"broken JSON: {error.msg} near {near!r}"
                     raise InputError(f"{path}, record {number}: {problem}") from None
@@ -155,8 +173,10 @@ def _values(path: str, file: TextIO) -> Iterator[Any]:
                 continue
             except ValueError as error:  # a number of thousands of digits
                 raise InputError(f"{path}, record {number}: {error}") from None
+            if end - position > MAX_RECORD:
+                raise _too_large(path, number)
             yield value
-            number, comma_due = number + 1, array
+            position, number, comma_due = end, number + 1, array
     if array and not closed:
         raise InputError(f"{path}, after record {number - 1}: the array is cut off, no ']'")
     if (buffer[position + 1 :] + file.read(CHUNK)).strip():
@@ -166,8 +186,14 @@ def _values(path: str, file: TextIO) -> Iterator[Any]:
 _NOT_SPACE = re.compile(r"[^ \t\r\n]|\Z")
 
 
-def _may_go_on(error: json.JSONDecodeError, buffer: str, position: int) -> bool:
+def _may_go_on(error: json.JSONDecodeError, buffer: str) -> bool:
     """Whether the value may be whole once more of the file is read: then the decoder fails at the
     buffer's end, or in a string without one."""
-    at_end = error.pos > len(buffer) - 16 or error.msg.startswith("Unterminated")
-    return at_end and len(buffer) - position <= MAX_RECORD
+    return error.pos > len(buffer) - 16 or error.msg.startswith("Unterminated")
+
+
+def _too_large(path: str, number: int) -> InputError:
+    return InputError(
+        f"{path}, record {number}: over {MAX_RECORD:,} characters; a quote, a bracket or a line's "
+        "end may be missing, else split the record"
+    )
