@@ -79,6 +79,15 @@ KINDS = {
         tuple(f"{op} {what}: triton" for op in OPS for what in PASSES),
         ("median ms", "min ms", "IQR ms", "rate", "of ceiling", OURS, "GiB"),
     ),
+    "head": Kind(
+        "The head's gradient in forward",
+        "What the loss would save if it made its gradient in forward, which needs tokens of the "
+        "same weight, as in CPT and SFT. It is compared with linear_nll as it is, where backward "
+        "computes the logits of all chunks but the last again.",
+        "python -m bench.head --tokens 8192 32768 --results bench/results/NAME.jsonl",
+        ("linear_nll", "gradient in forward"),
+        ("chunks", "median ms", "min ms", "IQR ms", "faster by"),
+    ),
     "layer": Kind(
         "One layer",
         "An AquilaMed layer, forward and backward, over a row of packed medical chats.",
@@ -89,7 +98,8 @@ KINDS = {
     "step": Kind(
         "A training step",
         "From the rows of a step to the updated weights: AquilaMed on one GPU, and small models on "
-        "a CPU beside transformers and TRL.",
+        "a CPU beside transformers and TRL. All take turns in one process, so the others, too, "
+        "have the setting of the allocator that nanomed makes on a CPU (keep_freed_memory).",
         "python -m bench.step --gpu --results bench/results/NAME.jsonl\n"
         "python -m bench.step --results bench/results/NAME.jsonl",
         ("AquilaMed CPT", "AquilaMed SFT", "AquilaMed DPO"),
