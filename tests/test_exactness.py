@@ -248,9 +248,8 @@ def test_every_parameter_moves(pool, small, tmp_path, n_ranks, before):
 def train(world, model_config, out, changes, dies=(), n_steps=20):
     """A run in the folder `out`; `dies` (module, name, step) is a function that ends it once that
     step is saved. What it leaves behind."""
-    c = settings(
-        batch_size=16, epochs=5, save_every=5, eval_every=10, save="blocking", out=out, **changes
-    )
+    saving = dict(save_every=5, eval_every=10, save="blocking", out=out)
+    c = settings(batch_size=16, micro_tokens=128, epochs=5, **saving, **changes)
     model = sharded(world, model_config)
     run = RunFolder(c, world)
     loader = loader_of(world, 61, c, max_steps=n_steps)
