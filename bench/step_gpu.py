@@ -23,6 +23,7 @@ from bench.measure import Results, shown, table
 from bench.ours import Examples, Ours, Split, model_of, settings
 from bench.setting import TINY
 from bench.step_scaling import ROWS, growth
+from kernels.chunk import even
 from nanomed import memory
 from nanomed.config import CPT, DPO, MODELS, SFT, ModelConfig, Run
 from nanomed.distributed import World, pick_device, start
@@ -174,7 +175,8 @@ def flops(config: ModelConfig, lengths: list[int], c: Run) -> tuple[float, float
     tokens, squares = sum(lengths), sum(n * n for n in lengths)
     counted = flops_of(config, tokens, squares)
     head = 2 * config.vocab_size * config.d_model * tokens  # the head's forward
-    again = head * (1 - memory.chunk(config, c) / c.micro_tokens)  # of all chunks but the last
+    last = even(c.micro_tokens, memory.chunk(config, c))  # tokens of the last chunk
+    again = head * (1 - last / c.micro_tokens)
     if c.recompute == "full":
         again += counted / 3 - head
     return counted, counted + again

@@ -10,9 +10,14 @@ def chunk_tokens(n_tokens: int, d_model: int) -> int:
     about 7e14 operations in a second, so this takes 280 / C of the matmuls' time: 27% at 1,024
     tokens, 7% at 4,096, 3% at 8,192 (computed, not measured). Large chunks cost memory: 2 C V bytes
     of logits in bfloat16, beside the 4 V D of that gradient; C = 2 D takes as much again. V is in
-    both and decides neither. So: at most 2 D, this limit kept between 4,096 and 8,192.
+    both and decides neither. So: most_tokens(D).
     """
-    return even(n_tokens, min(max(2 * d_model, 4096), 8192))
+    return even(n_tokens, most_tokens(d_model))
+
+
+def most_tokens(d_model: int) -> int:
+    """2 D, but between 4,096 and 8,192."""
+    return min(max(2 * d_model, 4096), 8192)
 
 
 def even(n_tokens: int, most: int) -> int:

@@ -154,7 +154,7 @@ class _LinearNLL(torch.autograd.Function):
             _launch_backward(dlogits, part, labels, dnll, lse_part)
             dhidden[part] = dlogits @ weight
             _add_matmul(dweight, dlogits.T, h)
-        workspace = dlogits = None  # before the cast takes memory
+        workspace = dlogits = h = None  # before the cast takes memory
         return dhidden, dweight.to(weight.dtype), None
 
 

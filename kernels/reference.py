@@ -16,6 +16,9 @@ from kernels.chunk import even
 # Logits that exist at once on a CPU, half a GiB in float32: 883 tokens of V = 151,851, every token
 # of a row for a small vocabulary. On a GPU tokens, 1.2 GB at this V: matmuls must be tall there.
 LOGITS_CPU, CHUNK_CUDA = 2**27, 2048
+# Tokens up to which torch's attention on a CPU takes less time in float32 than in bfloat16: half as
+# much at 128 tokens (8 heads of 64, with its backward), a quarter more at 1,024.
+SHORT = 256
 
 
 def rmsnorm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -56,12 +59,8 @@ def attention(
 ) -> Tensor:  # q[T,H,E], k[T,K,E], v[T,K,E], cu_seqlens[n+1] -> [T,H,E]
     """Causal softmax attention within each segment: segment i is tokens cu_seqlens[i] up to
     cu_seqlens[i+1], and sees nothing else. Query head h reads key/value head h // (H/K)."""
-    if q.dtype in (torch.bfloat16, torch.float16):
-        if q.is_cuda:
-            return _varlen_attention(q, k, v, cu_seqlens, max_seqlen)
-        # torch's CPU kernel is faster in float32, most of all its backward on short segments.
-        out = attention(q.float(), k.float(), v.float(), cu_seqlens, max_seqlen)
-        return out.to(q.dtype)
+    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+        return _varlen_attention(q, k, v, cu_seqlens, max_seqlen)
     # One call per segment: measured faster on CPU than any mask over the whole row.
     lengths = cu_seqlens.diff().tolist()
     parts = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
@@ -69,9 +68,12 @@ def attention(
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    dtype = q.dtype
+    if len(q) <= SHORT and dtype != torch.float64:
+        q, k, v = q.float(), k.float(), v.float()
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, H or K, T, E]
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    return out[0].transpose(0, 1)
+    return out[0].transpose(0, 1).to(dtype)
 
 
 def _varlen_attention(

@@ -137,16 +137,17 @@ def start(device: torch.device):
             dist.destroy_process_group()
 
 
-def keep_freed_memory() -> None:
-    """Has glibc keep what tensors free. It gives each block of more than 32 MiB back to the kernel
-    at once, and every page of the next one is a fault: a quarter of the time of a step over a row
-    of 65,536 tokens. The gaps of the heap cost up to a third more memory there, nothing on short
-    rows. Without effect where the C library has no mallopt."""
+def keep_freed_memory() -> bool:
+    """Has glibc keep what tensors free, and says whether it will. It gives each block of more than
+    32 MiB back to the kernel at once, and every page of the next one is a fault: a quarter of the
+    time of a step over a row of 65,536 tokens. The price: what was freed stays with the process,
+    and the gaps of the heap cost up to a third more memory. Other C libraries have no such setting,
+    and an old glibc refuses so large a threshold."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt:
-        m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h
-        mallopt(m_mmap_threshold, 2**31 - 1)
-        mallopt(m_trim_threshold, 2**31 - 1)
+    m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h
+    if not mallopt or not mallopt(m_mmap_threshold, 2**31 - 1):
+        return False  # the second alone would keep glibc from raising the first, and be far slower
+    return bool(mallopt(m_trim_threshold, 2**31 - 1))
 
 
 def _meeting_place() -> dist.Store:

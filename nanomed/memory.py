@@ -15,7 +15,7 @@ import dataclasses
 import torch
 
 import kernels
-from kernels.chunk import chunk_tokens, even
+from kernels.chunk import most_tokens
 from kernels.reference import CHUNK_CUDA
 from nanomed.config import ModelConfig, Run
 
@@ -92,7 +92,7 @@ def head_moment(model: ModelConfig, c: Run, n_gpus: int) -> dict[str, float]:
     part = b * chunk(model, c) * model.d_model  # of hidden; Triton: and of its gradient
     loss = {"loss's chunk": loss_chunk(model, c) + part * (2 - is_plain(c))}
     loss["gradients here"] = 4 * matrix + dhidden
-    cast = {"gradients here": (4 + b) * matrix + dhidden}
+    cast = {"gradients here": (4 + (b if b < 4 else 0)) * matrix + dhidden}
     if is_plain(c):
         cast["loss's chunk"] = b * chunk(model, c) * model.vocab_size + part
     # By now hidden is let go: its gradient has taken its place.
@@ -112,10 +112,9 @@ def loss_chunk(model: ModelConfig, c: Run) -> float:
 
 
 def chunk(model: ModelConfig, c: Run) -> int:
-    """Tokens whose logits exist at once."""
-    if is_plain(c):
-        return even(c.micro_tokens, CHUNK_CUDA)
-    return chunk_tokens(c.micro_tokens, model.d_model)
+    """Tokens whose logits may exist at once. How many of a row are trained decides into how many
+    chunks they are shared out: a few fewer may make longer ones."""
+    return min(c.micro_tokens, CHUNK_CUDA if is_plain(c) else most_tokens(model.d_model))
 
 
 def layer_moment(model: ModelConfig, c: Run, n_gpus: int) -> dict[str, float]:
