@@ -84,7 +84,8 @@ KINDS = {
         "What the loss would save if it made its gradient in forward, which needs tokens of the "
         "same weight, as in CPT and SFT. It is compared with linear_nll as it is, where backward "
         "computes the logits of all chunks but the last again.",
-        "python -m bench.head --tokens 8192 32768 --results bench/results/NAME.jsonl",
+        "python -m bench.head --tokens 8192 32768 --results bench/results/NAME.jsonl\n"
+        "python -m bench.head --device cpu --tokens 2048 --results bench/results/NAME.jsonl",
         ("linear_nll", "gradient in forward"),
         ("chunks", "median ms", "min ms", "IQR ms", "faster by"),
     ),
@@ -168,9 +169,10 @@ def figures(paths: list[Path]) -> str:
     and how the rate changes from the shortest rows to the longest."""
     lines, runs = read(paths)
     found = {}
-    for line in lines:  # in the order in which they were taken
+    for line in sorted(lines, key=lambda line: runs[line["run"]]["date"]):
         known = found.get(line["name"], line)["shapes"].get("parameters", 0)
-        if line["shapes"].get("parameters", 0) >= known and "gpu" not in runs[line["run"]]:
+        as_said = line["dtype"] == "bfloat16" and "gpu" not in runs[line["run"]]
+        if as_said and line["shapes"].get("parameters", 0) >= known:
             found[line["name"]] = line
     parts = []
     for name, rival in RIVALS.items():

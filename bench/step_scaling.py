@@ -8,7 +8,7 @@ import torch
 from bench.measure import Results, interleaved, quartiles, ratio, shown, table
 from bench.ours import Examples, Ours, model_of, settings
 from nanomed.config import CPT, MODELS, ModelConfig
-from nanomed.distributed import World
+from nanomed.distributed import World, keep_freed_memory
 from nanomed.optim import adamw
 
 SHARE = "of_one_process"
@@ -102,13 +102,13 @@ def ranks(b) -> None:
     n = max(2, torch.get_num_threads())
     rounds, n_steps = (2, 2) if b.given.quick else (4, 4)
     found: dict[int, list[float]] = {1: [], n: []}
+    again: list[float] = []
     with Pool(n) as pool:
         for _ in range(rounds):
-            for size in found:
+            for size, seconds in (*found.items(), (n, again)):
                 given = (b.config, b.tokens // 8, b.tokens, n, b.given.dtype, n // size, n_steps)
-                found[size] += max(pool(size, steps, *given), key=sum)
-    paired = ratio(found[1], found[n], found[n]).median
-    facts = {1: {}, n: {SHARE: f"{paired:.2f}"}}
+                seconds += max(pool(size, steps, *given), key=sum)
+    facts = {1: {}, n: {SHARE: str(ratio(found[1], found[n], again))}}
     lines = [
         b.results.add(
             "scaling", f"processes x threads: {size} x {n // size}", found[size], dtype=b.dtype,
@@ -132,6 +132,7 @@ def steps(
 ) -> list[float]:
     """Seconds of each step on this rank, after one that does not count."""
     torch.set_num_threads(threads)
+    keep_freed_memory()  # as start() does in a run
     kind = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
     ours = side(world, config, document, row, n_rows, dtype=kind)
     return interleaved({"ours": ours}, n_steps, warmup=1)["ours"]

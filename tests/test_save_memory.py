@@ -9,7 +9,7 @@ import torch
 
 from nanomed import checkpoint, saves
 from nanomed.config import ModelConfig
-from nanomed.distributed import local, shard
+from nanomed.distributed import keep_freed_memory, local, shard
 from nanomed.log import RunFolder
 from nanomed.model import Aquila, init_weights
 from nanomed.optim import adamw
@@ -24,6 +24,7 @@ LARGE = ModelConfig(20_000, 8, 512, 8, 4, 1408, 512, 1e6, 1e-5, True)
 def saving(world, out: str, save: str) -> None:
     """Three saves, the training standing still; leaves each one's peak above its beginning in
     out-RANK."""
+    keep_freed_memory()  # as a run does
     with torch.device("meta"):
         model = Aquila(LARGE)
     shard(model, world, torch.float32)
