@@ -15,6 +15,7 @@ from nanomed.records import (
     read_documents,
     read_pairs,
 )
+from nanomed.records.files import read_csv
 from tests.conftest import ROOT
 from tests.formats import CHATS, DOCUMENTS, PAIRS, gpt, jsonl
 
@@ -129,6 +130,11 @@ def test_a_named_text_key(file):
 def test_files_that_cannot_be_read(file, name, content, message):
     with pytest.raises(InputError, match=message):
         list(read_chats(file(name, content)))
+
+
+def test_empty_rows_of_a_csv_file_are_none(file):
+    path = file("a.csv", b"\nask,answer\n\na,b\n\n")
+    assert [(i, row) for i, row, _ in read_csv(path)] == [(1, {"ask": "a", "answer": "b"})]
 
 
 def test_every_format_is_documented():

@@ -110,7 +110,7 @@ def _rows(path: str, file: TextIO) -> Iterator[dict[str, str]]:
     csv.field_size_limit(MAX_RECORD)  # by default 131,072: less than a book
     # strict: else an open quote would swallow the rest unnoticed
     rows = csv.reader(lines(), strict=True)
-    header = [name.strip() for name in next(rows, [])]
+    header = [name.strip() for name in next((row for row in rows if row), [])]
     if len(set(header)) != len(header):
         raise InputError(f"{path}: the header names a column twice: {', '.join(header)}")
     number, size = 1, 0
