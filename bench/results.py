@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.counts import OPS
+from bench.kernels import passes
 from bench.measure import ROOT, read, shown, table
 from bench.step_scaling import ROWS
 
@@ -52,7 +53,6 @@ class Kind:
 
 
 OURS = "triton is faster by"
-PASSES = ("forward", "forward+backward")
 KINDS = {
     "ceiling": Kind(
         "Ceilings",
@@ -76,7 +76,7 @@ KINDS = {
         "At AquilaMed's shapes. Rates count what an op must do at least "
         "([kernels.md](kernels.md)), as shares of the copy's and the matmul's rate of the run.",
         "python -m bench.kernels --results bench/results/NAME.jsonl",
-        tuple(f"{op} {what}: triton" for op in OPS for what in PASSES),
+        tuple(f"{op} {what}: triton" for op in OPS for what in passes(op)),
         ("median ms", "min ms", "IQR ms", "rate", "of ceiling", OURS, "GiB"),
     ),
     "head": Kind(

@@ -182,7 +182,7 @@ def test_the_definition_passes_the_gate_and_then_is_timed(tiny, op):
     assert kernels.gate(tiny, case)
     kernels.measure(tiny, case, {"copy": 1e9, "matmul": 1e9})
     lines = [line for line in tiny.results.lines if line["kind"] == "kernel"]
-    assert len(lines) == 2 * len(case.works)
+    assert len(lines) == len(kernels.passes(op)) * len(case.works)
     assert all(len(line["samples"]) == 1 and "of_ceiling" in line["facts"] for line in lines)
 
 
@@ -273,10 +273,36 @@ def test_a_rival_that_cannot_run_is_a_line_that_says_so(tiny):
     case.works["rival"] = broken
     kernels.measure(tiny, case, {"copy": 1e9, "matmul": 1e9})
     notes = [line["facts"].get("note") for line in tiny.results.lines if not line["samples"]]
-    assert notes == ["RuntimeError: no such kernel"] * 2
+    assert notes == ["RuntimeError: no such kernel"] * 3
     case.works["definition"] = broken
     with pytest.raises(RuntimeError):
         kernels.measure(tiny, case, {"copy": 1e9, "matmul": 1e9})
+
+
+def test_backward_alone_keeps_its_graph(tiny):
+    """All but linear_nll's, whose logits serve one backward."""
+    case = kernels.build(tiny, "rmsnorm", [16])
+    calls = 0
+
+    def counted(x, w):
+        nonlocal calls
+        calls += 1
+        return case.works["definition"](x, w)
+
+    run = kernels.call(counted, case.inputs, "backward")
+    first, second = run(), run()
+    assert [x.shape for x in first] == [x.shape for x in case.inputs]
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)) and calls == 1
+    assert [op for op in counts.OPS if "backward" not in kernels.passes(op)] == ["linear_nll"]
+
+
+@pytest.mark.slow
+def test_a_compiled_rivals_graph_is_kept_too(tiny):
+    case = kernels.build(tiny, "rmsnorm", [16])
+    compiled = rivals.rmsnorm(True)["torch.compile"]
+    for what in kernels.PASSES:
+        run = kernels.call(compiled, case.inputs, what)
+        run(), run()
 
 
 def test_the_mask_of_documents():
