@@ -111,7 +111,7 @@ def build(s: Setting, op: str, lengths: list[int]) -> Case:
         ),
         "attention": lambda: (
             [tensor(*q), tensor(*kv), tensor(*kv)], (borders, max(lengths)), (lengths,),
-            rivals.attention(borders, max(lengths), s.on_gpu),
+            rivals.attention(borders, max(lengths), s.dtype, s.on_gpu),
         ),
         "linear_nll": lambda: (  # logits of about the size that a trained model has
             [tensor(t, c.d_model), tensor(c.vocab_size, c.d_model) * 2 * c.d_model**-0.5],
