@@ -370,9 +370,13 @@ def test_a_layer_is_right_and_timed(tmp_path, monkeypatch, capsys):
 
 def test_a_wrong_layer_is_not_timed(tiny):
     right = [torch.ones(3, dtype=torch.float64)]
-    found = {"triton": [torch.ones(3) * 1.1], "definition": [torch.ones(3) * 1.01]}
-    with pytest.raises(SystemExit, match="not timed"):
-        layer.check(tiny, 3, found, right)
+    wrong, near = [torch.ones(3) * 1.1], [torch.ones(3) * 1.01]
+    for ours in layer.OURS:
+        found = {**dict.fromkeys(layer.OURS, near), ours: wrong, "definition": near}
+        with pytest.raises(SystemExit, match=f"layer with {ours} kernels.*not timed"):
+            layer.check(tiny, 3, found, right)
+    # torch.compile is not ours to judge.
+    layer.check(tiny, 3, {"auto": near, "definition": near, "torch.compile": wrong}, right)
 
 
 def test_a_layers_operations():
