@@ -239,9 +239,10 @@ def said(error: Exception) -> str:
 
 def call(work: Callable, inputs: list[Tensor], what: str) -> Callable[[], object]:
     """A pass of the work as a call without arguments. Its forward is run once: what compiles,
-    compiles now. `backward` keeps the graph of that one forward."""
+    compiles now. `backward` keeps the graph of that one forward. Inputs are copied, since some
+    rivals' backward overwrites them (Liger's SwiGLU)."""
     train = what != "forward"
-    leaves = [x.detach().requires_grad_(train) for x in inputs]
+    leaves = [x.detach().clone().requires_grad_(train) for x in inputs]
     with torch.set_grad_enabled(train), _saved_tensors_kept(what == "backward"):
         outs = _tuple(work(*leaves))
     douts = [torch.randn_like(x) for x in outs]

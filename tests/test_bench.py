@@ -297,6 +297,13 @@ def test_backward_alone_keeps_its_graph(tiny):
     assert [op for op in counts.OPS if "backward" not in kernels.passes(op)] == ["linear_nll"]
 
 
+def test_a_version_that_overwrites_its_inputs_has_its_own(tiny):
+    case = kernels.build(tiny, "rmsnorm", [16])
+    before = [x.clone() for x in case.inputs]
+    kernels.call(lambda x, w: x.detach().zero_() + w, case.inputs, "forward")()
+    assert all(torch.equal(a, b) for a, b in zip(case.inputs, before, strict=True))
+
+
 @pytest.mark.slow
 def test_a_compiled_rivals_graph_is_kept_too(tiny):
     case = kernels.build(tiny, "rmsnorm", [16])
