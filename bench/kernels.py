@@ -18,6 +18,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import cycle
 
@@ -58,6 +59,7 @@ CHATS = [
 ]
 PLAUSIBLE = 0.03  # relative error beyond which even bfloat16 is no excuse
 AGAIN = "again"  # the first version once more: the noise of the ratios
+PASSES = ("forward", "backward", "forward+backward")
 
 
 @dataclass
@@ -109,7 +111,7 @@ def build(s: Setting, op: str, lengths: list[int]) -> Case:
         ),
         "attention": lambda: (
             [tensor(*q), tensor(*kv), tensor(*kv)], (borders, max(lengths)), (lengths,),
-            rivals.attention(borders, max(lengths), s.on_gpu),
+            rivals.attention(borders, max(lengths), s.dtype, s.on_gpu),
         ),
         "linear_nll": lambda: (  # logits of about the size that a trained model has
             [tensor(t, c.d_model), tensor(c.vocab_size, c.d_model) * 2 * c.d_model**-0.5],
@@ -203,16 +205,23 @@ def _shapes(case: Case) -> dict[str, object]:
 # ---------------------------------------------------------------- then fast
 
 
+def passes(op: str) -> tuple[str, ...]:
+    """What is timed of it. linear_nll has no backward alone, which would run many times over one
+    graph: the logits that its forward keeps serve one backward."""
+    return tuple(x for x in PASSES if (op, x) != ("linear_nll", "backward"))
+
+
 def measure(s: Setting, case: Case, rates: dict[str, float]) -> None:
     """Times every version, forward alone and with backward. One that cannot run this row (a rival
     of another torch, or out of memory) is a line that says so."""
     element = torch.finfo(s.dtype).bits // 8
     forward, backward = counts.of(case.op, s.model, case.lengths, element)
-    for what, count in (("forward", forward), ("forward+backward", forward + backward)):
+    total = {"forward": forward, "backward": backward, "forward+backward": forward + backward}
+    for what in passes(case.op):
         calls, memory = {}, {}
         for version, work in case.works.items():
             try:
-                calls[version] = call(work, case.inputs, train=what != "forward")
+                calls[version] = call(work, case.inputs, what)
                 memory[version] = peak_gib(s, calls[version])
             except Exception as error:
                 if version in ("triton", "definition"):
@@ -220,7 +229,7 @@ def measure(s: Setting, case: Case, rates: dict[str, float]) -> None:
                 calls.pop(version, None)
                 s.results.add("kernel", f"{case.op} {what}: {version}", [],
                               shapes=_shapes(case), dtype=s.dtype, note=said(error))  # fmt: skip
-        add_times(s, case, what, count, calls, memory, rates)
+        add_times(s, case, what, total[what], calls, memory, rates)
 
 
 def said(error: Exception) -> str:
@@ -228,11 +237,16 @@ def said(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:80]}"
 
 
-def call(work: Callable, inputs: list[Tensor], train: bool) -> Callable[[], object]:
-    """The work as a call without arguments. It is run once: what compiles, compiles now."""
-    leaves = [x.detach().requires_grad_(train) for x in inputs]
-    with torch.set_grad_enabled(train):
-        douts = [torch.randn_like(x) for x in _tuple(work(*leaves))]
+def call(work: Callable, inputs: list[Tensor], what: str) -> Callable[[], object]:
+    """A pass of the work as a call without arguments. Its forward is run once: what compiles,
+    compiles now. `backward` keeps the graph of that one forward. Inputs are copied, since some
+    rivals' backward overwrites them (Liger's SwiGLU)."""
+    train = what != "forward"
+    leaves = [x.detach().clone().requires_grad_(train) for x in inputs]
+    with torch.set_grad_enabled(train), _saved_tensors_kept(what == "backward"):
+        outs = _tuple(work(*leaves))
+    douts = [torch.randn_like(x) for x in outs]
+    kept = outs if what == "backward" else ()
 
     def forward() -> object:
         with torch.no_grad():
@@ -241,11 +255,25 @@ def call(work: Callable, inputs: list[Tensor], train: bool) -> Callable[[], obje
     def forward_and_backward() -> object:
         return torch.autograd.grad(_tuple(work(*leaves)), leaves, douts)
 
-    return forward_and_backward if train else forward
+    def backward() -> object:
+        return torch.autograd.grad(kept, leaves, douts, retain_graph=True)
+
+    return {PASSES[0]: forward, PASSES[1]: backward, PASSES[2]: forward_and_backward}[what]
+
+
+def _saved_tensors_kept(kept: bool) -> AbstractContextManager:
+    """torch.compile's backward writes into what its forward saved, and refuses a kept graph. Here
+    it compiles again without that."""
+    if not kept:
+        return nullcontext()
+    from torch._functorch import config
+
+    torch.compiler.reset()
+    return config.patch(donated_buffer=False)
 
 
 def peak_gib(s: Setting, run: Callable[[], object]) -> float | None:
-    """What a run takes beyond its inputs."""
+    """What a run takes beyond its inputs, and backward beyond the graph."""
     if not s.on_gpu:
         run()
         return None

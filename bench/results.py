@@ -12,7 +12,9 @@ import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench import rivals
 from bench.counts import OPS
+from bench.kernels import passes
 from bench.measure import ROOT, read, shown, table
 from bench.step_scaling import ROWS
 
@@ -52,7 +54,6 @@ class Kind:
 
 
 OURS = "triton is faster by"
-PASSES = ("forward", "forward+backward")
 KINDS = {
     "ceiling": Kind(
         "Ceilings",
@@ -67,17 +68,27 @@ KINDS = {
         "The largest error of an output or a gradient against float32 formulas (float64 on a CPU), "
         "norm-wise, and how often it is that of the version it is held against in the same dtype. "
         "More than 2 fails, and what fails is not timed.",
-        "python -m bench.kernels --results bench/results/NAME.jsonl",
-        tuple(f"{op}: triton" for op in OPS),
+        "python -m bench.kernels --results bench/results/NAME.jsonl\n"
+        "python -m bench.layer --results bench/results/NAME.jsonl",
+        (*(f"{op}: triton" for op in OPS), "layer: triton", "layer: auto"),
         ("times their error", "held against", "our error", "their error", "gate"),
     ),
     "kernel": Kind(
         "Kernels",
         "At AquilaMed's shapes. Rates count what an op must do at least "
-        "([kernels.md](kernels.md)), as shares of the copy's and the matmul's rate of the run.",
-        "python -m bench.kernels --results bench/results/NAME.jsonl",
-        tuple(f"{op} {what}: triton" for op in OPS for what in PASSES),
-        ("median ms", "min ms", "IQR ms", "rate", "of ceiling", OURS, "GiB"),
+        "([kernels.md](kernels.md)), as shares of the copy's and the matmul's rate of the run. "
+        "*backward* keeps the graph of one forward; linear_nll's logits serve a single backward, "
+        "so it has none alone. *Its matmuls alone* computes no loss.",
+        "python -m bench.kernels --tokens 4096 8192 16384 32768 --results bench/results/NAME.jsonl"
+        "    # on a GPU\n"
+        "python -m bench.kernels --results bench/results/NAME.jsonl    # on a CPU",
+        tuple(
+            f"{op} {what}: {version}"
+            for op in OPS
+            for what in passes(op)
+            for version in ("triton", "definition", *rivals.NAMES[op])
+        ),
+        ("T", "documents", "median ms", "min ms", "IQR ms", "rate", "of ceiling", OURS, "GiB"),
     ),
     "head": Kind(
         "The head's gradient in forward",
@@ -93,8 +104,8 @@ KINDS = {
         "One layer",
         "An AquilaMed layer, forward and backward, over a row of packed medical chats.",
         "python -m bench.layer --results bench/results/NAME.jsonl",
-        ("triton", "definition", "torch.compile"),
-        ("median ms", "min ms", "IQR ms", "rate", "of ceiling", OURS, "GiB"),
+        ("triton", "auto", "definition", "torch.compile"),
+        ("T", "median ms", "min ms", "IQR ms", "rate", "of ceiling", OURS, "GiB"),
     ),
     "step": Kind(
         "A training step",

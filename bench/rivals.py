@@ -3,17 +3,34 @@
 Liger-Kernel and flash-attn are imported here alone, and only if they are installed.
 """
 
+import inspect
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from bench.ceilings import PAD
 from bench.counts import every_logit, every_score
 from kernels import reference
+from kernels.chunk import chunk_tokens
 
 Works = dict[str, Callable]
+# All that take part on a GPU with every package installed: the rows of an empty table.
+NAMES = {
+    "rmsnorm": ("F.rms_norm", "torch.compile", "Liger"),
+    "rope": ("rotate_half", "torch.compile"),
+    "swiglu": ("sigmoid by hand", "torch.compile", "Liger"),
+    "attention": ("varlen_attn", "SDPA flash", "SDPA cuDNN", "every score", "flash-attn"),
+    "linear_nll": (
+        "every logit",
+        "torch.compile of every logit",
+        "Liger (mean)",
+        "its matmuls alone",
+    ),
+}
 
 
 def installed(module: str, name: str) -> Callable | None:
@@ -66,10 +83,12 @@ def swiglu(compile: bool) -> Works:
     return works
 
 
-def attention(cu_seqlens: Tensor, max_seqlen: int, on_gpu: bool) -> Works:
+def attention(cu_seqlens: Tensor, max_seqlen: int, dtype: torch.dtype, on_gpu: bool) -> Works:
     """SDPA knows no documents: it takes part where the row is one. The formula with all scores is
     for short rows."""
     works = {}
+    if on_gpu and dtype in (torch.bfloat16, torch.float16):
+        works |= _varlen_attn(cu_seqlens, max_seqlen)
     n = len(cu_seqlens) - 1
     if n == 1 and on_gpu:
         works["SDPA flash"] = lambda q, k, v: _sdpa(q, k, v, SDPBackend.FLASH_ATTENTION)
@@ -82,6 +101,22 @@ def attention(cu_seqlens: Tensor, max_seqlen: int, on_gpu: bool) -> Works:
         longest = dict(max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen)
         works["flash-attn"] = lambda q, k, v: flash(q, k, v, **borders, **longest)
     return works
+
+
+def _varlen_attn(cu_seqlens: Tensor, max_seqlen: int) -> Works:
+    """With grouped keys and values as they are. The definition repeats them, which some torch that
+    nanomed runs on needs; there the two are the same, and this one is left out."""
+    varlen = installed("torch.nn.attention.varlen", "varlen_attn")
+    flags = inspect.signature(varlen).parameters if varlen else {}
+    if "enable_gqa" not in flags:
+        return {}
+    causal = {"window_size": (-1, 0)} if "window_size" in flags else {"is_causal": True}
+    borders, longest = (cu_seqlens, cu_seqlens), (max_seqlen, max_seqlen)
+    return {
+        "varlen_attn": lambda q, k, v: varlen(
+            q, k, v, *borders, *longest, enable_gqa=True, **causal
+        )
+    }
 
 
 def document_mask(cu_seqlens: Tensor) -> Tensor:  # [T,T] bool: who sees whom
@@ -107,4 +142,40 @@ def linear_nll(labels: Tensor, compile: bool) -> Works:
     if liger := installed(path, "LigerFusedLinearCrossEntropyFunction"):
         # The mean over tokens, not one value each; weight gradients summed in the weight's dtype.
         works["Liger (mean)"] = lambda h, w: liger.apply(h, w, labels)[0]
+    works["its matmuls alone"] = HeadMatmuls.apply
     return works
+
+
+class HeadMatmuls(torch.autograd.Function):
+    """The three products of linear_nll, and nothing else: THIS COMPUTES NO LOSS, and its gradients
+    are no gradients. It is the time below which no head goes that leaves its matmuls to torch:
+    one in forward, three in forward and backward.
+
+    Chunks, the workspace with padded rows and the float32 sum of dweight are those of
+    kernels/linear_nll.py. Its fourth product, the logits of all chunks but the last again, is not
+    here: over several chunks, what that costs is in the difference."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor) -> Tensor:  # [T,D], [V,D] -> [T], zeros
+        (t, d), v = hidden.shape, len(weight)
+        ctx.logits = hidden.new_empty(chunk_tokens(t, d), -(-v // PAD) * PAD)[:, :v]
+        for h in hidden.split(len(ctx.logits)):
+            torch.mm(h, weight.T, out=ctx.logits[: len(h)])
+        ctx.save_for_backward(hidden, weight)
+        return hidden.new_zeros(t)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, _) -> tuple[Tensor, Tensor]:
+        hidden, weight = ctx.saved_tensors
+        dhidden = torch.empty_like(hidden)
+        dweight = torch.empty_like(weight, dtype=torch.float32)
+        wide = {} if weight.dtype == dweight.dtype else {"out_dtype": dweight.dtype}  # CUDA only
+        size = len(ctx.logits)
+        for i, (h, dh) in enumerate(zip(hidden.split(size), dhidden.split(size), strict=True)):
+            dz = ctx.logits[: len(h)]  # the last logits stand for every chunk's gradient
+            torch.mm(dz, weight, out=dh)
+            beta = float(i > 0)  # the first product overwrites, the others add
+            torch.addmm(dweight, dz.T, h, beta=beta, out=dweight, **wide)
+        # Not dweight, whose rounding to the weight's dtype is no matmul.
+        return dhidden, torch.empty_like(weight)

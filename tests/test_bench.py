@@ -182,7 +182,7 @@ def test_the_definition_passes_the_gate_and_then_is_timed(tiny, op):
     assert kernels.gate(tiny, case)
     kernels.measure(tiny, case, {"copy": 1e9, "matmul": 1e9})
     lines = [line for line in tiny.results.lines if line["kind"] == "kernel"]
-    assert len(lines) == 2 * len(case.works)
+    assert len(lines) == len(kernels.passes(op)) * len(case.works)
     assert all(len(line["samples"]) == 1 and "of_ceiling" in line["facts"] for line in lines)
 
 
@@ -273,7 +273,7 @@ def test_a_rival_that_cannot_run_is_a_line_that_says_so(tiny):
     case.works["rival"] = broken
     kernels.measure(tiny, case, {"copy": 1e9, "matmul": 1e9})
     notes = [line["facts"].get("note") for line in tiny.results.lines if not line["samples"]]
-    assert notes == ["RuntimeError: no such kernel"] * 2
+    assert notes == ["RuntimeError: no such kernel"] * 3
     case.works["definition"] = broken
     with pytest.raises(RuntimeError):
         kernels.measure(tiny, case, {"copy": 1e9, "matmul": 1e9})
@@ -301,9 +301,13 @@ def test_a_layer_is_right_and_timed(tmp_path, monkeypatch, capsys):
 
 def test_a_wrong_layer_is_not_timed(tiny):
     right = [torch.ones(3, dtype=torch.float64)]
-    found = {"triton": [torch.ones(3) * 1.1], "definition": [torch.ones(3) * 1.01]}
-    with pytest.raises(SystemExit, match="not timed"):
-        layer.check(tiny, 3, found, right)
+    wrong, near = [torch.ones(3) * 1.1], [torch.ones(3) * 1.01]
+    for ours in layer.OURS:
+        found = {**dict.fromkeys(layer.OURS, near), ours: wrong, "definition": near}
+        with pytest.raises(SystemExit, match=f"layer with {ours} kernels.*not timed"):
+            layer.check(tiny, 3, found, right)
+    # torch.compile is not ours to judge.
+    layer.check(tiny, 3, {"auto": near, "definition": near, "torch.compile": wrong}, right)
 
 
 def test_a_layers_operations():

@@ -32,6 +32,10 @@ def test_a_page_shows_what_was_measured_and_leaves_the_rest_empty(tmp_path):
     # Measured on a CPU: the rows of a GPU stay, empty. Other sizes, another table.
     assert "| AquilaMed SFT |" in step and step.count("| name ") == 3
     assert "## A new kind" in text and "| rope forward: triton " in text
+    for row in ("swiglu backward: Liger", "attention backward: varlen_attn", "auto"):
+        assert f"| {row} " in text
+    assert "| linear_nll forward+backward: its matmuls alone " in text
+    assert "linear_nll backward:" not in text
     changed = path.read_text().replace("2.0]", "2.5]")
     path.write_text(changed)
     assert results.page([path]) != text

@@ -1,0 +1,91 @@
+"""bench/: what the kernels are compared with, and which of their passes are timed."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench import counts, kernels, measure, rivals, setting
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch) -> setting.Setting:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # the definitions run, not the kernels
+    torch.manual_seed(0)
+    return setting.Setting(
+        torch.device("cpu"), setting.TINY, torch.float32, 1, measure.Results(tmp_path / "x.jsonl")
+    )
+
+
+def test_backward_alone_keeps_its_graph(tiny):
+    """All but linear_nll's, whose logits serve one backward."""
+    case = kernels.build(tiny, "rmsnorm", [16])
+    calls = 0
+
+    def counted(x, w):
+        nonlocal calls
+        calls += 1
+        return case.works["definition"](x, w)
+
+    run = kernels.call(counted, case.inputs, "backward")
+    first, second = run(), run()
+    assert [x.shape for x in first] == [x.shape for x in case.inputs]
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)) and calls == 1
+    assert [op for op in counts.OPS if "backward" not in kernels.passes(op)] == ["linear_nll"]
+
+
+def test_a_version_that_overwrites_its_inputs_has_its_own(tiny):
+    case = kernels.build(tiny, "rmsnorm", [16])
+    before = [x.clone() for x in case.inputs]
+    kernels.call(lambda x, w: x.detach().zero_() + w, case.inputs, "forward")()
+    assert all(torch.equal(a, b) for a, b in zip(case.inputs, before, strict=True))
+
+
+@pytest.mark.slow
+def test_a_compiled_rivals_graph_is_kept_too():
+    """At this size torch.compile's backward would write into a saved tensor, and refuse."""
+    compiled = rivals.rmsnorm(True)["torch.compile"]
+    for what in kernels.PASSES:
+        run = kernels.call(compiled, [torch.randn(64, 128), torch.randn(128)], what)
+        run(), run()
+
+
+def test_rivals_are_those_of_the_empty_tables(tiny):
+    """As on a GPU; what is compiled or called there is only named here."""
+    one, bf16 = torch.tensor([0, 16], dtype=torch.int32), torch.bfloat16
+    found = {
+        "rmsnorm": rivals.rmsnorm(True),
+        "rope": rivals.rope(torch.arange(16), 1e4, 64, bf16, True),
+        "swiglu": rivals.swiglu(True),
+        "attention": rivals.attention(one, 16, bf16, True),
+        "linear_nll": rivals.linear_nll(torch.zeros(16), True),
+    }
+    packages = {"Liger", "Liger (mean)", "flash-attn"}  # installed or not
+    for op, names in rivals.NAMES.items():
+        assert set(found[op]) - packages == set(names) - packages, op
+    assert "varlen_attn" not in rivals.attention(one, 16, torch.float32, True)
+    assert "varlen_attn" not in rivals.attention(one, 16, bf16, False)
+
+
+def test_varlen_attn_takes_grouped_keys():
+    """On the meta device, where shapes and flags are checked."""
+    q, kv = (torch.empty(8, n, 64, dtype=torch.bfloat16, device="meta") for n in (4, 2))
+    borders = torch.tensor([0, 3, 8], dtype=torch.int32)
+    varlen = rivals.attention(borders, 5, torch.bfloat16, True)["varlen_attn"]
+    assert varlen(q, kv, kv).shape == q.shape
+
+
+def test_the_heads_matmuls_are_linear_nlls_products(tiny, monkeypatch):
+    """Over three chunks: one product forward, three in all, of the counted size."""
+    monkeypatch.setattr(rivals, "chunk_tokens", lambda t, d: 4)
+    case = kernels.build(tiny, "linear_nll", [10])
+    assert "its matmuls alone" not in list(case.works)[:2]  # what the gate compares
+    hidden, weight = (x.requires_grad_() for x in case.inputs)
+    forward, backward = counts.of("linear_nll", tiny.model, [10], 4)
+    with FlopCounterMode(display=False) as seen:
+        out = case.works["its matmuls alone"](hidden, weight)
+    assert seen.get_total_flops() == forward.flops and out.shape == (10,)
+    with FlopCounterMode(display=False) as seen:
+        dhidden, dweight = torch.autograd.grad(out.sum(), (hidden, weight))
+    assert seen.get_total_flops() == backward.flops and dweight.shape == weight.shape
+    logits = (hidden[8:] @ weight.T).detach()
+    torch.testing.assert_close(dhidden[8:], logits @ weight.detach())
