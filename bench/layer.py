@@ -1,5 +1,6 @@
-"""One AquilaMed layer, forward and backward: the plain definitions, the Triton kernels and
-torch.compile of the plain layer.
+"""One AquilaMed layer, forward and backward.
+
+The plain definitions, the Triton kernels and torch.compile of the plain layer.
 
     python -m bench.layer [--quick] [--tokens 8192]
 

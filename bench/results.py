@@ -1,5 +1,6 @@
-"""docs/results.md, and README's figures, from the measurements in bench/results/*.jsonl: none of
-them is typed.
+"""Writes docs/results.md, and README's figures, from the measurements in bench/results/*.jsonl.
+
+No figure is typed.
 
 python -m bench.results            writes them
 python -m bench.results --check    fails if they are not what the files give

@@ -19,14 +19,13 @@ import torch
 
 import kernels
 from bench import startup, step_gpu, step_scaling
+from bench.gate import plain_gate, trl_gate
 from bench.measure import ROOT, Results, interleaved, ratio, shown, table
 from bench.ours import Examples, Ours, model_of, settings
 from nanomed import hf, store, template, tokenizer
 from nanomed.config import CPT, DPO, SFT, ModelConfig, Run
 from nanomed.distributed import World, pick_device, start
 from nanomed.model import Aquila
-from nanomed.packing import row_from
-from nanomed.segment import IGNORE, Segment
 
 VOCABULARY = 6144  # of samples/tokenizer.model
 MID = ModelConfig(VOCABULARY, 4, 512, 8, 2, 1408, 4096, 1e6, 1e-5, True)
@@ -94,82 +93,6 @@ def shared(name: str) -> list[str]:
     return [str(path)] if path.exists() else []
 
 
-# ---------------------------------------------------------------- the gate
-
-
-def gate(b: Bench, name: str, theirs, loss: torch.Tensor, ours: torch.Tensor) -> None:
-    """Both losses of the same segments from the same float32 weights, and all their gradients.
-    Raises SystemExit before any time is taken if they differ."""
-    theirs.zero_grad()
-    b.plain.zero_grad()
-    loss.backward()
-    ours.backward()
-    grads = {n.removeprefix("model."): p.grad for n, p in theirs.named_parameters()}
-    apart = {
-        n: ((grads[n] - p.grad).norm() / p.grad.norm()).item()
-        for n, p in b.plain.named_parameters()
-        if "k_proj.bias" not in n  # 0 but for rounding: softmax ignores a common shift
-    }
-    worst = max(apart, key=apart.get)
-    off = abs(loss.item() - ours.item()) / abs(ours.item())
-    print(f"  {name}: loss {off:.1e} apart, gradients at most {apart[worst]:.1e} ({worst})")
-    if not (off < 1e-5 and apart[worst] < 1e-4):
-        raise SystemExit(f"{name} computes something else than nanomed: no speed is measured")
-    theirs.zero_grad()
-    b.plain.zero_grad()
-
-
-def segments_of(batch: dict[str, torch.Tensor]) -> list[Segment]:
-    """The segments of a collator's batch, padded, or packed with positions that restart."""
-    found = []
-    for i, (ids, labels) in enumerate(zip(batch["input_ids"], batch["labels"], strict=True)):
-        ends = [int(batch["attention_mask"][i].sum())] if "attention_mask" in batch else []
-        if "position_ids" in batch:
-            starts = (batch["position_ids"][i] == 0).nonzero()[:, 0].tolist()
-            ends = [*starts[1:], len(ids)]
-        for begin, end in zip([0, *ends[:-1]], ends, strict=True):
-            trained = (labels[begin:end] != IGNORE).numpy()
-            found.append(Segment(ids[begin:end].numpy(), trained))
-    return found
-
-
-def next_token_loss(b: Bench, segments: list[Segment]) -> torch.Tensor:
-    row = row_from(*zip(*segments, strict=True))
-    return b.plain(row).sum() / (row.labels >= 0).sum()
-
-
-def trl_gate(b: Bench, name: str, trainer, dpo: bool) -> None:
-    batch = next(iter(trainer.get_train_dataloader()))
-    model = trainer.model
-    model.train()
-    if not dpo:
-        segments = segments_of(batch)
-        ours = next_token_loss(b, segments)
-        n = sum(int(s.trained[1:].sum()) for s in segments)
-        loss = trainer.compute_loss(model, batch, num_items_in_batch=n)
-    else:
-        chosen, rejected = batch["input_ids"].chunk(2)
-        ours = _dpo_loss(b, batch, torch.stack([chosen, rejected], 1))
-        loss = trainer.compute_loss(model, batch)
-    gate(b, name, model, loss, ours)
-
-
-def _dpo_loss(b: Bench, batch: dict, ids: torch.Tensor) -> torch.Tensor:
-    """-log sigmoid of beta times what the log-ratios differ by, from the start weights."""
-    masks = torch.stack(batch["attention_mask"].chunk(2), 1)
-    learned = torch.stack(batch["completion_mask"].chunk(2), 1)
-    segments = [
-        (ids[i, side][: masks[i, side].sum()].numpy(),
-         learned[i, side][: masks[i, side].sum()].bool().numpy())
-        for i in range(len(ids)) for side in (0, 1)
-    ]  # fmt: skip
-    nll = b.plain(row := row_from(*zip(*segments, strict=True)))
-    logps = torch.stack([-part.sum() for part in nll.split(row.cu_seqlens.diff().tolist())])
-    ratios = (logps - logps.detach()).view(-1, 2)
-    margins = DPO.__dataclass_fields__["beta"].default * (ratios[:, 0] - ratios[:, 1])
-    return -torch.nn.functional.logsigmoid(margins).mean()
-
-
 # ---------------------------------------------------------------- the comparison
 
 
@@ -231,7 +154,7 @@ def trl_sides(
 
 
 def sft(b: Bench) -> None:
-    from bench.theirs import Plain, padded, qwen2, trl_sft
+    from bench.theirs import Plain, qwen2, trl_sft
 
     data = chats(b)
     c = settings(SFT, 4 if b.given.quick else 8, 2 * b.tokens)
@@ -248,14 +171,10 @@ def sft(b: Bench) -> None:
         trl = {name: trl[name] for name in ("as shipped", "packing, no checkpointing")}
     print(f"\nSFT, {c.batch_size} chats a step; the gate:")
     model = qwen2(b.config, b.plain, b.world.device)
-    segments = [data[i][0] for i in range(4)]
-    batch = padded(segments)
-    n = sum(int(s.trained[1:].sum()) for s in segments)
-    loss = model(**batch, num_items_in_batch=n).loss
-    gate(b, "transformers", model, loss, next_token_loss(b, segments))
     sides = nanomed(b, data, c)
-    order = sides["nanomed"].loader.examples
-    sides["transformers loop"] = Plain(model, data, c, b.dtype, order)
+    loop = Plain(model, data, c, b.dtype, sides["nanomed"].loader.examples)
+    plain_gate(b, "transformers loop", model, loop.batch(0))
+    sides["transformers loop"] = loop
     more, about = trl_sides(b, trl_sft, data, c, trl, dpo=False)
     compare(b, "SFT", sides | more, about)
 
@@ -293,7 +212,9 @@ def cpt(b: Bench) -> None:
     model = qwen2(b.config, b.plain, b.world.device)
     name = "transformers loop, full rows"
     order = sides["nanomed"].loader.examples
-    sides[name] = Plain(model, data, c, b.dtype, order, block=b.tokens // 4)
+    loop = Plain(model, data, c, b.dtype, order, block=b.tokens // 4)
+    plain_gate(b, name, model, loop.batch(0))  # each full row as one document
+    sides[name] = loop
     about[name] = f"rows of {b.tokens // 4} tokens, documents see the one before them"
     compare(b, "CPT", sides | more, about)
 

@@ -1,5 +1,6 @@
-"""How nanomed's step grows: with the documents' length, the row's, and the number of processes;
-and what FSDP2 costs where there is nothing to shard."""
+"""How nanomed's step grows, and what FSDP2 costs where there is nothing to shard.
+
+It grows with the documents' length, the row's, and the number of processes."""
 
 from collections.abc import Sequence
 

@@ -1,5 +1,6 @@
-"""What a user would pick instead: a plain transformers loop and TRL's trainers, one optimizer step
-at each call. transformers, TRL and datasets are imported here alone."""
+"""What a user would pick instead: a plain transformers loop and TRL's trainers.
+
+They do one optimizer step at each call. transformers, TRL and datasets are imported here alone."""
 
 import threading
 from collections.abc import Callable
@@ -68,9 +69,9 @@ class Plain:
         self.order, self.block, self.k, self.tokens = order, block, 0, []
         self.optimizer = adamw(model, c.weight_decay)
 
-    def batch(self) -> dict[str, Tensor]:
-        segments = [s for i in self.order(self.k) for s in self.data[i]]
-        self.k += 1
+    def batch(self, k: int) -> dict[str, Tensor]:
+        """Of step k."""
+        segments = [s for i in self.order(k) for s in self.data[i]]
         if not self.block:
             return padded(segments)
         ids = torch.cat([torch.as_tensor(s.ids) for s in segments])
@@ -78,7 +79,8 @@ class Plain:
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
 
     def __call__(self) -> None:
-        batch = self.batch()
+        batch = self.batch(self.k)
+        self.k += 1
         device = next(self.model.parameters()).device
         batch = {name: value.to(device) for name, value in batch.items()}
         with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):

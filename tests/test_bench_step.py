@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from bench import step as bench_step
-from bench import step_gpu, step_scaling
+from bench import gate, step_gpu, step_scaling
 from bench.measure import Results, read
 from bench.ours import Examples, Ours, Split, model_of, settings
-from bench.theirs import padded, qwen2
+from bench.theirs import Plain, padded, qwen2
 from nanomed.config import CPT, DPO, MODELS
 from nanomed.log import flops_of
 
@@ -42,17 +41,36 @@ def test_the_gate_lets_transformers_pass_and_stops_another_model(world, small):
     segments = [data[i][0] for i in range(3)]
     batch = {n: x for n, x in padded(segments).items() if n != "labels"}
     batch["labels"] = padded(segments)["labels"]
-    assert [len(s.ids) for s in bench_step.segments_of(batch)] == [20, 31, 9]
+    assert [len(s.ids) for s in gate.segments_of(batch)] == [20, 31, 9]
     n = sum(int(s.trained[1:].sum()) for s in segments)
 
     def pass_gate(theirs):
         loss = theirs(**batch, num_items_in_batch=n).loss
-        bench_step.gate(b, "theirs", theirs, loss, bench_step.next_token_loss(b, segments))
+        gate.gate(b, "theirs", theirs, loss, gate.next_token_loss(b, segments))
 
     pass_gate(qwen2(small, plain, torch.device("cpu")))
     other = dataclasses.replace(small, rope_theta=1e4)
     with pytest.raises(SystemExit, match="computes something else"):
         pass_gate(qwen2(other, plain, torch.device("cpu")))
+
+
+def test_the_gate_takes_the_rows_that_the_transformers_loop_is_timed_on(world, small):
+    """Padded chats of a step, or its full rows, each one document of which all but the first token
+    is trained on. A model whose weights have moved does not pass."""
+    plain = model_of(world, small, torch.float32, "none", sharded=False)
+    b, c = types.SimpleNamespace(plain=plain), settings(CPT, 3, 64)
+    data = Examples.of_lengths([20, 31, 14], small.vocab_size)
+    for block, lengths in ((0, [20, 31, 14]), (16, [16, 16, 16, 16])):
+        model = qwen2(small, plain, torch.device("cpu"))
+        loop = Plain(model, data, c, torch.float32, lambda k: [0, 1, 2], block)
+        segments = gate.segments_of(loop.batch(0))
+        assert [len(s.ids) for s in segments] == lengths
+        assert all(s.trained[1:].all() for s in segments)
+        gate.plain_gate(b, "loop", model, loop.batch(0))
+        loop()
+        assert loop.k == 1 and loop.tokens == [sum(lengths)]
+        with pytest.raises(SystemExit, match="computes something else"):
+            gate.plain_gate(b, "loop", model, loop.batch(0))
 
 
 def test_flops_of_the_aquilamed_step():
