@@ -49,7 +49,7 @@ part kernels 30 90 python3 -m bench.kernels --ops rmsnorm linear_nll swiglu rope
     "${flags[@]}"
 part layer 20 45 python3 -m bench.layer --tokens 8192 "${flags[@]}"
 part head 15 40 python3 -m bench.head --tokens 8192 32768 "${flags[@]}"
-part growth 30 60 "${step[@]}" --only scaling "${flags[@]}"
+part growth 30 75 "${step[@]}" --only scaling fsdp "${flags[@]}"
 part rows 30 60 python3 -m bench.kernels --ops attention rmsnorm swiglu --tokens 32768 "${flags[@]}"
 
 if ((${#failed[@]})); then

@@ -102,9 +102,16 @@ KINDS = {
         "a CPU beside transformers and TRL. All take turns in one process, so the others, too, "
         "have the setting of the allocator that nanomed makes on a CPU (keep_freed_memory).",
         "python -m bench.step --gpu --results bench/results/NAME.jsonl\n"
+        "python -m bench.step --gpu --only fsdp --results bench/results/NAME.jsonl\n"
         "python -m bench.step --results bench/results/NAME.jsonl",
-        ("AquilaMed CPT", "AquilaMed SFT", "AquilaMed DPO"),
-        ("median ms", "recompute", "real tokens per s", "MFU", "HFU", "peak GiB", "predicted GiB"),
+        (
+            *("AquilaMed CPT", "AquilaMed SFT", "AquilaMed DPO"),
+            *("one process: FSDP2 on one process", "one process: unsharded loop"),
+        ),
+        (
+            *("median ms", "recompute", "real tokens per s", "MFU", "HFU", "peak GiB"),
+            *("predicted GiB", "FSDP2 takes"),
+        ),
     ),
     "scaling": Kind(
         "How a step grows",

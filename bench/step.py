@@ -219,21 +219,53 @@ def cpt(b: Bench) -> None:
     compare(b, "CPT", sides | more, about)
 
 
-def main() -> None:
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """What was asked for; an option that the asked run would not heed is an error."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--quick", action="store_true", help="2 million parameters, few short rounds"
     )
     parser.add_argument("--gpu", action="store_true", help="the AquilaMed step on one GPU")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    parser.add_argument("--only", nargs="*", choices=PARTS, help="of the tables for a CPU")
-    parser.add_argument("--data", nargs="*", help="chats; default: real ones beside the checkout")
-    parser.add_argument("--dtype", default="bf16", choices=("bf16", "fp32"))
-    parser.add_argument("--rounds", type=int, default=0)
-    parser.add_argument("--tokens", type=int, nargs="*", help="--gpu: of a packed row")
+    parser.add_argument(
+        "--device", default="auto", choices=("auto", "cpu", "cuda"),
+        help="of --gpu: cpu runs the same code with a tiny model; without --gpu all is on the CPU",
+    )  # fmt: skip
+    parser.add_argument(
+        "--only", nargs="+", choices=PARTS, metavar="PART",
+        help=f"some tables: of {', '.join(PARTS)}; with --gpu of {', '.join(step_gpu.PARTS)}",
+    )  # fmt: skip
+    parser.add_argument("--data", nargs="+", help="chats; default: real ones beside the checkout")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), help="default: bf16")
+    parser.add_argument("--rounds", type=int, default=0, help="samples of each; default: by table")
+    parser.add_argument("--tokens", type=int, nargs="+", help="of --gpu: of a packed row")
     parser.add_argument("--kernels", default="auto", choices=kernels.CHOICES, help="of --gpu")
     parser.add_argument("--results", default="runs/bench-step.jsonl", help="JSON lines")
-    given = parser.parse_args()
+    given = parser.parse_args(argv)
+    _refuse(parser, given)
+    given.dtype = given.dtype or "bf16"
+    return given
+
+
+def _refuse(parser: argparse.ArgumentParser, given: argparse.Namespace) -> None:
+    if given.gpu:
+        for name in ("data", "dtype", "rounds"):
+            if getattr(given, name):
+                parser.error(f"--gpu has its own {name}: leave --{name} out, or --gpu")
+        for part in given.only or ():
+            if part not in step_gpu.PARTS:
+                parser.error(
+                    f"--only {part} is measured on a CPU: leave --gpu out, "
+                    f"or pick of {', '.join(step_gpu.PARTS)}"
+                )
+        return
+    if given.device == "cuda":
+        parser.error("the comparison runs on a CPU: add --gpu, or leave --device cuda out")
+    if given.tokens or given.kernels != "auto":
+        parser.error("--tokens and --kernels are for --gpu: add it, or leave them out")
+
+
+def main() -> None:
+    given = arguments()
     if given.gpu:
         return step_gpu.main(given)
     device = pick_device("cpu")
@@ -251,7 +283,8 @@ def main() -> None:
             if name in parts:
                 {"sft": sft, "dpo": dpo, "cpt": cpt}[name](b)
         if "fsdp" in parts:
-            step_scaling.fsdp(b)
+            shape = b.tokens // 8, b.tokens, torch.float32
+            step_scaling.fsdp(world, b.config, b.results, *shape, b.rounds, b.warmup)
         if "scaling" in parts:
             step_scaling.rows(b)
     if "ranks" in parts:

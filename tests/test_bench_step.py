@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from bench import gate, step_gpu, step_scaling
+from bench import step as bench_step
 from bench.measure import Results, read
 from bench.ours import Examples, Ours, Split, model_of, settings
 from bench.theirs import Plain, padded, qwen2
@@ -130,3 +131,50 @@ def test_the_table_of_growth(world, small, tmp_path, monkeypatch):
         None, "no difference (1.00 to 1.00)", None
     ]  # fmt: skip
     assert step_scaling.growth(world, small, results, 32, (64, 128), (8,), **given)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_fsdp2_is_held_against_a_loop_that_takes_the_same_steps(
+    world, small, tmp_path, monkeypatch, dtype
+):
+    results, weights = Results(tmp_path / "x.jsonl"), []
+
+    def timed(sides, rounds, *_, **__):
+        for name, side in sides.items():
+            if name != "FSDP2, again":
+                side()
+                weights.append([getattr(p, "_local_tensor", p) for p in side.model.parameters()])
+        return {name: [2.0 if name.startswith("FSDP2") else 1.0] * rounds for name in sides}
+
+    monkeypatch.setattr(step_scaling, "interleaved", timed)
+    step_scaling.fsdp(world, small, results, 32, 64, dtype, 2, 0)
+    for p, q in zip(*weights, strict=True):
+        assert p.dtype == q.dtype == dtype
+        torch.testing.assert_close(p, q)
+    assert [line["facts"] for line in results.lines] == [{}, {"FSDP2_takes": "2.00 (2.00 to 2.00)"}]
+
+
+@pytest.mark.parametrize(
+    ("asked", "remedy"),
+    [
+        ("--device cuda", "add --gpu"),
+        ("--gpu --data x.jsonl", "leave --data out"),
+        ("--gpu --dtype bf16", "leave --dtype out"),
+        ("--gpu --rounds 3", "leave --rounds out"),
+        ("--gpu --only cpt startup", "leave --gpu out"),
+        ("--tokens 64", "--gpu: add it"),
+        ("--kernels triton", "--gpu: add it"),
+    ],
+)
+def test_what_a_run_of_the_step_would_not_heed_is_an_error(asked, remedy, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        bench_step.arguments(asked.split())
+    assert stopped.value.code == 2 and remedy in capsys.readouterr().err
+
+
+def test_what_the_step_heeds():
+    assert bench_step.arguments([]).dtype == "bf16"
+    assert bench_step.arguments(["--dtype", "fp32", "--device", "cpu"]).dtype == "fp32"
+    asked = "--gpu --device cuda --tokens 64 --only fsdp cpt"
+    given = bench_step.arguments(asked.split())
+    assert set(given.only) <= set(step_gpu.PARTS)
