@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from bench import gate, step_gpu, step_scaling
+from bench import gate, startup, step_gpu, step_scaling
 from bench import step as bench_step
-from bench.measure import Results, read
+from bench.measure import ROOT, Results, read
 from bench.ours import Examples, Ours, Split, model_of, settings
 from bench.theirs import Plain, padded, qwen2
+from nanomed import store
 from nanomed.config import CPT, DPO, MODELS
 from nanomed.log import flops_of
 
@@ -178,3 +179,22 @@ def test_what_the_step_heeds():
     asked = "--gpu --device cuda --tokens 64 --only fsdp cpt"
     given = bench_step.arguments(asked.split())
     assert set(given.only) <= set(step_gpu.PARTS)
+
+
+def test_what_is_done_once_before_a_run_is_done_each_time(tmp_path, monkeypatch):
+    """Tokenised anew, not found in the cache of the time before, and the cache in use is left."""
+    results, before, folders = Results(tmp_path / "x.jsonl"), store.cache.CACHE, []
+    chats = store.chats
+
+    def seen(*given):
+        folders.append(store.cache.CACHE)
+        assert not folders[-1].exists()
+        return chats(*given)
+
+    monkeypatch.setattr(store, "chats", seen)
+    lines = startup.once(results, times=2)
+    assert before == store.cache.CACHE and len(set(folders)) == 2
+    assert [len(line["samples"]) for line in lines] == [2, 2]
+    n = len((ROOT / "samples/sft.jsonl").read_text("utf-8").splitlines())
+    assert lines[0]["facts"]["once_for"].startswith(f"{n:,} chats")
+    assert lines[1]["facts"]["once_for"].startswith("6,144 pieces")
