@@ -147,6 +147,7 @@ def page(paths: list[Path]) -> str:
             for sizes in dict.fromkeys(tuple(line["shapes"]) for line in its):
                 alike = [shown(line) for line in its if tuple(line["shapes"]) == sizes]
                 parts.append(f"{table(alike)}\n")
+            parts += fastest(its)
             parts += [f"{note}.\n" for note in dict.fromkeys(x["convention"] for x in its) if note]
         if known.rows and not any("gpu" in runs[line["run"]] for line in mine):
             rows = [{"name": name} | dict.fromkeys(known.columns) for name in known.rows]
@@ -154,6 +155,31 @@ def page(paths: list[Path]) -> str:
         elif not mine:
             parts.append("Not measured yet.\n")
     return "\n".join(parts)
+
+
+def fastest(lines: list[dict]) -> list[str]:
+    """Which of the settings of TRL that a run tried did most real tokens per second, a sentence for
+    each stage; and the one that nanomed's ratio is smallest beside, if that is another."""
+    tried: dict[str, dict[str, dict]] = {}
+    for line in lines:
+        stage, _, name = line["name"].partition(": TRL ")
+        if name:
+            tried.setdefault(stage, {})[name] = line["facts"]
+    found = []
+    for stage, settings in tried.items():
+        faster = {name: facts["nanomed_is_faster_by"] for name, facts in settings.items()}
+        best = max(settings, key=lambda name: settings[name]["real_tokens_per_s"])
+        least = min(faster, key=lambda name: _median(faster[name]))
+        text = f"{stage}: of the {len(settings)} settings of TRL, *{best}* is the fastest by real "
+        text += f"tokens per second; nanomed is {_times(faster[best])} it"
+        if least != best:
+            text += f". Turn by turn the ratio is smallest beside *{least}*: {faster[least]}"
+        found.append(f"{text}.\n")
+    return found
+
+
+def _median(ratio: str) -> float:
+    return 1.0 if ratio.startswith("no difference") else float(ratio.split(" (")[0])
 
 
 def machine(run: dict) -> str:

@@ -96,7 +96,7 @@ def shared(name: str) -> list[str]:
 # ---------------------------------------------------------------- the comparison
 
 
-def compare(b: Bench, stage: str, sides: dict[str, Callable], about: dict[str, str]) -> None:
+def compare(b: Bench, stage: str, sides: dict[str, Callable]) -> None:
     """Times the sides in turns. The first is nanomed, the second nanomed again: what is noise."""
     first, again = list(sides)[:2]
     seconds = interleaved(sides, b.rounds, b.warmup)
@@ -105,7 +105,7 @@ def compare(b: Bench, stage: str, sides: dict[str, Callable], about: dict[str, s
         name: [s / t for s, t in zip(seconds[name], tokens[name], strict=True)] for name in sides
     }
     lines = []
-    for name in sides:
+    for name, side in sides.items():
         facts = {
             "real_tokens_per_s": round(sum(tokens[name]) / sum(seconds[name])),
             "tokens_a_step": round(sum(tokens[name]) / b.rounds),
@@ -115,7 +115,7 @@ def compare(b: Bench, stage: str, sides: dict[str, Callable], about: dict[str, s
         lines.append(
             b.results.add(
                 "step", f"{stage}: {name}", seconds[name], dtype=b.dtype, convention=CONVENTION,
-                shapes={"parameters": b.config.n_params()}, **facts, setting=about.get(name, ""),
+                shapes={"parameters": b.config.n_params()}, **facts, setting=side.setting,
             )
         )  # fmt: skip
     print(table([shown(line) for line in lines]), flush=True)
@@ -131,13 +131,13 @@ def nanomed(b: Bench, data: Examples, c: Run) -> dict[str, Ours]:
 
 def trl_sides(
     b: Bench, build: Callable, data: Examples, c: Run, settings: dict[str, dict], dpo: bool
-) -> tuple[dict[str, Callable], dict[str, str]]:
-    """A trainer for each setting, past the gate, and the setting in words."""
+) -> dict[str, Callable]:
+    """A trainer for each setting, past the gate."""
     import trl
 
     from bench.theirs import Stepped, qwen2
 
-    sides, about, tok = {}, {}, b.tokenizer
+    sides, tok = {}, b.tokenizer
 
     def trainer(**given):
         model = qwen2(b.config, b.plain, b.world.device)
@@ -147,10 +147,9 @@ def trl_sides(
         # In float32: in bf16 the reference of DPO is rounded otherwise than the policy.
         trl_gate(b, f"TRL {name}", trainer(**given, bf16=False), dpo)
         given = {"bf16": b.dtype == torch.bfloat16, **given}
-        sides[f"TRL {name}"] = Stepped(trainer(**given))
         words = ", ".join(f"{key}={value}" for key, value in given.items())
-        about[f"TRL {name}"] = f"TRL {trl.__version__}: {words}"
-    return sides, about
+        sides[f"TRL {name}"] = Stepped(trainer(**given), f"TRL {trl.__version__}: {words}")
+    return sides
 
 
 def sft(b: Bench) -> None:
@@ -175,8 +174,8 @@ def sft(b: Bench) -> None:
     loop = Plain(model, data, c, b.dtype, sides["nanomed"].loader.examples)
     plain_gate(b, "transformers loop", model, loop.batch(0))
     sides["transformers loop"] = loop
-    more, about = trl_sides(b, trl_sft, data, c, trl, dpo=False)
-    compare(b, "SFT", sides | more, about)
+    more = trl_sides(b, trl_sft, data, c, trl, dpo=False)
+    compare(b, "SFT", sides | more)
 
 
 def dpo(b: Bench) -> None:
@@ -192,8 +191,8 @@ def dpo(b: Bench) -> None:
     if b.given.quick:
         del trl["no checkpointing"]
     print(f"\nDPO, {c.batch_size} pairs a step, nanomed's reference computed before; the gate:")
-    more, about = trl_sides(b, trl_dpo, data, c, trl, dpo=True)
-    compare(b, "DPO", nanomed(b, data, c) | more, about)
+    more = trl_sides(b, trl_dpo, data, c, trl, dpo=True)
+    compare(b, "DPO", nanomed(b, data, c) | more)
 
 
 def cpt(b: Bench) -> None:
@@ -207,7 +206,7 @@ def cpt(b: Bench) -> None:
     if not b.given.quick:
         trl = {"packing": row, **trl}
     print(f"\nCPT, {n} documents a step; the gate:")
-    more, about = trl_sides(b, trl_sft, data, c, trl, dpo=False)
+    more = trl_sides(b, trl_sft, data, c, trl, dpo=False)
     sides = nanomed(b, data, c)
     model = qwen2(b.config, b.plain, b.world.device)
     name = "transformers loop, full rows"
@@ -215,8 +214,7 @@ def cpt(b: Bench) -> None:
     loop = Plain(model, data, c, b.dtype, order, block=b.tokens // 4)
     plain_gate(b, name, model, loop.batch(0))  # each full row as one document
     sides[name] = loop
-    about[name] = f"rows of {b.tokens // 4} tokens, documents see the one before them"
-    compare(b, "CPT", sides | more, about)
+    compare(b, "CPT", sides | more)
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:

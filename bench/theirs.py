@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bench.ours import LR, Examples, weights_of
+from bench.ours import LR, Examples, casts, weights_of
 from nanomed.config import DPO, ModelConfig, Run
 from nanomed.model import Aquila
 from nanomed.optim import BETAS, EPS, adamw
@@ -69,6 +69,15 @@ class Plain:
         self.order, self.block, self.k, self.tokens = order, block, 0, []
         self.optimizer = adamw(model, c.weight_decay)
 
+    @property
+    def setting(self) -> str:
+        import transformers
+
+        rows = "padded to the longest of the batch"
+        if self.block:
+            rows = f"full rows of {self.block:,} tokens, documents see the one before them"
+        return f"transformers {transformers.__version__}: {rows}, {casts(self.dtype)}"
+
     def batch(self, k: int) -> dict[str, Tensor]:
         """Of step k."""
         segments = [s for i in self.order(k) for s in self.data[i]]
@@ -98,7 +107,7 @@ class Stepped:
     """A Trainer that runs its own train() in a thread, from the end of one optimizer step to the
     end of the next at each call: its loop, its data loader and its logging are all in the time."""
 
-    def __init__(self, trainer):
+    def __init__(self, trainer, setting: str):
         from transformers import PrinterCallback, TrainerCallback
 
         stepped = self
@@ -109,7 +118,8 @@ class Stepped:
                 stepped.go.acquire()
                 control.should_training_stop = stepped.over
 
-        self.trainer, self.tokens, self.error, self.over = trainer, [], None, False
+        self.trainer, self.setting = trainer, setting
+        self.tokens, self.error, self.over = [], None, False
         self.go, self.done = threading.Semaphore(0), threading.Semaphore(0)
         self.thread = threading.Thread(target=self._train, daemon=True)
         training_step = trainer.training_step

@@ -7,8 +7,9 @@ import types
 import numpy as np
 import pytest
 import torch
+import transformers
 
-from bench import gate, startup, step_gpu, step_scaling
+from bench import gate, results, startup, step_gpu, step_scaling
 from bench import step as bench_step
 from bench.measure import ROOT, Results, read
 from bench.ours import Examples, Ours, Split, model_of, settings
@@ -138,7 +139,7 @@ def test_the_table_of_growth(world, small, tmp_path, monkeypatch):
 def test_fsdp2_is_held_against_a_loop_that_takes_the_same_steps(
     world, small, tmp_path, monkeypatch, dtype
 ):
-    results, weights = Results(tmp_path / "x.jsonl"), []
+    found, weights = Results(tmp_path / "x.jsonl"), []
 
     def timed(sides, rounds, *_, **__):
         for name, side in sides.items():
@@ -148,11 +149,11 @@ def test_fsdp2_is_held_against_a_loop_that_takes_the_same_steps(
         return {name: [2.0 if name.startswith("FSDP2") else 1.0] * rounds for name in sides}
 
     monkeypatch.setattr(step_scaling, "interleaved", timed)
-    step_scaling.fsdp(world, small, results, 32, 64, dtype, 2, 0)
+    step_scaling.fsdp(world, small, found, 32, 64, dtype, 2, 0)
     for p, q in zip(*weights, strict=True):
         assert p.dtype == q.dtype == dtype
         torch.testing.assert_close(p, q)
-    assert [line["facts"] for line in results.lines] == [{}, {"FSDP2_takes": "2.00 (2.00 to 2.00)"}]
+    assert [line["facts"] for line in found.lines] == [{}, {"FSDP2_takes": "2.00 (2.00 to 2.00)"}]
 
 
 @pytest.mark.parametrize(
@@ -198,3 +199,35 @@ def test_what_is_done_once_before_a_run_is_done_each_time(tmp_path, monkeypatch)
     n = len((ROOT / "samples/sft.jsonl").read_text("utf-8").splitlines())
     assert lines[0]["facts"]["once_for"].startswith(f"{n:,} chats")
     assert lines[1]["facts"]["once_for"].startswith("6,144 pieces")
+
+
+def test_every_side_of_the_comparison_names_its_setting(world, small):
+    data, pairs = (Examples.of_lengths([20, 31], small.vocab_size, n) for n in (1, 2))
+    ours = Ours(world, small, data, settings(CPT, 2, 64), torch.bfloat16)
+    assert ours.setting == "packed rows of up to 72 tokens, float32 weights cast to bfloat16"
+    ours = Ours(world, small, pairs, settings(DPO, 2, 64), torch.float32)
+    assert ours.setting == "packed rows of up to 72 tokens, float32, reference computed before"
+    for block, words in ((0, "padded to the longest of the batch"), (16, "full rows of 16 tokens")):
+        loop = Plain(ours.model, data, ours.c, torch.float32, lambda k: [0, 1], block)
+        assert loop.setting.startswith(f"transformers {transformers.__version__}: {words}")
+
+
+def test_the_page_says_which_setting_of_trl_is_the_fastest():
+    def line(name, rate, ratio):
+        facts = {"real_tokens_per_s": rate} | ({"nanomed_is_faster_by": ratio} if ratio else {})
+        return {"name": name, "facts": facts}
+
+    lines = [
+        line("SFT: nanomed", 900, None),
+        line("SFT: TRL as shipped", 100, "6.49 (2.56 to 8.51)"),
+        line("SFT: TRL by length", 200, "1.52 (1.10 to 4.12)"),
+        line("SFT: TRL packing", 300, "1.86 (1.61 to 2.13)"),
+        line("CPT: transformers loop, full rows", 950, "0.95 (0.90 to 0.97)"),
+        line("CPT: TRL packing", 300, "no difference (0.97 to 1.02)"),
+        line("CPT: TRL off", 200, "1.72 (1.56 to 1.82)"),
+    ]
+    sft, cpt = results.fastest(lines)
+    assert "SFT: of the 3 settings of TRL, *packing* is the fastest" in sft
+    assert "1.86 times (1.61 to 2.13) as fast as it" in sft and "*by length*: 1.52" in sft
+    assert "*packing* is the fastest" in cpt and "smallest" not in cpt
+    assert results.fastest(lines[:1]) == []
