@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from torch.distributed.tensor import DTensor
 
 from bench import gate, results, startup, step_gpu, step_scaling
 from bench import step as bench_step
@@ -145,14 +146,15 @@ def test_fsdp2_is_held_against_a_loop_that_takes_the_same_steps(
         for name, side in sides.items():
             if name != "FSDP2, again":
                 side()
-                weights.append([getattr(p, "_local_tensor", p) for p in side.model.parameters()])
+                weights.append(list(side.model.parameters()))
         return {name: [2.0 if name.startswith("FSDP2") else 1.0] * rounds for name in sides}
 
     monkeypatch.setattr(step_scaling, "interleaved", timed)
     step_scaling.fsdp(world, small, found, 32, 64, dtype, 2, 0)
     for p, q in zip(*weights, strict=True):
+        assert isinstance(p, DTensor) and not isinstance(q, DTensor)
         assert p.dtype == q.dtype == dtype
-        torch.testing.assert_close(p, q)
+        torch.testing.assert_close(p.to_local(), q)
     assert [line["facts"] for line in found.lines] == [{}, {"FSDP2_takes": "2.00 (2.00 to 2.00)"}]
 
 
