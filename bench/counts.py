@@ -1,5 +1,7 @@
-"""What each op must do at least, from its shapes: bytes through memory, operations, and the seconds
-that follow from a GPU's data sheet. `python -m bench.counts` prints the tables of docs/kernels.md.
+"""What each op must do at least, from its shapes.
+
+Bytes through memory, operations, and the seconds that follow from a GPU's data sheet.
+`python -m bench.counts` prints the tables of docs/kernels.md.
 
 T tokens, D model width, F feed-forward width, H query heads, K key/value heads, E head size,
 V vocabulary, e bytes of an element. Bytes: each input is read once, each output written once.

@@ -1,5 +1,6 @@
-"""Peak memory of a training step of DPO beside one of SFT: same model, same row, same labels. And
-of DPO's reference pass, which runs before the first step.
+"""Peak memory of a training step of DPO beside one of SFT.
+
+Same model, same row, same labels. And of DPO's reference pass, which runs before the first step.
 
 python bench/dpo_memory.py
 python bench/dpo_memory.py --model 100M

@@ -49,7 +49,7 @@ part kernels 30 110 python3 -m bench.kernels --ops rmsnorm linear_nll swiglu rop
     "${flags[@]}"
 part layer 20 45 python3 -m bench.layer --tokens 8192 "${flags[@]}"
 part head 15 40 python3 -m bench.head --tokens 8192 32768 "${flags[@]}"
-part growth 30 60 "${step[@]}" --only scaling "${flags[@]}"
+part growth 30 75 "${step[@]}" --only scaling fsdp "${flags[@]}"
 part rows 30 120 python3 -m bench.kernels --ops attention rmsnorm swiglu rope linear_nll \
     --tokens 32768 "${flags[@]}"
 

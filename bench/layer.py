@@ -1,5 +1,7 @@
-"""One AquilaMed layer, forward and backward: the Triton kernels, what a run picks (`auto`), the
-plain definitions and torch.compile of the plain layer.
+"""One AquilaMed layer, forward and backward.
+
+The Triton kernels, what a run picks (`auto`), the plain definitions and torch.compile of the plain
+layer.
 
     python -m bench.layer [--quick] [--tokens 8192]
 

@@ -1,5 +1,7 @@
-"""How every figure of bench/ is taken: interleaved samples, ratios with their spread, JSON lines
-that say on which machine and of which code they were taken.
+"""How every figure of bench/ is taken.
+
+Interleaved samples, ratios with their spread, JSON lines that say on which machine and of which
+code they were taken.
 
     samples = interleaved({"ours": f, "ours again": f, "theirs": g}, rounds=30, device=device)
     ratio(samples["theirs"], samples["ours"], samples["ours again"])  # how many times faster f is

@@ -1,5 +1,7 @@
-"""The five ops by their formulas in the dtype of their inputs, with nothing from kernels/: what the
-parity gate takes for the truth, in float64 on a CPU and in float32 on a GPU against bfloat16."""
+"""The five ops by their formulas in the dtype of their inputs, with nothing from kernels/.
+
+What the parity gate takes for the truth, in float64 on a CPU and in float32 on a GPU against
+bfloat16."""
 
 import torch
 from torch import Tensor

@@ -88,7 +88,7 @@ class Ours:
         model: Aquila | None = None,
         optimizer: torch.optim.Optimizer | None = None,
     ):
-        self.c, self.k, self.tokens = c, 0, []
+        self.c, self.dtype, self.k, self.tokens = c, dtype, 0, []
         self.model = model or model_of(world, config, dtype, c.recompute, sharded)
         self.optimizer = optimizer or adamw(self.model, c.weight_decay)
         # A little more than a row: with none to spare, documents that fill n rows go into n + 1.
@@ -101,6 +101,11 @@ class Ours:
         self.loss = lambda nll, row: (nll.sum(), {})
         if isinstance(c, DPO):
             self.loss = self._preference_loss(world)
+
+    @property
+    def setting(self) -> str:
+        words = f"packed rows of up to {self.loader.micro_tokens:,} tokens, {casts(self.dtype)}"
+        return words + ", reference computed before" * isinstance(self.c, DPO)
 
     def _preference_loss(self, world: World) -> Callable:
         from train_dpo import preference_loss
@@ -172,6 +177,12 @@ class Split:
             if part:
                 total[part] += start.elapsed_time(end) / 1000 if self.cuda else end - start
         return total
+
+
+def casts(dtype: torch.dtype) -> str:
+    """The weights of all sides are float32; what the matmuls compute in, in words."""
+    name = str(dtype).removeprefix("torch.")
+    return name if dtype == torch.float32 else f"float32 weights cast to {name}"
 
 
 def weights_of(model: Aquila) -> dict[str, torch.Tensor]:

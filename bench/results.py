@@ -1,5 +1,6 @@
-"""docs/results.md, and README's figures, from the measurements in bench/results/*.jsonl: none of
-them is typed.
+"""Writes docs/results.md, and README's figures, from the measurements in bench/results/*.jsonl.
+
+No figure is typed.
 
 python -m bench.results            writes them
 python -m bench.results --check    fails if they are not what the files give
@@ -113,9 +114,16 @@ KINDS = {
         "a CPU beside transformers and TRL. All take turns in one process, so the others, too, "
         "have the setting of the allocator that nanomed makes on a CPU (keep_freed_memory).",
         "python -m bench.step --gpu --results bench/results/NAME.jsonl\n"
+        "python -m bench.step --gpu --only fsdp --results bench/results/NAME.jsonl\n"
         "python -m bench.step --results bench/results/NAME.jsonl",
-        ("AquilaMed CPT", "AquilaMed SFT", "AquilaMed DPO"),
-        ("median ms", "recompute", "real tokens per s", "MFU", "HFU", "peak GiB", "predicted GiB"),
+        (
+            *("AquilaMed CPT", "AquilaMed SFT", "AquilaMed DPO"),
+            *("one process: FSDP2 on one process", "one process: unsharded loop"),
+        ),
+        (
+            *("median ms", "recompute", "real tokens per s", "MFU", "HFU", "peak GiB"),
+            *("predicted GiB", "FSDP2 takes"),
+        ),
     ),
     "scaling": Kind(
         "How a step grows",
@@ -151,6 +159,7 @@ def page(paths: list[Path]) -> str:
             for sizes in dict.fromkeys(tuple(line["shapes"]) for line in its):
                 alike = [shown(line) for line in its if tuple(line["shapes"]) == sizes]
                 parts.append(f"{table(alike)}\n")
+            parts += fastest(its)
             parts += [f"{note}.\n" for note in dict.fromkeys(x["convention"] for x in its) if note]
         if known.rows and not any("gpu" in runs[line["run"]] for line in mine):
             rows = [{"name": name} | dict.fromkeys(known.columns) for name in known.rows]
@@ -158,6 +167,31 @@ def page(paths: list[Path]) -> str:
         elif not mine:
             parts.append("Not measured yet.\n")
     return "\n".join(parts)
+
+
+def fastest(lines: list[dict]) -> list[str]:
+    """Which of the settings of TRL that a run tried did most real tokens per second, a sentence for
+    each stage; and the one that nanomed's ratio is smallest beside, if that is another."""
+    tried: dict[str, dict[str, dict]] = {}
+    for line in lines:
+        stage, _, name = line["name"].partition(": TRL ")
+        if name:
+            tried.setdefault(stage, {})[name] = line["facts"]
+    found = []
+    for stage, settings in tried.items():
+        faster = {name: facts["nanomed_is_faster_by"] for name, facts in settings.items()}
+        best = max(settings, key=lambda name: settings[name]["real_tokens_per_s"])
+        least = min(faster, key=lambda name: _median(faster[name]))
+        text = f"{stage}: of the {len(settings)} settings of TRL, *{best}* is the fastest by real "
+        text += f"tokens per second; nanomed is {_times(faster[best])} it"
+        if least != best:
+            text += f". Turn by turn the ratio is smallest beside *{least}*: {faster[least]}"
+        found.append(f"{text}.\n")
+    return found
+
+
+def _median(ratio: str) -> float:
+    return 1.0 if ratio.startswith("no difference") else float(ratio.split(" (")[0])
 
 
 def machine(run: dict) -> str:

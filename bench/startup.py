@@ -1,4 +1,7 @@
-"""Seconds from the command to the first step, on data that are in the cache, and where they go."""
+"""Seconds from the command to the first step, and of what is done once before it.
+
+The first step is timed on data that are in the cache; tokenising them into an empty one and
+training the samples' tokenizer are lines of their own."""
 
 import os
 import re
@@ -7,9 +10,10 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 from bench.measure import ROOT, Results, shown, table
-from nanomed import arguments, stage, store
+from nanomed import arguments, stage, store, tokenizer
 from nanomed.config import SFT
 
 LAUNCHES = {
@@ -17,6 +21,7 @@ LAUNCHES = {
     "2 processes": [sys.executable, "-m", "torch.distributed.run", "--standalone",
                     "--nproc_per_node", "2"],
 }  # fmt: skip
+TEXTS = "cpt_general", "cpt_medical", "sft", "dpo"
 
 
 def measure(results: Results, times: int) -> None:
@@ -34,8 +39,39 @@ def measure(results: Results, times: int) -> None:
                     "step", f"start: to the first step, {name}", total, validation_in_it=share
                 )
             )
-    print("\nFrom the command to the end of the first step, data cached, a fresh tiny model:")
+    lines += once(results, times)
+    print("\nFrom the command to the end of the first step, data cached, a fresh tiny model;")
+    print("and what is done once before it:")
     print(table([shown(line) for line in lines]), flush=True)
+
+
+def once(results: Results, times: int) -> list[dict]:
+    """Tokenising the demonstration's chats into an empty cache, within this process, and training a
+    tokenizer of the samples' size on the texts of all stages, by its command."""
+    c = arguments.parse(SFT, [])
+    chats, encoder, seconds = ROOT / "samples/sft.jsonl", stage.model_and_encoder(c)[1], []
+    with tempfile.TemporaryDirectory() as folder:
+        for k in range(times):
+            with mock.patch.object(store.cache, "CACHE", Path(folder) / str(k)):
+                started = time.perf_counter()
+                n = len(store.chats([str(chats)], encoder, c.seq_len, c.allow_drop))
+                seconds.append(time.perf_counter() - started)
+        size = tokenizer.load(ROOT / "samples/tokenizer.model").vocab_size
+        files = [ROOT / f"samples/{name}.jsonl" for name in TEXTS]
+        out = Path(folder) / "tokenizer.model"
+        train = [sys.executable, "-m", "nanomed.tokenizer", "train", *map(str, files)]
+        train += ["--out", str(out), "--vocab_size", str(size)]
+        trained = [_seconds(train) for _ in range(times)]
+    read = f"{n:,} chats, {_megabytes([chats])}"
+    learnt = f"{size:,} pieces from {_megabytes(files)}"
+    return [
+        results.add("step", "start: tokenising sft.jsonl, empty cache", seconds, once_for=read),
+        results.add("step", "start: training a tokenizer", trained, once_for=learnt),
+    ]
+
+
+def _megabytes(files: list[Path]) -> str:
+    return f"{sum(path.stat().st_size for path in files) / 1e6:.2f} MB"
 
 
 def fill_cache() -> None:
@@ -46,7 +82,7 @@ def fill_cache() -> None:
 
 def _seconds(command: list[str]) -> float:
     started = time.perf_counter()
-    subprocess.run(command, cwd=ROOT, check=True, env=_environment())
+    subprocess.run(command, cwd=ROOT, check=True, env=_environment(), stdout=subprocess.DEVNULL)
     return time.perf_counter() - started
 
 

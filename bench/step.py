@@ -19,14 +19,13 @@ import torch
 
 import kernels
 from bench import startup, step_gpu, step_scaling
+from bench.gate import plain_gate, trl_gate
 from bench.measure import ROOT, Results, interleaved, ratio, shown, table
 from bench.ours import Examples, Ours, model_of, settings
 from nanomed import hf, store, template, tokenizer
 from nanomed.config import CPT, DPO, SFT, ModelConfig, Run
 from nanomed.distributed import World, pick_device, start
 from nanomed.model import Aquila
-from nanomed.packing import row_from
-from nanomed.segment import IGNORE, Segment
 
 VOCABULARY = 6144  # of samples/tokenizer.model
 MID = ModelConfig(VOCABULARY, 4, 512, 8, 2, 1408, 4096, 1e6, 1e-5, True)
@@ -94,86 +93,10 @@ def shared(name: str) -> list[str]:
     return [str(path)] if path.exists() else []
 
 
-# ---------------------------------------------------------------- the gate
-
-
-def gate(b: Bench, name: str, theirs, loss: torch.Tensor, ours: torch.Tensor) -> None:
-    """Both losses of the same segments from the same float32 weights, and all their gradients.
-    Raises SystemExit before any time is taken if they differ."""
-    theirs.zero_grad()
-    b.plain.zero_grad()
-    loss.backward()
-    ours.backward()
-    grads = {n.removeprefix("model."): p.grad for n, p in theirs.named_parameters()}
-    apart = {
-        n: ((grads[n] - p.grad).norm() / p.grad.norm()).item()
-        for n, p in b.plain.named_parameters()
-        if "k_proj.bias" not in n  # 0 but for rounding: softmax ignores a common shift
-    }
-    worst = max(apart, key=apart.get)
-    off = abs(loss.item() - ours.item()) / abs(ours.item())
-    print(f"  {name}: loss {off:.1e} apart, gradients at most {apart[worst]:.1e} ({worst})")
-    if not (off < 1e-5 and apart[worst] < 1e-4):
-        raise SystemExit(f"{name} computes something else than nanomed: no speed is measured")
-    theirs.zero_grad()
-    b.plain.zero_grad()
-
-
-def segments_of(batch: dict[str, torch.Tensor]) -> list[Segment]:
-    """The segments of a collator's batch, padded, or packed with positions that restart."""
-    found = []
-    for i, (ids, labels) in enumerate(zip(batch["input_ids"], batch["labels"], strict=True)):
-        ends = [int(batch["attention_mask"][i].sum())] if "attention_mask" in batch else []
-        if "position_ids" in batch:
-            starts = (batch["position_ids"][i] == 0).nonzero()[:, 0].tolist()
-            ends = [*starts[1:], len(ids)]
-        for begin, end in zip([0, *ends[:-1]], ends, strict=True):
-            trained = (labels[begin:end] != IGNORE).numpy()
-            found.append(Segment(ids[begin:end].numpy(), trained))
-    return found
-
-
-def next_token_loss(b: Bench, segments: list[Segment]) -> torch.Tensor:
-    row = row_from(*zip(*segments, strict=True))
-    return b.plain(row).sum() / (row.labels >= 0).sum()
-
-
-def trl_gate(b: Bench, name: str, trainer, dpo: bool) -> None:
-    batch = next(iter(trainer.get_train_dataloader()))
-    model = trainer.model
-    model.train()
-    if not dpo:
-        segments = segments_of(batch)
-        ours = next_token_loss(b, segments)
-        n = sum(int(s.trained[1:].sum()) for s in segments)
-        loss = trainer.compute_loss(model, batch, num_items_in_batch=n)
-    else:
-        chosen, rejected = batch["input_ids"].chunk(2)
-        ours = _dpo_loss(b, batch, torch.stack([chosen, rejected], 1))
-        loss = trainer.compute_loss(model, batch)
-    gate(b, name, model, loss, ours)
-
-
-def _dpo_loss(b: Bench, batch: dict, ids: torch.Tensor) -> torch.Tensor:
-    """-log sigmoid of beta times what the log-ratios differ by, from the start weights."""
-    masks = torch.stack(batch["attention_mask"].chunk(2), 1)
-    learned = torch.stack(batch["completion_mask"].chunk(2), 1)
-    segments = [
-        (ids[i, side][: masks[i, side].sum()].numpy(),
-         learned[i, side][: masks[i, side].sum()].bool().numpy())
-        for i in range(len(ids)) for side in (0, 1)
-    ]  # fmt: skip
-    nll = b.plain(row := row_from(*zip(*segments, strict=True)))
-    logps = torch.stack([-part.sum() for part in nll.split(row.cu_seqlens.diff().tolist())])
-    ratios = (logps - logps.detach()).view(-1, 2)
-    margins = DPO.__dataclass_fields__["beta"].default * (ratios[:, 0] - ratios[:, 1])
-    return -torch.nn.functional.logsigmoid(margins).mean()
-
-
 # ---------------------------------------------------------------- the comparison
 
 
-def compare(b: Bench, stage: str, sides: dict[str, Callable], about: dict[str, str]) -> None:
+def compare(b: Bench, stage: str, sides: dict[str, Callable]) -> None:
     """Times the sides in turns. The first is nanomed, the second nanomed again: what is noise."""
     first, again = list(sides)[:2]
     seconds = interleaved(sides, b.rounds, b.warmup)
@@ -182,7 +105,7 @@ def compare(b: Bench, stage: str, sides: dict[str, Callable], about: dict[str, s
         name: [s / t for s, t in zip(seconds[name], tokens[name], strict=True)] for name in sides
     }
     lines = []
-    for name in sides:
+    for name, side in sides.items():
         facts = {
             "real_tokens_per_s": round(sum(tokens[name]) / sum(seconds[name])),
             "tokens_a_step": round(sum(tokens[name]) / b.rounds),
@@ -192,7 +115,7 @@ def compare(b: Bench, stage: str, sides: dict[str, Callable], about: dict[str, s
         lines.append(
             b.results.add(
                 "step", f"{stage}: {name}", seconds[name], dtype=b.dtype, convention=CONVENTION,
-                shapes={"parameters": b.config.n_params()}, **facts, setting=about.get(name, ""),
+                shapes={"parameters": b.config.n_params()}, **facts, setting=side.setting,
             )
         )  # fmt: skip
     print(table([shown(line) for line in lines]), flush=True)
@@ -208,13 +131,13 @@ def nanomed(b: Bench, data: Examples, c: Run) -> dict[str, Ours]:
 
 def trl_sides(
     b: Bench, build: Callable, data: Examples, c: Run, settings: dict[str, dict], dpo: bool
-) -> tuple[dict[str, Callable], dict[str, str]]:
-    """A trainer for each setting, past the gate, and the setting in words."""
+) -> dict[str, Callable]:
+    """A trainer for each setting, past the gate."""
     import trl
 
     from bench.theirs import Stepped, qwen2
 
-    sides, about, tok = {}, {}, b.tokenizer
+    sides, tok = {}, b.tokenizer
 
     def trainer(**given):
         model = qwen2(b.config, b.plain, b.world.device)
@@ -224,14 +147,13 @@ def trl_sides(
         # In float32: in bf16 the reference of DPO is rounded otherwise than the policy.
         trl_gate(b, f"TRL {name}", trainer(**given, bf16=False), dpo)
         given = {"bf16": b.dtype == torch.bfloat16, **given}
-        sides[f"TRL {name}"] = Stepped(trainer(**given))
         words = ", ".join(f"{key}={value}" for key, value in given.items())
-        about[f"TRL {name}"] = f"TRL {trl.__version__}: {words}"
-    return sides, about
+        sides[f"TRL {name}"] = Stepped(trainer(**given), f"TRL {trl.__version__}: {words}")
+    return sides
 
 
 def sft(b: Bench) -> None:
-    from bench.theirs import Plain, padded, qwen2, trl_sft
+    from bench.theirs import Plain, qwen2, trl_sft
 
     data = chats(b)
     c = settings(SFT, 4 if b.given.quick else 8, 2 * b.tokens)
@@ -248,16 +170,12 @@ def sft(b: Bench) -> None:
         trl = {name: trl[name] for name in ("as shipped", "packing, no checkpointing")}
     print(f"\nSFT, {c.batch_size} chats a step; the gate:")
     model = qwen2(b.config, b.plain, b.world.device)
-    segments = [data[i][0] for i in range(4)]
-    batch = padded(segments)
-    n = sum(int(s.trained[1:].sum()) for s in segments)
-    loss = model(**batch, num_items_in_batch=n).loss
-    gate(b, "transformers", model, loss, next_token_loss(b, segments))
     sides = nanomed(b, data, c)
-    order = sides["nanomed"].loader.examples
-    sides["transformers loop"] = Plain(model, data, c, b.dtype, order)
-    more, about = trl_sides(b, trl_sft, data, c, trl, dpo=False)
-    compare(b, "SFT", sides | more, about)
+    loop = Plain(model, data, c, b.dtype, sides["nanomed"].loader.examples)
+    plain_gate(b, "transformers loop", model, loop.batch(0))
+    sides["transformers loop"] = loop
+    more = trl_sides(b, trl_sft, data, c, trl, dpo=False)
+    compare(b, "SFT", sides | more)
 
 
 def dpo(b: Bench) -> None:
@@ -273,8 +191,8 @@ def dpo(b: Bench) -> None:
     if b.given.quick:
         del trl["no checkpointing"]
     print(f"\nDPO, {c.batch_size} pairs a step, nanomed's reference computed before; the gate:")
-    more, about = trl_sides(b, trl_dpo, data, c, trl, dpo=True)
-    compare(b, "DPO", nanomed(b, data, c) | more, about)
+    more = trl_sides(b, trl_dpo, data, c, trl, dpo=True)
+    compare(b, "DPO", nanomed(b, data, c) | more)
 
 
 def cpt(b: Bench) -> None:
@@ -288,31 +206,64 @@ def cpt(b: Bench) -> None:
     if not b.given.quick:
         trl = {"packing": row, **trl}
     print(f"\nCPT, {n} documents a step; the gate:")
-    more, about = trl_sides(b, trl_sft, data, c, trl, dpo=False)
+    more = trl_sides(b, trl_sft, data, c, trl, dpo=False)
     sides = nanomed(b, data, c)
     model = qwen2(b.config, b.plain, b.world.device)
     name = "transformers loop, full rows"
     order = sides["nanomed"].loader.examples
-    sides[name] = Plain(model, data, c, b.dtype, order, block=b.tokens // 4)
-    about[name] = f"rows of {b.tokens // 4} tokens, documents see the one before them"
-    compare(b, "CPT", sides | more, about)
+    loop = Plain(model, data, c, b.dtype, order, block=b.tokens // 4)
+    plain_gate(b, name, model, loop.batch(0))  # each full row as one document
+    sides[name] = loop
+    compare(b, "CPT", sides | more)
 
 
-def main() -> None:
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """What was asked for; an option that the asked run would not heed is an error."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--quick", action="store_true", help="2 million parameters, few short rounds"
     )
     parser.add_argument("--gpu", action="store_true", help="the AquilaMed step on one GPU")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    parser.add_argument("--only", nargs="*", choices=PARTS, help="of the tables for a CPU")
-    parser.add_argument("--data", nargs="*", help="chats; default: real ones beside the checkout")
-    parser.add_argument("--dtype", default="bf16", choices=("bf16", "fp32"))
-    parser.add_argument("--rounds", type=int, default=0)
-    parser.add_argument("--tokens", type=int, nargs="*", help="--gpu: of a packed row")
+    parser.add_argument(
+        "--device", default="auto", choices=("auto", "cpu", "cuda"),
+        help="of --gpu: cpu runs the same code with a tiny model; without --gpu all is on the CPU",
+    )  # fmt: skip
+    parser.add_argument(
+        "--only", nargs="+", choices=PARTS, metavar="PART",
+        help=f"some tables: of {', '.join(PARTS)}; with --gpu of {', '.join(step_gpu.PARTS)}",
+    )  # fmt: skip
+    parser.add_argument("--data", nargs="+", help="chats; default: real ones beside the checkout")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), help="default: bf16")
+    parser.add_argument("--rounds", type=int, default=0, help="samples of each; default: by table")
+    parser.add_argument("--tokens", type=int, nargs="+", help="of --gpu: of a packed row")
     parser.add_argument("--kernels", default="auto", choices=kernels.CHOICES, help="of --gpu")
     parser.add_argument("--results", default="runs/bench-step.jsonl", help="JSON lines")
-    given = parser.parse_args()
+    given = parser.parse_args(argv)
+    _refuse(parser, given)
+    given.dtype = given.dtype or "bf16"
+    return given
+
+
+def _refuse(parser: argparse.ArgumentParser, given: argparse.Namespace) -> None:
+    if given.gpu:
+        for name in ("data", "dtype", "rounds"):
+            if getattr(given, name):
+                parser.error(f"--gpu has its own {name}: leave --{name} out, or --gpu")
+        for part in given.only or ():
+            if part not in step_gpu.PARTS:
+                parser.error(
+                    f"--only {part} is measured on a CPU: leave --gpu out, "
+                    f"or pick of {', '.join(step_gpu.PARTS)}"
+                )
+        return
+    if given.device == "cuda":
+        parser.error("the comparison runs on a CPU: add --gpu, or leave --device cuda out")
+    if given.tokens or given.kernels != "auto":
+        parser.error("--tokens and --kernels are for --gpu: add it, or leave them out")
+
+
+def main() -> None:
+    given = arguments()
     if given.gpu:
         return step_gpu.main(given)
     device = pick_device("cpu")
@@ -330,7 +281,8 @@ def main() -> None:
             if name in parts:
                 {"sft": sft, "dpo": dpo, "cpt": cpt}[name](b)
         if "fsdp" in parts:
-            step_scaling.fsdp(b)
+            shape = b.tokens // 8, b.tokens, torch.float32
+            step_scaling.fsdp(world, b.config, b.results, *shape, b.rounds, b.warmup)
         if "scaling" in parts:
             step_scaling.rows(b)
     if "ranks" in parts:

@@ -1,13 +1,13 @@
 """The full AquilaMed step on one GPU: CPT, SFT and DPO, in its parts, against what the GPU can do.
 
-    python -m bench.step --gpu [--tokens 8192 65536] [--only cpt scaling]
+    python -m bench.step --gpu [--tokens 8192 65536] [--only cpt scaling fsdp]
     python -m bench.step --gpu --device cpu --quick          the same code with a tiny model
 
 The weights are initialised on the device from a seed, float32 masters and moments. Documents are
 random tokens: CPT's are all as long (4,096; 1,024 and 256 at the first size of a row), SFT's have
 the lengths of real medical chats in a fixed order (bench/kernels.py), a pair is two such chats.
 Rows of up to 65,536 tokens beside the states of 8.2 billion parameters need more than one GPU has:
-how the step grows is measured with AquilaMed cut to four layers.
+how the step grows, and what FSDP2 costs, is measured with AquilaMed cut to four layers.
 Nothing but nanomed's core packages is needed.
 """
 
@@ -22,7 +22,7 @@ from bench.kernels import documents
 from bench.measure import Results, shown, table
 from bench.ours import Examples, Ours, Split, model_of, settings
 from bench.setting import TINY
-from bench.step_scaling import ROWS, growth
+from bench.step_scaling import ROWS, fsdp, growth
 from kernels.chunk import even
 from nanomed import memory
 from nanomed.config import CPT, DPO, MODELS, SFT, ModelConfig, Run
@@ -38,6 +38,8 @@ CONVENTION = (
 )
 GIB, N_ROWS = memory.GIB, 4  # rows of a step: gradients are accumulated, as in a run
 
+PARTS = ("cpt", "sft", "dpo", "scaling", "fsdp")
+
 
 def main(given: argparse.Namespace) -> None:
     device = pick_device(given.device)
@@ -49,22 +51,36 @@ def main(given: argparse.Namespace) -> None:
         results = Results(given.results, device)
         version = kernels.in_force(device)
         print(f"{config.n_params():,} parameters on {device}, masters in float32, ops: {version}")
-        if given.only != ["scaling"]:
+        parts = given.only or PARTS
+        if set(parts) - {"scaling", "fsdp"}:
             steps(given, world, config, sizes, results)
-        if not given.only or "scaling" in given.only:
-            scaling(world, config, results, 2 if given.quick else 5)
+        rounds = 2 if given.quick else 5
+        if "scaling" in parts:
+            emptied(world)
+            scaling(world, config, results, rounds)
+        if "fsdp" in parts:
+            emptied(world)
+            row, document = (8192, 4096) if on_gpu else (128, 32)
+            fsdp(world, cut(config), results, document, row, torch.bfloat16, 2 * rounds, 1)
+
+
+def emptied(world: World) -> None:
+    """Frees the parameters and moments of the part before, which refer to one another."""
+    gc.collect()
+    if world.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def cut(config: ModelConfig) -> ModelConfig:
+    return dataclasses.replace(config, n_layers=min(4, config.n_layers))
 
 
 def scaling(world: World, config: ModelConfig, results: Results, rounds: int) -> None:
     """The step against the row's length and the documents'."""
-    gc.collect()  # the whole model's parameters and moments, which refer to one another
     on_gpu = world.device.type == "cuda"
-    if on_gpu:
-        torch.cuda.empty_cache()
     document, documents, sizes = (4096, (256, 1024), ROWS) if on_gpu else (32, (8,), (64, 256))
-    fewer = dataclasses.replace(config, n_layers=min(4, config.n_layers))
     given = dict(dtype=torch.bfloat16, rounds=rounds)
-    lines = growth(world, fewer, results, document, sizes, documents, **given)
+    lines = growth(world, cut(config), results, document, sizes, documents, **given)
     print(table([shown(line) for line in lines]), flush=True)
 
 

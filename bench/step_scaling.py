@@ -1,5 +1,6 @@
-"""How nanomed's step grows: with the documents' length, the row's, and the number of processes;
-and what FSDP2 costs where there is nothing to shard."""
+"""How nanomed's step grows, and what FSDP2 costs where there is nothing to shard.
+
+It grows with the documents' length, the row's, and the number of processes."""
 
 from collections.abc import Sequence
 
@@ -22,20 +23,30 @@ def side(world: World, config: ModelConfig, document: int, row: int, n_rows: int
     return Ours(world, config, data, settings(CPT, n, row), **given)
 
 
-def fsdp(b) -> None:
-    """Both in float32: only FSDP2 casts the weights for a computation in bf16."""
-    given = dict(document=b.tokens // 8, row=b.tokens, dtype=torch.float32)
-    names = {"FSDP2 on one process": True, "FSDP2, again": True, "unsharded loop": False}
-    sides = {n: side(b.world, b.config, sharded=s, **given) for n, s in names.items()}
-    seconds = interleaved(sides, b.rounds, b.warmup)
-    first, again, plain = seconds.values()
+def fsdp(
+    world: World,
+    config: ModelConfig,
+    results: Results,
+    document: int,
+    row: int,
+    dtype: torch.dtype,
+    rounds: int,
+    warmup: int,
+) -> None:
+    """Weights and computation of both in dtype: only FSDP2 casts float32 weights for bf16."""
+    sides = {}
+    for name, sharded in (("FSDP2 on one process", True), ("unsharded loop", False)):
+        model = model_of(world, config, dtype, "none", sharded).to(dtype)
+        sides[name] = side(world, config, document, row, dtype=dtype, model=model)
+    sides = {**sides, "FSDP2, again": sides["FSDP2 on one process"]}
+    seconds = interleaved(sides, rounds, warmup, world.device, flush=False)
+    first, plain, again = seconds.values()
     cost = ratio(first, plain, _noise(first, again, plain))
     facts = {"unsharded loop": {"FSDP2_takes": str(cost)}}
     lines = [
-        b.results.add("step", f"one process: {n}", seconds[n], dtype=torch.float32,
-                      shapes={"parameters": b.config.n_params(), "tokens": b.tokens},
-                      **facts.get(n, {}))
-        for n in names if n != "FSDP2, again"
+        results.add("step", f"one process: {n}", seconds[n], dtype=dtype,
+                    shapes={"parameters": config.n_params(), "tokens": row}, **facts.get(n, {}))
+        for n in sides if n != "FSDP2, again"
     ]  # fmt: skip
     print("\nOne process, the same loop with and without FSDP2:")
     print(table([shown(line) for line in lines]), flush=True)

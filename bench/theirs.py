@@ -1,5 +1,6 @@
-"""What a user would pick instead: a plain transformers loop and TRL's trainers, one optimizer step
-at each call. transformers, TRL and datasets are imported here alone."""
+"""What a user would pick instead: a plain transformers loop and TRL's trainers.
+
+They do one optimizer step at each call. transformers, TRL and datasets are imported here alone."""
 
 import threading
 from collections.abc import Callable
@@ -8,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bench.ours import LR, Examples, weights_of
+from bench.ours import LR, Examples, casts, weights_of
 from nanomed.config import DPO, ModelConfig, Run
 from nanomed.model import Aquila
 from nanomed.optim import BETAS, EPS, adamw
@@ -68,9 +69,18 @@ class Plain:
         self.order, self.block, self.k, self.tokens = order, block, 0, []
         self.optimizer = adamw(model, c.weight_decay)
 
-    def batch(self) -> dict[str, Tensor]:
-        segments = [s for i in self.order(self.k) for s in self.data[i]]
-        self.k += 1
+    @property
+    def setting(self) -> str:
+        import transformers
+
+        rows = "padded to the longest of the batch"
+        if self.block:
+            rows = f"full rows of {self.block:,} tokens, documents see the one before them"
+        return f"transformers {transformers.__version__}: {rows}, {casts(self.dtype)}"
+
+    def batch(self, k: int) -> dict[str, Tensor]:
+        """Of step k."""
+        segments = [s for i in self.order(k) for s in self.data[i]]
         if not self.block:
             return padded(segments)
         ids = torch.cat([torch.as_tensor(s.ids) for s in segments])
@@ -78,7 +88,8 @@ class Plain:
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
 
     def __call__(self) -> None:
-        batch = self.batch()
+        batch = self.batch(self.k)
+        self.k += 1
         device = next(self.model.parameters()).device
         batch = {name: value.to(device) for name, value in batch.items()}
         with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
@@ -96,7 +107,7 @@ class Stepped:
     """A Trainer that runs its own train() in a thread, from the end of one optimizer step to the
     end of the next at each call: its loop, its data loader and its logging are all in the time."""
 
-    def __init__(self, trainer):
+    def __init__(self, trainer, setting: str):
         from transformers import PrinterCallback, TrainerCallback
 
         stepped = self
@@ -107,7 +118,8 @@ class Stepped:
                 stepped.go.acquire()
                 control.should_training_stop = stepped.over
 
-        self.trainer, self.tokens, self.error, self.over = trainer, [], None, False
+        self.trainer, self.setting = trainer, setting
+        self.tokens, self.error, self.over = [], None, False
         self.go, self.done = threading.Semaphore(0), threading.Semaphore(0)
         self.thread = threading.Thread(target=self._train, daemon=True)
         training_step = trainer.training_step

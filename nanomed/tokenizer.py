@@ -286,15 +286,15 @@ def common_characters() -> str:
 def _texts(path: str) -> list[str]:
     """Every string in a JSONL file, or the lines of a text file."""
     with open(path, encoding="utf-8") as file:
-        lines = file.read().splitlines()
+        lines = [line for line in file if line.strip()]  # splitlines() would cut at U+2028, too
     if not path.endswith(".jsonl"):
-        return lines
+        return [line.rstrip("\n") for line in lines]
 
-    def strings(value):
+    def strings(value: object) -> list[str]:
         if isinstance(value, str):
             return [value]
         children = value.values() if isinstance(value, dict) else value
-        return [s for child in children for s in strings(child)] if children else []
+        return [s for x in children for s in strings(x)] if isinstance(value, dict | list) else []
 
     return [s for line in lines for s in strings(json.loads(line))]
 

@@ -30,7 +30,7 @@ def test_a_page_shows_what_was_measured_and_leaves_the_rest_empty(tmp_path):
     step = text.split("## A training step")[1].split("##")[0]
     assert "2,000" in step and "MFU counts causal pairs." in step
     # Measured on a CPU: the rows of a GPU stay, empty. Other sizes, another table.
-    assert "| AquilaMed SFT |" in step and step.count("| name ") == 3
+    assert "| AquilaMed SFT " in step and step.count("| name ") == 3
     assert "## A new kind" in text and "| rope forward: triton " in text
     for row in ("swiglu backward: Liger", "attention backward: varlen_attn", "auto"):
         assert f"| {row} " in text

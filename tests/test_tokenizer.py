@@ -240,3 +240,13 @@ def test_the_sample_tokenizer_is_short_on_real_text(shared_data, encoder):
     texts = {path.name: path.read_text(encoding="utf-8")[:100_000] for path in files}
     rates = {name: len(encoder.tokenizer.encode(text)) / len(text) for name, text in texts.items()}
     assert len(rates) >= 7 and max(rates.values()) <= 1.2, rates
+
+
+def test_the_texts_that_a_tokenizer_is_trained_on(tmp_path):
+    """Strings at any depth of records that hold other values, too; U+2028 ends no line of JSON."""
+    records = [{"a": "糖", "ok": True, "n": 3, "none": None}, {"b": [["x\u2028y"], {"c": "z"}]}]
+    lines = "\n\n".join(json.dumps(r, ensure_ascii=False) for r in records)
+    (tmp_path / "a.jsonl").write_text(lines, "utf-8")
+    (tmp_path / "a.txt").write_text("one\n\ntwo", "utf-8")
+    assert tokenizer._texts(str(tmp_path / "a.jsonl")) == ["糖", "x\u2028y", "z"]
+    assert tokenizer._texts(str(tmp_path / "a.txt")) == ["one", "two"]
