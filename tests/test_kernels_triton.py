@@ -94,6 +94,20 @@ def test_head_computes_the_last_chunks_logits_once(monkeypatch, n_chunks):
     kernel_cases.check_the_last_chunk_serves_once(triton_op("linear_nll"), n_chunks)
 
 
+def test_head_skips_untrained_tokens_before_the_matmul():
+    kernel_cases.check_untrained_tokens_meet_no_matmul(triton_op("linear_nll"))
+
+
+def test_head_never_holds_all_logits(monkeypatch):
+    """pitfalls 22: nothing is larger than a chunk of logits, whose rows are padded to 128."""
+    monkeypatch.setattr(module_of("linear_nll"), "chunk_tokens", lambda n, d: 16)
+    case = kernel_cases.linear_nll(100, d=4, v=100, trained=1.0)
+    hidden, weight = (x.float().to(DEVICE).requires_grad_() for x in case.inputs)
+    with kernel_cases.Largest() as seen:
+        triton_op("linear_nll")(hidden, weight, case.others[0].to(DEVICE)).sum().backward()
+    assert seen.bytes == 4 * 16 * 128
+
+
 def test_head_without_any_label_has_a_graph_and_zero_gradients():
     hidden, weight = (torch.randn(*s, device=DEVICE).requires_grad_() for s in ((5, 6), (29, 6)))
     labels = torch.full((5,), -100, device=DEVICE)
