@@ -233,7 +233,7 @@ def check_compiled(reports: dict[str, dict]) -> None:
         ptx = made["ptx"]
         assert made["times"] == 1 and "ld.global.v4.b32" in ptx, name
         assert not re.search(r"(ld|st)\.global\.(v2|b16)", ptx.replace(LABELS_LOGIT, "", 1)), name
-        assert "sin.approx" not in ptx and "atom" not in ptx, name
+        assert "sin.approx" not in ptx and not aot.ATOMIC.search(ptx), name
         # Exact sines of huge angles need a little memory; nothing else is spilled.
         assert made["stack"] <= (64 if name == "rope_forward" else 0), (name, made["stack"])
 
@@ -271,9 +271,9 @@ def test_the_model_on_triton_packed_and_alone(small, on_triton):
     assert worst(packed, nll_and_gradients(model, row)) <= 3e-6
 
 
-def on_two_ranks(world, config) -> float:
+def on_two_ranks(world, config, recompute) -> float:
     """Triton's gradients of this rank's row, summed over ranks, beside the definition's."""
-    model = sharded(world, config, recompute="full")
+    model = sharded(world, config, recompute=recompute)
     row = row_from(SEGMENTS[world.rank :])
     results = []
     for name in ("triton", "reference"):
@@ -287,5 +287,6 @@ def on_two_ranks(world, config) -> float:
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="gloo ranks on a CPU need the interpreter")
-def test_two_sharded_ranks_on_triton_equal_the_definition(small, pool):
-    assert max(pool(2, on_two_ranks, small)) <= 3e-6
+@pytest.mark.parametrize("recompute", ["lean", "full"])
+def test_two_sharded_ranks_on_triton_equal_the_definition(small, pool, recompute):
+    assert max(pool(2, on_two_ranks, small, recompute)) <= 3e-6
