@@ -136,6 +136,28 @@ def test_backward_changes_nothing_it_was_given():
     assert (dnll == 1).all()
 
 
+def test_a_cpus_chunk_is_short_at_a_large_vocabulary():
+    """Tokens of AquilaMed's head; fewer are one chunk, more are shared out evenly."""
+    weight = torch.empty(151_851, 1, device="meta")
+    for n in (1, 511, 883):
+        assert reference._chunk(n, weight) == n
+    for n in (2048, 4096, 8192, 32_768, 100_000):
+        assert 512 <= reference._chunk(n, weight) <= 1024
+
+
+def test_attention_is_one_call_per_segment(monkeypatch):
+    lengths, sdpa = [], torch.nn.functional.scaled_dot_product_attention
+
+    def counted(q, *args, **options):
+        lengths.append(q.shape[-2])
+        return sdpa(q, *args, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
+    borders = torch.tensor([0, 1, 4, 9, 10], dtype=torch.int32)
+    reference.attention(randn(10, 4, 8), randn(10, 2, 8), randn(10, 2, 8), borders, 5)
+    assert lengths == [1, 3, 5, 1]
+
+
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
