@@ -114,10 +114,12 @@ def start(device: torch.device):
     rank, size, _, local_size = rank_from_env()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    elif local_size > 1 or "OMP_NUM_THREADS" not in os.environ:
+    else:
         # More threads than cores would only wait for each other. torchrun sets the variable to 1
         # for several processes, so there it says nothing of what the user wants.
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+        most = max(1, len(os.sched_getaffinity(0)) // local_size)
+        is_chosen = local_size == 1 and "OMP_NUM_THREADS" in os.environ
+        torch.set_num_threads(min(torch.get_num_threads(), most) if is_chosen else most)
     if device.type == "cpu":
         keep_freed_memory()
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"

@@ -18,6 +18,7 @@ import torch
 import triton
 
 ROOT = Path(__file__).parents[1]
+ATOMIC = re.compile(r"\b(atom|red)\.")  # in PTX: with a result, without one
 
 
 class Absent:

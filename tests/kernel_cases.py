@@ -141,13 +141,40 @@ def check_same_bits(op: Callable, case: Case, dtype: torch.dtype = torch.float32
 
 
 class Matmuls(TorchDispatchMode):
-    """Counts them."""
+    """Counts them; `rows` is the most that one's left factor had."""
 
-    n = 0
+    n, rows = 0, 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.n += function.overloadpacket.__name__.strip("_") in ("mm", "addmm")
+        name = function.overloadpacket.__name__.strip("_")
+        if name in ("mm", "addmm"):
+            self.n += 1
+            self.rows = max(self.rows, len(args[name == "addmm"]))
         return function(*args, **(kwargs or {}))
+
+
+class Largest(TorchDispatchMode):
+    """Notes the largest tensor that any operation makes."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            self.bytes = max(self.bytes, out.nbytes)
+        return out
+
+
+def check_untrained_tokens_meet_no_matmul(op: Callable) -> None:
+    """3 of 30 tokens are trained: linear_nll computes the logits of 3."""
+    case = linear_nll(30)
+    hidden, weight = (like(x, torch.float32) for x in case.inputs)
+    labels = torch.full((30,), -100, device=DEVICE)
+    labels[[4, 5, 28]] = 7
+    with Matmuls() as seen:
+        nll = op(hidden, weight, labels)
+    assert (seen.n, seen.rows) == (1, 3)
+    assert nll[[4, 5, 28]].all() and nll.count_nonzero() == 3
 
 
 def check_the_last_chunk_serves_once(op: Callable, n_chunks: int) -> None:

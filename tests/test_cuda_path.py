@@ -8,6 +8,8 @@ import dataclasses
 import math
 import sys
 from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,8 +20,8 @@ import kernels
 import train_cpt
 import train_dpo
 import train_sft
-from nanomed import checkpoint, distributed, log, stage, step
-from nanomed.config import InputError
+from nanomed import checkpoint, distributed, log, memory, stage, step
+from nanomed.config import MODELS, SFT, InputError
 from nanomed.distributed import World
 from nanomed.generate import Sampling, generate
 from nanomed.log import Meter, RunFolder
@@ -250,6 +252,28 @@ def test_mfu_is_a_share_of_what_this_gpu_can_do(monkeypatch):
             monkeypatch.setattr(torch.cuda, "get_device_name", lambda name=name: name)
             values[name] = log._peak_flops()
     assert list(values.values()) == [989e12, 756e12, 312e12, None]
+
+
+def test_a_runs_end_has_the_measured_peak_beside_the_prediction(monkeypatch):
+    """Of torch's tensors: the reserve is none of them."""
+    model, c = MODELS["aquilamed-7b"], SFT(micro_tokens=8192, dropout=0.0, kernels="triton")
+    predicted = sum(memory.memory(model, c, 8).values()) - memory.RESERVE
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: int(1.25 * predicted * 2**30))
+    assert memory.compared(model, c, 8) == (
+        f"memory: {1.25 * predicted:.2f} GiB at most allocated on this GPU, {predicted:.2f} GiB "
+        "predicted for full rows of 8,192 tokens (+25%)"
+    )
+
+
+def test_an_export_on_a_gpu_says_so(monkeypatch):
+    printed = []
+    run = SimpleNamespace(world=WORLD, path=Path("x"), print=printed.append)
+    model = SimpleNamespace(config=MODELS["tiny"])
+    encoder = SimpleNamespace(tokenizer=None, template=None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 * 2**29)
+    monkeypatch.setattr(stage.hf, "export", lambda *_, **__: None)
+    stage.export(SFT(), model, encoder, run)
+    assert printed[0].startswith("memory: 1.50 GiB at most allocated on this GPU, ")
 
 
 def test_a_run_on_the_cpu_of_a_machine_with_a_gpu(monkeypatch, small):

@@ -237,6 +237,7 @@ def test_compiled_once_for_all_lengths(tmp_path):
     lengths = [[1], [3, 4], [16], [13] * 16, [4096]]
     report = compiled_elsewhere(tmp_path, 90, 16, lengths)
     assert [report[name]["times"] for name in KERNELS] == [1, 1, 1]
+    assert not any(aot.ATOMIC.search(report[name]["ptx"]) for name in KERNELS)
 
 
 @pytest.mark.slow
@@ -247,6 +248,7 @@ def test_every_kernel_fits_the_chip(tmp_path, architecture, head_size):
         assert made["shared"] <= SHARED_MEMORY[architecture], name
         # dK and dV at head size 128 keep values there, nearly all used outside the hot loop.
         assert made["stack"] <= (400 if name == "_dk_dv_kernel" else 64), name
+        assert not aot.ATOMIC.search(made["ptx"]), f"{name}: sums are in no fixed order"
         assert "cp.async.cg" in made["ptx"], f"{name} does not load 16 bytes at a time"
 
 

@@ -7,9 +7,15 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from kernels.flash_attention import attention
+from tests import kernel_cases
 from tests.test_flash_attention import DEVICE, case, errors, run, segments
 
 NEEDS_GPU = pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a CUDA device")
+
+
+@pytest.fixture(autouse=True)
+def _poison(monkeypatch):
+    kernel_cases.poison(monkeypatch)
 
 
 def by_torch(q, k, v, cu_seqlens, max_seqlen) -> torch.Tensor:
@@ -17,7 +23,8 @@ def by_torch(q, k, v, cu_seqlens, max_seqlen) -> torch.Tensor:
     out = []
     for a, b in pairwise(cu_seqlens.tolist()):
         heads_first = (x[a:b].transpose(0, 1)[None] for x in (q, k, v))
-        y = scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=True)
+        shared = q.shape[1] != k.shape[1]
+        y = scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=shared)
         out.append(y[0].transpose(0, 1))
     return torch.cat(out)
 
@@ -50,6 +57,37 @@ def test_as_exact_as_torch():
 @pytest.mark.parametrize("lengths", [[1], [127], [1000], [129, 1, 256, 3, 640, 64], [1] * 200])
 def test_half_precision_is_as_exact_as_torchs(lengths, E, K, dtype):
     assert as_exact_as_torch(lengths, 8, K, E, dtype)
+
+
+@pytest.mark.gpu
+@NEEDS_GPU
+def test_long_and_short_segments_in_a_row():
+    assert as_exact_as_torch_in_parts([1, 24_576, 3, 8_000, 1, 129], 4, 1, 128, torch.bfloat16)
+
+
+def as_exact_as_torch_in_parts(lengths, H, K, E, dtype) -> bool:
+    """As above, segment by segment: a long one would hide what is wrong in a short one. The truth
+    is PyTorch's in float32, where every query head has its own keys: in float64, or with shared
+    keys, it would hold the square of scores."""
+    tensors, cu_seqlens = case(sum(lengths), H, K, E, dtype), segments(lengths)
+    exact = run(own_keys, *(x.float() for x in tensors), cu_seqlens)
+    ours, theirs = (run(op, *tensors, cu_seqlens) for op in (attention, by_torch))
+    for x, y, z, dout in zip(ours, theirs, exact, [tensors[3]] * 4, strict=True):
+        parts = (t.float().split(lengths) for t in (x, y, z, dout))
+        for mine, usual, true, given in zip(*parts, strict=True):
+            floor = 1e-6 * given.norm().clamp(min=true.norm())
+            if not (mine - true).norm() <= 2 * (usual - true).norm() + floor:  # nan, too
+                return False
+    return True
+
+
+def own_keys(q, k, v, cu_seqlens, max_seqlen) -> torch.Tensor:
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    return by_torch(q, k, v, cu_seqlens, max_seqlen)
+
+
+def test_a_long_row_is_compared_in_parts():
+    assert as_exact_as_torch_in_parts([1, 40, 3, 9], 2, 1, 64, torch.float32)
 
 
 @pytest.mark.gpu

@@ -5,12 +5,15 @@ import sys
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
 from kernels import reference
 from kernels.chunk import chunk_tokens
-from tests.kernel_cases import check_the_last_chunk_serves_once
+from tests.kernel_cases import (
+    Largest,
+    check_the_last_chunk_serves_once,
+    check_untrained_tokens_meet_no_matmul,
+)
 
 
 def randn(*shape: int, dtype=torch.float64) -> torch.Tensor:
@@ -108,16 +111,8 @@ def test_linear_nll_without_any_label_has_a_graph_and_zero_gradients():
     assert not hidden.grad.any() and not weight.grad.any()
 
 
-class Largest(TorchDispatchMode):
-    """Notes the largest tensor that any operation makes."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        if isinstance(out, torch.Tensor):
-            self.elements = max(self.elements, out.numel())
-        return out
+def test_linear_nll_skips_untrained_tokens_before_the_matmul():
+    check_untrained_tokens_meet_no_matmul(reference.linear_nll)
 
 
 def test_linear_nll_never_holds_all_logits(monkeypatch):
@@ -126,10 +121,10 @@ def test_linear_nll_never_holds_all_logits(monkeypatch):
     hidden, weight = randn(400, 4), randn(100, 4)
     with Largest() as seen:
         kernels.linear_nll(hidden, weight, torch.zeros(400, dtype=torch.int64)).sum().backward()
-    assert seen.elements == max(16 * 100, 400 * 4)
+    assert seen.bytes == 8 * max(16 * 100, 400 * 4)
     with Largest() as seen:  # the counter sees what a dense head would make
         (hidden @ weight.T).log_softmax(-1)
-    assert seen.elements == 400 * 100
+    assert seen.bytes == 8 * 400 * 100
 
 
 def test_backward_changes_nothing_it_was_given():
@@ -139,6 +134,28 @@ def test_backward_changes_nothing_it_was_given():
     kernels.linear_nll(hidden, weight, labels).backward(dnll)
     assert torch.equal(hidden, before[0]) and torch.equal(weight, before[1])
     assert (dnll == 1).all()
+
+
+def test_a_cpus_chunk_is_short_at_a_large_vocabulary():
+    """Tokens of AquilaMed's head; fewer are one chunk, more are shared out evenly."""
+    weight = torch.empty(151_851, 1, device="meta")
+    for n in (1, 511, 883):
+        assert reference._chunk(n, weight) == n
+    for n in (2048, 4096, 8192, 32_768, 100_000):
+        assert 512 <= reference._chunk(n, weight) <= 1024
+
+
+def test_attention_is_one_call_per_segment(monkeypatch):
+    lengths, sdpa = [], torch.nn.functional.scaled_dot_product_attention
+
+    def counted(q, *args, **options):
+        lengths.append(q.shape[-2])
+        return sdpa(q, *args, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
+    borders = torch.tensor([0, 1, 4, 9, 10], dtype=torch.int32)
+    reference.attention(randn(10, 4, 8), randn(10, 2, 8), randn(10, 2, 8), borders, 5)
+    assert lengths == [1, 3, 5, 1]
 
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

@@ -94,6 +94,33 @@ def test_nothing_compiles_again_for_another_number_of_tokens(op):
     assert compiled == []
 
 
+def test_head_in_several_chunks(monkeypatch):
+    """Each adds its bfloat16 product to the gradient in float32, which a CPU cannot do."""
+    monkeypatch.setattr(module_of("linear_nll"), "chunk_tokens", lambda n, d: 7)
+    check(triton_op("linear_nll"), CASES["linear_nll"](127), torch.bfloat16)
+    check_same_bits(triton_op("linear_nll"), CASES["linear_nll"](127), torch.bfloat16)
+
+
+def test_head_offsets_past_two_to_the_31(monkeypatch):
+    monkeypatch.undo()  # poison would cost seconds
+    last_tokens_are_the_first_ones_twins(monkeypatch, 16_384, 151_851)
+
+
+def last_tokens_are_the_first_ones_twins(monkeypatch, n: int, v: int) -> None:
+    """In one chunk. PyTorch's matmuls may sum another tile's rows in another order."""
+    monkeypatch.setattr(module_of("linear_nll"), "chunk_tokens", lambda n_tokens, d: n_tokens)
+    dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+    hidden, weight = (torch.randn(m, 64, device=DEVICE, dtype=dtype) / 4 for m in (n, v))
+    labels = torch.randint(v, (n,), device=DEVICE)
+    hidden[-8:], labels[-8:] = hidden[:8], labels[:8]
+    hidden.requires_grad_()
+    nll = triton_op("linear_nll")(hidden, weight, labels)
+    nll.sum().backward()
+    for result in (nll.detach(), hidden.grad):
+        assert result.isfinite().all() and result[:8].any()
+        assert kernel_cases.error(result[-8:], result[:8].double()) < 0.01
+
+
 def losses(model: Aquila, rows: list, dtype: torch.dtype) -> torch.Tensor:
     """Of 50 steps of AdamW with float32 masters, the model computing in `dtype`."""
     masters = [p.detach().clone().requires_grad_() for p in model.parameters()]

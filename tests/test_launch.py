@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from nanomed import distributed
 from nanomed.distributed import keep_freed_memory
 from tests.conftest import ROOT
 from tests.test_exactness import metrics_of
@@ -98,6 +100,30 @@ def test_a_killed_worker_takes_the_launch_down(tmp_path):
     code, output = launch.end()
     assert code != 0 and "Signal 9 (SIGKILL)" in output and time.monotonic() - started < 30
     assert not any(map(_runs, workers))
+
+
+@pytest.mark.parametrize(
+    "ranks, omp, threads",
+    # torchrun sets 1 for several ranks; what a user set for one holds up to the cores.
+    [(1, None, 8), (2, "1", 4), (3, "1", 2), (9, "1", 1), (1, "3", 3), (1, "64", 8)],
+)
+def test_threads_times_ranks_are_never_more_than_the_cores(monkeypatch, ranks, omp, threads):
+    """Of 8 cores that this process may use; 9 ranks on them have one thread each."""
+    asked = []
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: int(omp or 64))
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    if omp:
+        monkeypatch.setenv("OMP_NUM_THREADS", omp)
+    for name in ("init_process_group", "destroy_process_group"):
+        monkeypatch.setattr(dist, name, lambda *_, **__: None)
+    monkeypatch.setattr(distributed, "init_device_mesh", lambda *_: None)
+    monkeypatch.setattr(distributed, "keep_freed_memory", lambda: None)
+    with distributed.start(torch.device("cpu")):
+        assert asked == [threads]
 
 
 def test_memory_that_tensors_free_is_used_again():

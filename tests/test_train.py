@@ -163,6 +163,7 @@ def test_what_a_run_prints(finished):
         assert mark in run.stdout
     assert sum("; chance is 25%" in line for line in lines) == 3
     assert "<|im_end|>⟧" in run.stdout  # an example with its mask
+    assert sum(line.startswith("kernels: reference (") for line in lines) == 1
 
 
 def test_what_a_run_leaves_behind(finished):
