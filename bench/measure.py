@@ -255,7 +255,8 @@ def table(rows: list[dict[str, object]]) -> str:
     all rows in the order in which they come; None and missing cells stay empty."""
     heads = list(dict.fromkeys(key for row in rows for key in row))
     cells = [[_cell(row.get(head)) for head in heads] for row in rows]
-    widths = [max(map(len, column)) for column in zip(heads, *cells, strict=True)]
+    # A rule of one character, ":", would be no rule.
+    widths = [max(2, *map(len, column)) for column in zip(heads, *cells, strict=True)]
     right = [all(_is_number(row.get(head)) for row in rows) for head in heads]
 
     def line(texts: list[str]) -> str:

@@ -86,6 +86,10 @@ def test_the_code_has_a_name_without_git(monkeypatch):
     assert found["commit"] == "" and re.fullmatch("[0-9a-f]{12}", found["source"])
 
 
+def test_a_narrow_column_of_a_table_has_a_rule():
+    assert measure.table([{"T": None}]).splitlines()[1] == "| -: |"
+
+
 def test_a_table_is_markdown_and_aligned():
     rows = [{"name": "a", "ms": 1.23456, "n": 12345}, {"name": "long", "GB": None}]
     assert measure.table(rows).splitlines() == [
