@@ -110,7 +110,7 @@ def _varlen_attn(cu_seqlens: Tensor, max_seqlen: int) -> Works:
     flags = inspect.signature(varlen).parameters if varlen else {}
     if "enable_gqa" not in flags:
         return {}
-    causal = {"window_size": (-1, 0)} if "window_size" in flags else {"is_causal": True}
+    causal = reference.causal_flag(flags)
     borders, longest = (cu_seqlens, cu_seqlens), (max_seqlen, max_seqlen)
     return {
         "varlen_attn": lambda q, k, v: varlen(

@@ -5,6 +5,7 @@ K key/value heads (H is a multiple of K), E head size, V vocabulary.
 """
 
 import inspect
+from collections.abc import Container
 
 import torch
 import torch.nn.functional as F
@@ -82,12 +83,16 @@ def _varlen_attention(
     """torch's own FlashAttention over packed segments; no host sync, no mask."""
     from torch.nn.attention.varlen import varlen_attn
 
-    # Not every torch that nanomed runs on takes fewer key/value heads than query heads here,
-    # and the causal flag changed its name: (-1, 0) is all of the past, nothing of the future.
+    # Not every torch that nanomed runs on takes fewer key/value heads than query heads here.
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    has_window = "window_size" in inspect.signature(varlen_attn).parameters
-    causal = {"window_size": (-1, 0)} if has_window else {"is_causal": True}
+    causal = causal_flag(inspect.signature(varlen_attn).parameters)
     return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **causal)
+
+
+def causal_flag(flags: Container[str]) -> dict[str, object]:
+    """Of varlen_attn, given the names of its parameters: it has changed its own. (-1, 0) is all of
+    the past, nothing of the future."""
+    return {"window_size": (-1, 0)} if "window_size" in flags else {"is_causal": True}
 
 
 def linear_nll(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:

@@ -120,7 +120,6 @@ def start(device: torch.device):
         most = max(1, len(os.sched_getaffinity(0)) // local_size)
         is_chosen = local_size == 1 and "OMP_NUM_THREADS" in os.environ
         torch.set_num_threads(min(torch.get_num_threads(), most) if is_chosen else most)
-    if device.type == "cpu":
         keep_freed_memory()
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(

@@ -46,7 +46,8 @@ def test_a_compiled_rivals_graph_is_kept_too():
     compiled = rivals.rmsnorm(True)["torch.compile"]
     for what in kernels.PASSES:
         run = kernels.call(compiled, [torch.randn(64, 128), torch.randn(128)], what)
-        run(), run()
+        first, again = run(), run()
+        assert all(map(torch.equal, kernels._tuple(first), kernels._tuple(again))), what
 
 
 def test_rivals_are_those_of_the_empty_tables(tiny):
