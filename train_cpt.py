@@ -15,13 +15,15 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from nanomed import arguments, config, dry_run, slices, stage
+from nanomed import arguments, config
+from nanomed.batches import slices
+from nanomed.batches.loader import Loader
+from nanomed.batches.packing import Row
 from nanomed.distributed import launch, pick_device, start
-from nanomed.loader import Loader
-from nanomed.log import RunFolder
-from nanomed.packing import Row
-from nanomed.step import Loss
-from nanomed.trainer import fit
+from nanomed.runs.log import RunFolder
+from nanomed.stages import dry_run, stage
+from nanomed.training.step import Loss
+from nanomed.training.trainer import fit
 
 
 def next_token_loss(data: slices.Slices, n_bytes: Tensor) -> Loss:

@@ -14,16 +14,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanomed import arguments, config, dry_run, stage, store
-from nanomed.answers import show_answers
+from nanomed import arguments, config, store
+from nanomed.batches.loader import Loader
+from nanomed.batches.packing import Row
 from nanomed.distributed import launch, pick_device, start
-from nanomed.loader import Loader
-from nanomed.log import RunFolder
-from nanomed.losses import dpo_loss, segment_counts, segment_logps
-from nanomed.packing import Row
-from nanomed.reference import check_start, reference_logps
-from nanomed.step import Loss
-from nanomed.trainer import fit
+from nanomed.runs.log import RunFolder
+from nanomed.stages import dry_run, stage
+from nanomed.stages.answers import show_answers
+from nanomed.training.losses import dpo_loss, segment_counts, segment_logps
+from nanomed.training.reference import check_start, reference_logps
+from nanomed.training.step import Loss
+from nanomed.training.trainer import fit
 
 
 def preference_loss(reference: Tensor, kinds: Tensor, names: list[str], c: config.DPO) -> Loss:

@@ -11,14 +11,15 @@ from functools import partial
 
 from torch import Tensor
 
-from nanomed import arguments, config, dry_run, stage, store
-from nanomed.answers import show_answers, show_example
+from nanomed import arguments, config, store
+from nanomed.batches.loader import Loader
+from nanomed.batches.packing import Row
 from nanomed.distributed import launch, pick_device, start
-from nanomed.exam import show_exam
-from nanomed.loader import Loader
-from nanomed.log import RunFolder
-from nanomed.packing import Row
-from nanomed.trainer import fit
+from nanomed.runs.log import RunFolder
+from nanomed.stages import dry_run, stage
+from nanomed.stages.answers import show_answers, show_example
+from nanomed.stages.exam import show_exam
+from nanomed.training.trainer import fit
 
 
 def next_token_loss(nll: Tensor, row: Row) -> tuple[Tensor, dict[str, Tensor]]:

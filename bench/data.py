@@ -23,13 +23,13 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread for each process, o
 from bench.generation import hide_our_kernels
 from bench.measure import ROOT, Results, interleaved, quartiles, ratio, shown, table
 from nanomed import store
+from nanomed.batches.loader import Loader
+from nanomed.batches.slices import read
 from nanomed.config import CPT, MODELS
 from nanomed.hf.tokenizer import write_tokenizer
-from nanomed.loader import Loader
-from nanomed.log import PEAK_FLOPS, flops_of
-from nanomed.slices import read
-from nanomed.template import CHATML, Encoder
-from nanomed.tokenizer import load
+from nanomed.runs.log import PEAK_FLOPS, flops_of
+from nanomed.text.template import CHATML, Encoder
+from nanomed.text.tokenizer import load
 
 SEQ_LEN, MICRO_TOKENS, MFU, GPUS = 4096, 8192, 0.6, 8
 OURS, AGAIN, THEIRS = "nanomed", "nanomed again", "datasets + transformers"

@@ -32,14 +32,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_dpo
 import train_sft
 from bench.ours import Examples, model_of
+from nanomed.batches.loader import Loader
+from nanomed.batches.packing import Row
 from nanomed.config import DPO, MODELS, SFT, ModelConfig
 from nanomed.distributed import pick_device, start
-from nanomed.loader import Loader
-from nanomed.log import Meter
-from nanomed.losses import segment_logps
-from nanomed.optim import adamw
-from nanomed.packing import Row
-from nanomed.step import train_step
+from nanomed.runs.log import Meter
+from nanomed.training.losses import segment_logps
+from nanomed.training.optim import adamw
+from nanomed.training.step import train_step
 
 SHAPES = {
     "tiny": MODELS["tiny"],

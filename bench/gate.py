@@ -6,9 +6,9 @@ In float32, from the same weights, the loss of the same segments and all its gra
 
 import torch
 
+from nanomed.batches.packing import row_from
 from nanomed.config import DPO
-from nanomed.packing import row_from
-from nanomed.segment import IGNORE, Segment
+from nanomed.text.segment import IGNORE, Segment
 
 
 def gate(b, name: str, theirs, loss: torch.Tensor, ours: torch.Tensor) -> None:

@@ -11,8 +11,8 @@ import tempfile
 import torch
 
 from bench.measure import interleaved, quartiles, ratio
-from nanomed import pretrained
-from nanomed.generate import Sampling, generate
+from nanomed.hf import pretrained
+from nanomed.model.generation import Sampling, generate
 
 SHAPE = {
     "vocab_size": 20_000, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8,

@@ -60,7 +60,7 @@ def _plain_chunk(h: Tensor, weight: Tensor, labels: Tensor, part: Tensor) -> tup
 
 
 def _triton_chunk(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Callable:
-    from kernels import linear_nll as triton
+    from kernels import linear_nll_triton as triton
 
     workspace = triton._workspace(chunk, hidden, weight)
     ones = torch.ones(len(labels), device=hidden.device)
@@ -78,7 +78,7 @@ def _triton_chunk(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) ->
 def _add_matmul(x: Tensor) -> Callable:
     if not x.is_cuda:
         return reference._add_matmul
-    from kernels.linear_nll import _add_matmul
+    from kernels.linear_nll_triton import _add_matmul
 
     return _add_matmul
 

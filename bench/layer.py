@@ -23,8 +23,8 @@ from bench.ceilings import randn
 from bench.kernels import AGAIN, PLAUSIBLE, distance, documents, peak_gib, said
 from bench.measure import interleaved, quartiles, ratio, shown, table
 from bench.setting import Setting, arguments
-from nanomed.model import Layer
-from nanomed.packing import Row, row_from
+from nanomed.batches.packing import Row, row_from
+from nanomed.model.decoder import Layer
 
 OURS = ("triton", "auto")  # auto: what a run has unless told otherwise, with torch's attention
 

@@ -1,7 +1,7 @@
 """nanomed's own training step as a function to call: what bench/step.py times.
 
-The step is nanomed.step.train_step with the loader, the sharded model and the optimizer of a run.
-`Split` marks where its parts begin, without changing it.
+The step is nanomed.training.step.train_step with the loader, the sharded model and the optimizer
+of a run. `Split` marks where its parts begin, without changing it.
 """
 
 import time
@@ -10,15 +10,15 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from nanomed import step
+from nanomed.batches.loader import Loader
 from nanomed.config import DPO, ModelConfig, Run
 from nanomed.distributed import World, shard
-from nanomed.loader import Loader
-from nanomed.log import Meter
-from nanomed.model import Aquila, init_weights
-from nanomed.optim import adamw
-from nanomed.reference import answer_logps
-from nanomed.segment import Segment
+from nanomed.model.decoder import Aquila, init_weights
+from nanomed.runs.log import Meter
+from nanomed.text.segment import Segment
+from nanomed.training import step
+from nanomed.training.optim import adamw
+from nanomed.training.reference import answer_logps
 
 LR = 1e-5
 

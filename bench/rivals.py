@@ -152,8 +152,8 @@ class HeadMatmuls(torch.autograd.Function):
     one in forward, three in forward and backward.
 
     Chunks, the workspace with padded rows and the float32 sum of dweight are those of
-    kernels/linear_nll.py. Its fourth product, the logits of all chunks but the last again, is not
-    here: over several chunks, what that costs is in the difference."""
+    kernels/linear_nll_triton.py. Its fourth product, the logits of all chunks but the last again,
+    is not here: over several chunks, what that costs is in the difference."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor) -> Tensor:  # [T,D], [V,D] -> [T], zeros

@@ -20,14 +20,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.measure import fingerprint, quartiles, table
-from nanomed import checkpoint, saves
+from nanomed.batches.loader import Loader
 from nanomed.config import MODELS, SFT, ModelConfig
 from nanomed.distributed import World, from_all, pick_device, shard, start
-from nanomed.loader import Loader
-from nanomed.log import Meter
-from nanomed.model import Aquila, init_weights
-from nanomed.optim import adamw
-from nanomed.step import train_step
+from nanomed.model.decoder import Aquila, init_weights
+from nanomed.runs import checkpoint, saves
+from nanomed.runs.log import Meter
+from nanomed.training.optim import adamw
+from nanomed.training.step import train_step
 from tests.data import ListData
 
 SHAPES = {

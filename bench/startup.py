@@ -13,8 +13,10 @@ from pathlib import Path
 from unittest import mock
 
 from bench.measure import ROOT, Results, shown, table
-from nanomed import arguments, stage, store, tokenizer
+from nanomed import arguments, store
 from nanomed.config import SFT
+from nanomed.stages import stage
+from nanomed.text import tokenizer
 
 LAUNCHES = {
     "1 process": [sys.executable],
@@ -59,7 +61,7 @@ def once(results: Results, times: int) -> list[dict]:
         size = tokenizer.load(ROOT / "samples/tokenizer.model").vocab_size
         files = [ROOT / f"samples/{name}.jsonl" for name in TEXTS]
         out = Path(folder) / "tokenizer.model"
-        train = [sys.executable, "-m", "nanomed.tokenizer", "train", *map(str, files)]
+        train = [sys.executable, "-m", "nanomed.text.tokenizer", "train", *map(str, files)]
         train += ["--out", str(out), "--vocab_size", str(size)]
         trained = [_seconds(train) for _ in range(times)]
     read = f"{n:,} chats, {_megabytes([chats])}"

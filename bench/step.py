@@ -22,10 +22,11 @@ from bench import startup, step_gpu, step_scaling
 from bench.gate import plain_gate, trl_gate
 from bench.measure import ROOT, Results, interleaved, ratio, shown, table
 from bench.ours import Examples, Ours, model_of, settings
-from nanomed import hf, store, template, tokenizer
+from nanomed import hf, store
 from nanomed.config import CPT, DPO, SFT, ModelConfig, Run
 from nanomed.distributed import World, pick_device, start
-from nanomed.model import Aquila
+from nanomed.model.decoder import Aquila
+from nanomed.text import template, tokenizer
 
 VOCABULARY = 6144  # of samples/tokenizer.model
 MID = ModelConfig(VOCABULARY, 4, 512, 8, 2, 1408, 4096, 1e6, 1e-5, True)

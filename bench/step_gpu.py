@@ -24,11 +24,11 @@ from bench.ours import Examples, Ours, Split, model_of, settings
 from bench.setting import TINY
 from bench.step_scaling import ROWS, fsdp, growth
 from kernels.chunk import even
-from nanomed import memory
 from nanomed.config import CPT, DPO, MODELS, SFT, ModelConfig, Run
 from nanomed.distributed import World, pick_device, start
-from nanomed.log import PEAK_FLOPS, flops_of
-from nanomed.optim import adamw
+from nanomed.runs.log import PEAK_FLOPS, flops_of
+from nanomed.stages import memory
+from nanomed.training.optim import adamw
 
 CONVENTION = (
     "MFU counts 6 FLOPs per matmul weight and token (the embedding is a lookup, the head a matmul) "

@@ -10,7 +10,7 @@ from bench.measure import Results, interleaved, quartiles, ratio, shown, table
 from bench.ours import Examples, Ours, model_of, settings
 from nanomed.config import CPT, MODELS, ModelConfig
 from nanomed.distributed import World, keep_freed_memory
-from nanomed.optim import adamw
+from nanomed.training.optim import adamw
 
 SHARE = "of_one_process"
 ROWS = (8192, 16_384, 32_768, 65_536)  # tokens, full of documents of the same length

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from bench.ours import LR, Examples, casts, weights_of
 from nanomed.config import DPO, ModelConfig, Run
-from nanomed.model import Aquila
-from nanomed.optim import BETAS, EPS, adamw
-from nanomed.segment import IGNORE, Segment
+from nanomed.model.decoder import Aquila
+from nanomed.text.segment import IGNORE, Segment
+from nanomed.training.optim import BETAS, EPS, adamw
 
 
 def prepare() -> None:

@@ -5,8 +5,6 @@ of its own. use() chooses between them, once, at start.
 """
 
 import functools
-import sys
-import types
 
 import torch
 from torch import Tensor
@@ -88,11 +86,11 @@ def _run(op: str, x: Tensor, *arguments):
 @functools.cache
 def _triton_ops() -> dict:
     """Imported when the first is needed: `import kernels` works without Triton."""
-    from kernels.flash_attention import attention
-    from kernels.linear_nll import linear_nll
-    from kernels.rmsnorm import rmsnorm
-    from kernels.rope import rope
-    from kernels.swiglu import swiglu
+    from kernels.attention_triton import attention
+    from kernels.linear_nll_triton import linear_nll
+    from kernels.rmsnorm_triton import rmsnorm
+    from kernels.rope_triton import rope
+    from kernels.swiglu_triton import swiglu
 
     return {f.__name__: f for f in (attention, linear_nll, rmsnorm, rope, swiglu)}
 
@@ -120,14 +118,3 @@ def attention(
 def linear_nll(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """hidden[T,D], weight[V,D], labels[T] -> nll[T] float32."""
     return _run("linear_nll", hidden, weight, labels)
-
-
-class _Package(types.ModuleType):
-    """Importing the file rmsnorm.py would put that module in the place of the function rmsnorm."""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if not (name in __all__ and isinstance(value, types.ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -3,7 +3,7 @@
 Facts (facts.jsonl) times wordings (wordings.toml) give chats, exam questions, preference pairs and
 documents. All chance comes from one seed, so the files are the same on every machine.
 
-Three rules keep the measured numbers honest; tests/test_samples.py checks them:
+Three rules keep the measured numbers honest; tests/stages/test_samples.py checks them:
   seen    a held-out chat or exam question asks for a fact that training states in another form
           (kind), never merely for the same question reworded
   pairs   a held-out pair asks in words that no training pair uses for its fact

@@ -47,7 +47,7 @@ class Fact:
 
 
 def held_out(key: str, fraction: float) -> bool:
-    """The split's hash, as in nanomed.store.group_key and nanomed.loader.split."""
+    """The split's hash, as in nanomed.store.group_key and nanomed.batches.loader.split."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64 < fraction
 
 

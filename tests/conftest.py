@@ -29,8 +29,9 @@ with suppress(ImportError):  # the tests for a GPU run without it
     transformers.utils.is_kernels_available = lambda *_: False
     transformers.utils.import_utils.is_kernels_available = lambda *_: False
 
-from nanomed import distributed, store, template, tokenizer  # noqa: E402
+from nanomed import distributed, store  # noqa: E402
 from nanomed.config import ModelConfig  # noqa: E402
+from nanomed.text import template, tokenizer  # noqa: E402
 from tests.ranks import Pool  # noqa: E402
 
 # Two threads wait for each other at every operation; on a busy machine one is faster.
@@ -75,9 +76,9 @@ def pool():
 
 @pytest.fixture(scope="session")
 def undisturbed(pool, tmp_path_factory):
-    """(folder, results) of the run of tests/test_faults.py to which nothing happens, by its number
-    of ranks. Tests read it."""
-    from tests.test_faults import train
+    """(folder, results) of the run of tests/training/test_faults.py to which nothing happens, by
+    its number of ranks. Tests read it."""
+    from tests.training.test_faults import train
 
     @functools.cache
     def of(n_ranks: int) -> tuple[Path, list[dict]]:

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from nanomed.segment import Segment
 from nanomed.store import group_key
+from nanomed.text.segment import Segment
 
 
 class ListData:

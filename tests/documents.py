@@ -5,7 +5,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from nanomed.slices import Slices, Source
+from nanomed.batches.slices import Slices, Source
 from nanomed.store import Piece
 
 

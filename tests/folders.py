@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from nanomed import tokenizer
-from nanomed.tokenizer_files import QWEN_PATTERN, byte_letters
+from nanomed.text import tokenizer
+from nanomed.text.tokenizer_files import QWEN_PATTERN, byte_letters
 
 # The real Aquila tokenizer, in shared/ beside or above the checkout; tests skip without it.
 _PLACES = [p / "shared/data/aquila_tokenizer" for p in Path(__file__).resolve().parents]

@@ -14,11 +14,12 @@ import numpy as np
 import torch
 
 import train_cpt
-from nanomed import checkpoint, log, optim, saves, trainer
+from nanomed.batches.loader import Loader
 from nanomed.config import CPT, DPO, SFT, ModelConfig
 from nanomed.distributed import local, shard
-from nanomed.loader import Loader
-from nanomed.model import Aquila, init_weights
+from nanomed.model.decoder import Aquila, init_weights
+from nanomed.runs import checkpoint, log, saves
+from nanomed.training import optim, trainer
 from tests.data import ListData
 from tests.documents import random_documents, slices_of
 
@@ -56,7 +57,7 @@ def _sft(world, given: dict):
 
 
 def _dpo(world, given: dict):
-    from tests import test_dpo
+    from tests.training import test_dpo
 
     fixed = dict(lr=1e-3, beta=0.1, batch_size=16, epochs=3, seq_len=64, micro_tokens=128)
     c = DPO(**fixed, save_every=2, eval_every=4, **given)

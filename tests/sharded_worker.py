@@ -16,10 +16,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 
-from nanomed import config, hf, stage
+from nanomed import config, hf
 from nanomed.config import InputError
 from nanomed.distributed import start
 from nanomed.hf import tensors as hf_tensors
+from nanomed.stages import stage
 
 
 def rss_anon() -> int:

@@ -31,7 +31,7 @@ def main() -> None:
             report(
                 f"{op}, {n} tokens", *run(work, [like(x, dtype) for x in case.inputs], (*others,))
             )
-    work = importlib.import_module("kernels.flash_attention").attention
+    work = importlib.import_module("kernels.attention_triton").attention
     for lengths in SEGMENTS:
         inputs = [torch.randn(sum(lengths), h, 128, device=DEVICE, dtype=dtype) for h in (2, 1, 1)]
         borders = torch.tensor([0, *lengths], device=DEVICE).cumsum(0, dtype=torch.int32)

@@ -16,8 +16,8 @@ import torch.distributed as dist
 from nanomed import distributed
 from nanomed.distributed import keep_freed_memory
 from tests.conftest import ROOT
-from tests.test_exactness import metrics_of
-from tests.test_signals import _runs, _until
+from tests.training.test_exactness import metrics_of
+from tests.training.test_signals import _runs, _until
 
 FLAGS = "--steps 12 --save_every 2 --eval_every 6 --batch_size 8 --seq_len 256 --log_every 1"
 

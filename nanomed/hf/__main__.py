@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from nanomed import pretrained
 from nanomed.distributed import launch
+from nanomed.hf import pretrained
 from nanomed.hf.convert import convert
 from nanomed.hf.writing import export
 

@@ -13,7 +13,7 @@ from nanomed.config import InputError, ModelConfig
 from nanomed.distributed import local_rows
 from nanomed.hf.config import parse, read_json
 from nanomed.hf.tensors import Spec, some, stored
-from nanomed.model import Aquila
+from nanomed.model.decoder import Aquila
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 

@@ -6,15 +6,15 @@ from typing import Any
 
 from nanomed.config import InputError
 from nanomed.hf.tensors import write_json
-from nanomed.template import Template
-from nanomed.tokenizer import (
+from nanomed.text.template import Template
+from nanomed.text.tokenizer import (
     JsonTokenizer,
     RankTokenizer,
     SentencePieceTokenizer,
     Tokenizer,
     copy,
 )
-from nanomed.tokenizer_files import byte_letters, byte_pair_json, cuts_as_qwen, merges_of
+from nanomed.text.tokenizer_files import byte_letters, byte_pair_json, cuts_as_qwen, merges_of
 
 SPACE = "\u2581"  # how SentencePiece writes a space in a piece
 

@@ -15,9 +15,9 @@ from nanomed.hf.config import render
 from nanomed.hf.reading import hf_name
 from nanomed.hf.tensors import Spec, plan, write_file, write_index, write_json
 from nanomed.hf.tokenizer import is_qwen, write_tokenizer
-from nanomed.model import Aquila
-from nanomed.template import Template, fitting
-from nanomed.tokenizer import Tokenizer
+from nanomed.model.decoder import Aquila
+from nanomed.text.template import Template, fitting
+from nanomed.text.tokenizer import Tokenizer
 
 
 def export(

@@ -12,11 +12,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from nanomed import template, tokenizer
 from nanomed.config import InputError
 from nanomed.store.pool import n_cores
 from nanomed.store.stream import Documents, verify
 from nanomed.store.writing import build
+from nanomed.text import template, tokenizer
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ CACHE = Path("runs/cache")
 PACKAGE = Path(__file__).parent.parent
 # The code that turns files into ids.
 READERS = ("records/__init__", "records/files", "records/shapes", "records/chats")
-FORMATTER = (*READERS, "template", "tokenizer", "tokenizer_files", "store/cache")
+FORMATTER = (*READERS, "text/template", "text/tokenizer", "text/tokenizer_files", "store/cache")
 
 
 def code(names: tuple[str, ...]) -> dict[str, str]:

@@ -13,14 +13,14 @@ from pathlib import Path
 
 import numpy as np
 
-from nanomed import segment
 from nanomed.config import InputError
 from nanomed.records import Chat, PreferencePair, read_chats, read_pairs
 from nanomed.store.cache import FORMATTER, cached, code, digest, group_key, progress
-from nanomed.tally import Tally, report_of
-from nanomed.template import Encoder, Segment
+from nanomed.store.tally import Tally, report_of
+from nanomed.text import segment
+from nanomed.text.template import Encoder, Segment
 
-CODE = (*FORMATTER, "records/pairs", "tally", "store/examples")
+CODE = (*FORMATTER, "records/pairs", "store/tally", "store/examples")
 
 
 class Store:

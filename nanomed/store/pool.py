@@ -17,7 +17,7 @@ from queue import SimpleQueue
 
 from nanomed.store.cache import PACKAGE
 from nanomed.store.texts import Batch, Encoded, encode
-from nanomed.template import Encoder
+from nanomed.text.template import Encoder
 
 AHEAD = 2  # batches under way for each process, so that none waits for this one
 

@@ -7,9 +7,9 @@ import signal
 import sys
 from multiprocessing.connection import Connection
 
-from nanomed import tokenizer
 from nanomed.store.texts import encode
-from nanomed.template import Encoder
+from nanomed.text import tokenizer
+from nanomed.text.template import Encoder
 
 
 def main() -> None:

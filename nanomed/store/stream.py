@@ -44,7 +44,7 @@ class Documents:
 
     def split(self, fraction: float) -> tuple["Part", "Part"]:
         """(to train on, held out): a document is held out if its key is below the fraction's share
-        of all keys (nanomed.loader.is_held_out). Either part may be empty."""
+        of all keys (nanomed.batches.loader.is_held_out). Either part may be empty."""
         limit = np.uint64(min(int(fraction * 2**64), 2**64 - 1))
         sizes = [(shard["documents"], shard["tokens"]) for shard in self.manifest["shards"]]
         # [shards,2] documents and tokens before each shard's border, and before its end

@@ -7,8 +7,8 @@ import numpy as np
 
 from nanomed.records import Chat, Document, language, read_texts, texts_in
 from nanomed.store.cache import group_key
-from nanomed.tally import Facts
-from nanomed.template import Encoder
+from nanomed.store.tally import Facts
+from nanomed.text.template import Encoder
 
 BATCH = 1 << 20  # characters that a process is given at a time
 RENDERED = "chat rendered by the template"  # its note in the report

@@ -17,9 +17,9 @@ from nanomed.store.cache import FORMATTER, cached, code, digest, progress
 from nanomed.store.pool import in_order, n_cores
 from nanomed.store.shards import Shard, file_of, finished, write_json
 from nanomed.store.stream import Documents, check
+from nanomed.store.tally import Facts, Tally, report_of
 from nanomed.store.texts import Encoded, batches
-from nanomed.tally import Facts, Tally, report_of
-from nanomed.template import Encoder
+from nanomed.text.template import Encoder
 
 SHARD_TOKENS = 32 << 20  # at most, 128 MiB; a document longer than that has a shard of its own
 SMALL = 8 << 20  # bytes of files that are read before other processes have started

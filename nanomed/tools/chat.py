@@ -15,10 +15,11 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from nanomed.distributed import launch
-from nanomed.generate import Sampling, add_arguments, open_model, stream
-from nanomed.model import Aquila
+from nanomed.model.decoder import Aquila
+from nanomed.model.generation import Sampling, stream
 from nanomed.records import Chat
-from nanomed.template import Encoder
+from nanomed.text.template import Encoder
+from nanomed.tools.generate import add_arguments, open_model
 
 SAFETY = (
     "The answers can be wrong and are no medical advice; in an emergency call for help. "

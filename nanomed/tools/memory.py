@@ -3,16 +3,17 @@
     python -m nanomed.tools.memory --gpus 8 --gpu_memory 40 --config configs/sft.toml --model aquilamed-7b
     python -m nanomed.tools.memory --stage dpo --gpus 1 --init FOLDER --recompute lean
 
-All other flags are the stage's own (`python train_sft.py --help`). nanomed/memory.py is the formula.
+All other flags are the stage's own (`python train_sft.py --help`). nanomed/stages/memory.py is the formula.
 """  # noqa: E501
 
 import argparse
 import dataclasses
 
-from nanomed import arguments, pretrained
+from nanomed import arguments
 from nanomed.config import MODELS, InputError, ModelConfig, Run
 from nanomed.distributed import launch
-from nanomed.memory import RECOMPUTE, lines, memory
+from nanomed.hf import pretrained
+from nanomed.stages.memory import RECOMPUTE, lines, memory
 
 
 def main(argv: list[str] | None = None) -> None:

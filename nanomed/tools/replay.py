@@ -16,13 +16,16 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from nanomed import checkpoint, pretrained, slices, stage
+from nanomed.batches import slices
+from nanomed.batches.packing import row_from
 from nanomed.config import InputError, ModelConfig, Run
 from nanomed.distributed import World, full, launch, pick_device, shard, start
-from nanomed.model import Aquila
-from nanomed.packing import row_from
+from nanomed.hf import pretrained
+from nanomed.model.decoder import Aquila
+from nanomed.runs import checkpoint
+from nanomed.stages import stage
 from nanomed.store import Store
-from nanomed.template import Encoder
+from nanomed.text.template import Encoder
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -21,14 +21,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nanomed import arguments, config, stage, store
-from nanomed.answers import records_of
+from nanomed import arguments, config, store
+from nanomed.batches.loader import Loader
+from nanomed.batches.packing import Row, row_from
 from nanomed.distributed import launch, pick_device, start
-from nanomed.loader import Loader
-from nanomed.model import Aquila
-from nanomed.packing import Row, row_from
+from nanomed.model.decoder import Aquila
 from nanomed.records import Chat, chats_of, read_chats
-from nanomed.template import Encoder
+from nanomed.stages import stage
+from nanomed.stages.answers import records_of
+from nanomed.text.template import Encoder
 from nanomed.tools.show_html import page
 from nanomed.tools.show_text import lines
 

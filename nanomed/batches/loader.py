@@ -1,0 +1,155 @@
+"""What a step trains on: the split, the order, the packing plan and this rank's share.
+
+Everything is a pure function of (seed, step, rank, world size), so resuming is calling step() with
+another number. The order of examples depends on (seed, epoch) alone: on another number of
+processes a step has the same examples, in other rows. Nothing here grows with the data.
+"""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol
+
+import numpy as np
+
+from nanomed.batches.mixture import Mixture
+from nanomed.batches.packing import Row, filler, pack, row_from
+from nanomed.batches.shuffle import shuffled
+from nanomed.config import InputError, Run
+from nanomed.text.segment import Segment
+
+Indices = np.ndarray | range  # of examples; a range takes no memory
+
+
+class DataSet(Protocol):
+    def __len__(self) -> int: ...
+    def __getitem__(self, i: int) -> Sequence[Segment]: ...
+    def lengths_of(self, examples: np.ndarray) -> np.ndarray: ...  # tokens of each
+    def divisors_of(self, examples: np.ndarray) -> np.ndarray:
+        """What each adds to its step's divisor: its labels; 1 for a DPO pair."""
+
+    def where(self, i: int) -> tuple[str, int]:
+        """The file and the record's number in it, of the first record if there are several."""
+
+
+def split(
+    data: DataSet, fraction: float, n_train_files: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Indices (to train on, held out) of a data set that has for each example its file and record
+    (`source`[n,2]) and the hash of its group (`keys`[n] uint64). Files after the first
+    n_train_files are held out whole; if there are none, a group's key, not chance, decides: the
+    same question is never on both sides, whatever the files' order and the seed."""
+    if n_train_files is not None and (of_val := data.source[:, 0] >= n_train_files).any():
+        return np.flatnonzero(~of_val), np.flatnonzero(of_val)
+    held_out = is_held_out(data.keys, fraction)
+    if held_out.all() or (fraction > 0 and not held_out.any()):
+        raise InputError(
+            f"--val_fraction {fraction} of {len(data)} examples leaves "
+            f"{held_out.sum()} held out and {(~held_out).sum()} to train on; give more data, "
+            "another fraction, or a file of its own with --val_data"
+        )
+    return np.flatnonzero(~held_out), np.flatnonzero(held_out)
+
+
+def is_held_out(keys: np.ndarray, fraction: float) -> np.ndarray:
+    """keys are uniform in [0, 2**64); exact where a float of 64 bits is not."""
+    return keys < np.uint64(min(int(fraction * 2**64), 2**64 - 1))
+
+
+class Loader:
+    @classmethod
+    def of(
+        cls,
+        c: Run,
+        data: DataSet,
+        rank: int = 0,
+        world_size: int = 1,
+        parts: tuple[Indices, Indices] | None = None,
+        mixture: Mixture | None = None,
+    ) -> "Loader":
+        """As the settings say; the files of c.val_data come last in data. `parts` (to train on,
+        held out) stands for split()."""
+        return cls(
+            data,
+            *(parts or split(data, c.val_fraction, len(c.data))),
+            batch_size=c.batch_size,
+            micro_tokens=c.micro_tokens,
+            epochs=c.epochs,
+            max_steps=c.steps,
+            seed=c.seed,
+            rank=rank,
+            world_size=world_size,
+            mixture=mixture,
+        )
+
+    def __init__(
+        self,
+        data: DataSet,
+        train: Indices,
+        val: Indices,
+        *,
+        batch_size: int,
+        micro_tokens: int,
+        epochs: int,
+        max_steps: int = 0,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        mixture: Mixture | None = None,
+    ):
+        self.data, self.train, self.val, self.mixture = data, train, val, mixture
+        self.batch_size, self.micro_tokens, self.seed = batch_size, micro_tokens, seed
+        self.rank, self.world_size = rank, world_size
+        self.steps_per_epoch = -(-len(train) // batch_size)  # the last one may be short
+        self.n_steps = max_steps or self.steps_per_epoch * epochs
+        if mixture:
+            mixture.check(self.n_steps, batch_size)
+        self._background = ThreadPoolExecutor(1, "next rows")
+        self._prepared: dict[int, Future[list[Row]]] = {}  # by step
+
+    def examples(self, step: int) -> np.ndarray:
+        """The indices of the examples of a step, the same on every rank."""
+        if self.mixture:
+            return self.mixture.draws(step * self.batch_size, (step + 1) * self.batch_size)
+        epoch, k = divmod(step, self.steps_per_epoch)
+        places = np.arange(k * self.batch_size, min((k + 1) * self.batch_size, len(self.train)))
+        places = shuffled(places, len(self.train), (self.seed, epoch))
+        train = self.train
+        return train.start + places if isinstance(train, range) else train[places]
+
+    def step(self, step: int) -> list[Row]:
+        """This rank's rows of a step; every rank has the same number of them. Those of the next
+        step are then prepared in the background, so that the device need not wait for them."""
+        prepared = self._prepared.pop(step, None)
+        rows = prepared.result() if prepared else self._rows_of(step)
+        self._prepared.clear()
+        if step + 1 < self.n_steps:
+            self._prepared[step + 1] = self._background.submit(self._rows_of, step + 1)
+        return rows
+
+    def _rows_of(self, step: int) -> list[Row]:
+        return list(self.rows(self.examples(step)))
+
+    def divisor(self, step: int) -> int:
+        """What the loss of the whole step, summed over all ranks, is divided by."""
+        return self._divisor(self.examples(step))
+
+    def val_divisor(self) -> int:
+        return self._divisor(self.val)
+
+    def _divisor(self, examples: Indices) -> int:
+        """At least 1: an epoch of slices can end with one of a single token, without a label."""
+        return max(1, int(self.data.divisors_of(np.asarray(examples)).sum()))
+
+    def validation(self) -> Iterator[Row]:
+        """This rank's rows of the held-out examples, each of which is in one row of one rank."""
+        return self.rows(self.val)
+
+    def rows(self, examples: Indices) -> Iterator[Row]:
+        """This rank's rows of some examples; every rank has the same number of them."""
+        examples = np.asarray(examples)
+        lengths = self.data.lengths_of(examples).tolist()
+        rows = pack(lengths, self.micro_tokens, self.world_size)
+        for members in rows[self.rank :: self.world_size]:
+            parts = [(part, i) for i in examples[members] for part in self.data[i]]
+            segments = [(s.ids, s.trained, s.follows, i) for s, i in parts]
+            yield row_from(*zip(*segments, strict=True)) if segments else filler()

@@ -1,0 +1,119 @@
+"""A folder with a model in it, whatever kind of folder: Hugging Face's, a run's, a checkpoint's.
+
+--init, generation, chat and the export command all read a model through here, so that weights,
+tokenizer and template come from one place and fit one another.
+"""
+
+import dataclasses
+import json
+import warnings
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from nanomed.config import InputError, ModelConfig
+from nanomed.hf import reading
+from nanomed.model.decoder import Aquila
+from nanomed.runs import checkpoint
+from nanomed.text import template, tokenizer
+
+
+def describe(
+    folder: str | Path, tokenizer_path: str = "", template_name: str = ""
+) -> tuple[ModelConfig, template.Encoder]:
+    """The model's shape, and its tokenizer with its template. Allocates nothing. The last two may
+    be named apart; a tokenizer that gives other ids than the folder's own is an InputError."""
+    config = config_of(folder)
+    tok = _tokenizer_of(folder, tokenizer_path)
+    if tok.vocab_size > config.vocab_size:
+        raise InputError(
+            f"the tokenizer {tok.path} has {tok.vocab_size} ids, the model's embedding only "
+            f"{config.vocab_size} rows: they do not belong together"
+        )
+    stored = _home(folder) / "template.json"
+    if template_name or stored.exists():
+        chosen = template.load(template_name or str(stored))
+    else:
+        chosen = template.fitting(tok)
+    return config, template.Encoder(chosen, tok)
+
+
+def config_of(folder: str | Path) -> ModelConfig:
+    saved = _home(folder) / "model.json"
+    if not saved.exists():
+        return reading.read_config(folder)
+    try:
+        return ModelConfig(**json.loads(saved.read_text()))
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{saved}: {error}") from None
+
+
+def load_weights(model: nn.Module, folder: str | Path) -> None:
+    """Fills a model, sharded or not."""
+    if (_home(folder) / "model.json").exists():
+        with warnings.catch_warnings():  # that one process loads what several have saved
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            checkpoint.load_weights(_checkpoint(folder), model)
+    else:
+        reading.load_weights(model, folder)
+
+
+def load(folder: str | Path, device: torch.device, dtype: torch.dtype) -> Aquila:
+    """The model on one device, in evaluation mode, without dropout."""
+    config = dataclasses.replace(config_of(folder), dropout=0.0)
+    with torch.device("meta"):
+        model = Aquila(config)
+    model = model.to(dtype).to_empty(device=device)
+    load_weights(model, folder)
+    return model.eval()
+
+
+def dtype_of(folder: str | Path) -> torch.dtype:
+    """What an export has by default: a Hugging Face folder's own, bfloat16 of a run's masters."""
+    is_run = (_home(folder) / "model.json").exists()
+    return torch.bfloat16 if is_run else reading.read_dtype(folder)
+
+
+def settings_of(folder: str | Path) -> dict:
+    """The configuration of the run that made a checkpoint; nothing for other folders."""
+    home = _home(folder)
+    if not (home / "model.json").exists():
+        return {"init": str(folder)}
+    path = home / "config.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _home(folder: str | Path) -> Path:
+    """Where model.json, template.json and the tokenizer stand: a checkpoint's are its run's."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder")
+    return folder.resolve().parents[1] if (folder / "state.json").exists() else folder
+
+
+def _checkpoint(folder: str | Path) -> Path:
+    folder = Path(folder)
+    if (folder / "state.json").exists():
+        return folder
+    for name in ("best", "latest"):
+        if (path := folder / "checkpoints" / name).exists():
+            return path
+    raise InputError(f"{folder} is a run without a checkpoint")
+
+
+def _tokenizer_of(folder: str | Path, named: str) -> tokenizer.Tokenizer:
+    home = _home(folder)
+    if not named:
+        return tokenizer.load(home)
+    chosen = tokenizer.load(named)
+    try:
+        own = tokenizer.load(home)
+    except InputError:  # the folder has none of its own
+        return chosen
+    if not tokenizer.same(chosen, own):
+        raise InputError(
+            f"--tokenizer {named} gives other ids than {own.path}, with which the weights in "
+            f"{folder} were trained; leave it out"
+        )
+    return chosen

@@ -1,0 +1,1 @@
+"""The decoder, what its backward computes again, and text from it."""

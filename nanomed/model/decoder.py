@@ -1,0 +1,168 @@
+"""The decoder, in one file: Llama-shaped, with grouped-query attention and q/k/v bias.
+
+Shapes: T tokens of a packed row, D model width, F feed-forward width, H query heads,
+K key/value heads, E head size, V vocabulary. There is no batch dimension: a row is a flat
+sequence of independent segments (nanomed/batches/packing.py draws one).
+
+Module names are the Hugging Face names without the `model.` prefix, so weights load as they are.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import kernels
+from nanomed.batches.packing import Row
+from nanomed.config import ModelConfig
+from nanomed.distributed import fill
+from nanomed.model.cache import LayerCache
+from nanomed.model.recompute import rebuilt_for
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return kernels.rmsnorm(x, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.head_size, self.theta = c.head_size, c.rope_theta
+        kv_size = c.n_kv_heads * c.head_size
+        self.q_proj = nn.Linear(c.d_model, c.n_heads * c.head_size, bias=c.qkv_bias)
+        self.k_proj = nn.Linear(c.d_model, kv_size, bias=c.qkv_bias)
+        self.v_proj = nn.Linear(c.d_model, kv_size, bias=c.qkv_bias)
+        self.o_proj = nn.Linear(c.n_heads * c.head_size, c.d_model, bias=False)
+
+    def forward(self, x: Tensor, row: Row, cache: LayerCache | None = None) -> Tensor:  # x[T,D]
+        q, k, v = (
+            proj(x).unflatten(-1, (-1, self.head_size))  # [T,H,E], [T,K,E], [T,K,E]
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = kernels.rope(q, k, row.positions, self.theta)
+        if cache is not None:
+            cache.store(k, v, row)
+        if cache is not None and row.max_seqlen == 1:  # one new token of each sequence
+            out = cache.attend(q, row.positions)
+        else:
+            out = kernels.attention(q, k, v, row.cu_seqlens, row.max_seqlen)  # [T,H,E]
+        return self.o_proj(out.flatten(1))
+
+
+class MLP(nn.Module):
+    def __init__(self, c: ModelConfig, recompute: str):
+        super().__init__()
+        self.recompute = recompute
+        self.gate_proj = nn.Linear(c.d_model, c.d_ff, bias=False)
+        self.up_proj = nn.Linear(c.d_model, c.d_ff, bias=False)
+        self.down_proj = nn.Linear(c.d_ff, c.d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_proj(x), self.up_proj(x)  # [T,F]
+        if self.recompute == "lean":
+            return rebuilt_for(self.down_proj, kernels.swiglu, gate, up)
+        return self.down_proj(kernels.swiglu(gate, up))
+
+
+class Layer(nn.Module):
+    def __init__(self, c: ModelConfig, recompute: str):
+        super().__init__()
+        self.self_attn = Attention(c)
+        self.mlp = MLP(c, recompute)
+        self.input_layernorm = RMSNorm(c.d_model, c.norm_eps)
+        self.post_attention_layernorm = RMSNorm(c.d_model, c.norm_eps)
+        self.dropout = c.dropout
+        self.recompute = recompute
+
+    def forward(self, x: Tensor, row: Row, cache: LayerCache | None = None) -> Tensor:
+        # Recomputing inside forward, not around the module, keeps parameter names as they are
+        # and FSDP's gathering of the layer outside.
+        if self.recompute == "full" and torch.is_grad_enabled():
+            return checkpoint(self._forward, x, row, use_reentrant=False)
+        return self._forward(x, row, cache)
+
+    def _forward(self, x: Tensor, row: Row, cache: LayerCache | None = None) -> Tensor:
+        attention = partial(self.self_attn, row=row, cache=cache)
+        x = x + self._branch(self.input_layernorm, attention, x)
+        return x + self._branch(self.post_attention_layernorm, self.mlp, x)
+
+    def _branch(self, norm: RMSNorm, block: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        if self.recompute == "lean":
+            out = rebuilt_for(block, partial(kernels.rmsnorm, eps=norm.eps), x, norm.weight)
+        else:
+            out = block(norm(x))
+        return F.dropout(out, self.dropout, self.training)
+
+
+class Head(nn.Module):
+    """lm_head: the logits' matrix and the loss in one module, so that FSDP gathers the matrix
+    around both and a [T, V] tensor need not exist."""
+
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(c.vocab_size, c.d_model))
+
+    def forward(self, hidden: Tensor, labels: Tensor | None) -> Tensor:
+        if labels is None:
+            return hidden @ self.weight.T  # [T,V]
+        return kernels.linear_nll(hidden, self.weight, labels)  # [T] float32
+
+
+class Aquila(nn.Module):
+    """The whole decoder. `recompute` "lean" keeps what matmuls and attention made and computes
+    norms and SwiGLU's product again in backward; "full" keeps only each layer's input and runs the
+    layer again. Built under `torch.device("meta")` it allocates nothing; else its weights are
+    initialised."""
+
+    def __init__(self, config: ModelConfig, recompute: str = "none"):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
+        self.layers = nn.ModuleList(Layer(config, recompute) for _ in range(config.n_layers))
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.lm_head = Head(config)
+        if not self.norm.weight.is_meta:
+            init_weights(self)
+
+    def forward(
+        self, row: Row, logits: bool = False, cache: list[LayerCache] | None = None
+    ) -> Tensor:
+        """The negative log-likelihood of each label, nll[T] float32 (0 where the label is -100);
+        with logits=True the logits [T, V] instead, for inspection and plain generation.
+
+        With a cache (new_cache) the logits [n, V] of each segment's last token. Segment i is
+        sequence i: first whole prompts, then rows of one token of each, at its position."""
+        x = self.embed_tokens(row.tokens)  # [T,D]
+        for i, layer in enumerate(self.layers):
+            x = layer(x, row, cache[i] if cache else None)
+        if cache:
+            x = x[row.cu_seqlens[1:] - 1]  # [n,D]
+        return self.lm_head(self.norm(x), None if logits or cache else row.labels)
+
+
+def init_weights(model: Aquila, seed: int = 0) -> None:
+    """Normal with standard deviation 0.02, less for what adds to the residual stream (Radford et
+    al. 2019); norms 1, biases 0. Each tensor has a generator of its own, so the values do not
+    depend on how the model is sharded."""
+    std = {"o_proj.weight": 0.02 / (2 * model.config.n_layers) ** 0.5}
+    std["down_proj.weight"] = std["o_proj.weight"]
+    for number, (name, param) in enumerate(model.named_parameters()):
+        whole = torch.empty(param.shape, device=param.device)
+        if "norm" in name:
+            whole.fill_(1)
+        elif name.endswith(".bias"):
+            whole.zero_()
+        else:
+            generator = torch.Generator(param.device).manual_seed(seed * 1_000_003 + number)
+            last_two = ".".join(name.split(".")[-2:])
+            whole.normal_(std=std.get(last_two, 0.02), generator=generator)
+        fill(param, whole)

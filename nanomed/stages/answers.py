@@ -1,0 +1,109 @@
+"""What a run shows of its text: an example with its mask, and a few held-out questions answered by
+the model beside their reference answers."""
+
+from collections.abc import Iterable
+from itertools import groupby
+
+from torch import nn
+
+from nanomed.batches.loader import Loader
+from nanomed.model.generation import greedy_in_lockstep
+from nanomed.records import Chat, chats_of, is_pair, pair_of, read_records
+from nanomed.runs.log import RunFolder
+from nanomed.store import Store
+from nanomed.text.template import Encoder
+
+SEEN, UNSEEN = "fact seen in training, in another form", "fact not stated in training"
+
+
+def show_example(encoder: Encoder, loader: Loader, run: RunFolder) -> None:
+    """Prints the first training example as the model gets it."""
+    i = int(loader.train[0])
+    run.print(f"example {i}, what is learned between ⟦ and ⟧ (nanomed.tools.show draws more):")
+    for ids, trained, _ in loader.data[i]:
+        run.print("  " + marked(encoder, ids, trained).replace("\n", "\n  ").rstrip())
+
+
+def marked(encoder: Encoder, ids: Iterable[int], trained: Iterable[bool]) -> str:
+    text = ""
+    for learned, run_of in groupby(zip(ids, trained, strict=True), key=lambda pair: pair[1]):
+        part = encoder.tokenizer.decode([int(i) for i, _ in run_of])
+        text += f"⟦{part}⟧" if learned else part
+    return text
+
+
+def show_answers(
+    model: nn.Module,
+    encoder: Encoder,
+    loader: Loader,
+    run: RunFolder,
+    who: str = "the best checkpoint",
+    max_new: int = 64,
+) -> None:
+    """Prints held-out questions with the model's greedy answers. Every rank calls it."""
+    questions = pick_questions(loader)
+    prompts = [encoder.prompt(Chat(chat.turns[:-1], chat.system)) for chat, _ in questions]
+    stop = {encoder.turn_end, encoder.document_end}
+    answers = greedy_in_lockstep(model, prompts, stop, max_new)
+    run.print(f"held-out questions, answered by {who} (greedy):")
+    for (chat, mark), ids in zip(questions, answers, strict=True):
+        (_, question), (_, reference) = chat.turns[-2:]
+        run.print("")
+        for role, text in chat.turns[:-2]:
+            run.print(f"  {role:<9}  {text}")
+        run.print(f"  question   {question}" + (f"   [{mark}]" if mark else ""))
+        run.print(f"  reference  {reference}")
+        run.print(f"  answer     {encoder.tokenizer.decode(ids)}")
+    run.print()
+
+
+def pick_questions(loader: Loader, n_seen: int = 4, n_unseen: int = 2) -> list[tuple[Chat, str]]:
+    """(chat, mark) of held-out chats: where records name their facts, some whose facts training
+    states in another form, each of another kind as far as possible, and some it does not state;
+    elsewhere simply the first ones, without a mark."""
+    held_out = records_of(loader.data, loader.val)
+    if not all("facts" in record for record in held_out):
+        return [(as_chat(record), "") for record in held_out[: n_seen + n_unseen]]
+    taught = taught_facts(loader)
+    marked = [
+        (record, SEEN if taught.issuperset(record["facts"]) else UNSEEN) for record in held_out
+    ]
+    picked = []
+    for wanted, n in ((SEEN, n_seen), (UNSEEN, n_unseen)):
+        these = [record for record, mark in marked if mark == wanted]
+        first_of_kind = {record.get("kind"): record for record in reversed(these)}
+        varied = [*first_of_kind.values(), *these]
+        picked += [(as_chat(record), wanted) for record in _distinct(varied)[:n]]
+    return picked
+
+
+def as_chat(record: dict) -> Chat:
+    """A chat, or a preference pair as the chat that ends with its chosen answer."""
+    if is_pair(record):
+        pair = pair_of(record)
+        return Chat([*pair.turns, ("assistant", pair.chosen)], pair.system)
+    return chats_of(record)[0]
+
+
+def taught_facts(loader: Loader) -> set[str]:
+    """The facts of the sample world that a record on the training side states."""
+    train = records_of(loader.data, loader.train)
+    return {fact for record in train for fact in record.get("facts", [])}
+
+
+def _distinct(records: list[dict]) -> list[dict]:
+    return list({id(record): record for record in records}.values())
+
+
+def records_of(store: Store, examples: Iterable[int]) -> list[dict]:
+    """The records, as they stand in their files, that these examples were read from."""
+    wanted: dict[str, set[int]] = {}
+    for i in examples:
+        file, number = store.where(i)
+        wanted.setdefault(file, set()).add(number)
+    return [
+        record
+        for file, numbers in wanted.items()
+        for number, record, _ in read_records(file)
+        if number in numbers
+    ]

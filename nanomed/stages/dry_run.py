@@ -1,0 +1,168 @@
+"""What a run would take, from shapes alone: memory (memory.py), steps, tokens, FLOPs, days, disk.
+
+The model is built on the meta device, so nothing is allocated.
+"""
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from nanomed.batches.loader import Loader, split
+from nanomed.batches.slices import Slices
+from nanomed.config import InputError, ModelConfig, Run, nearest
+from nanomed.distributed import rank_from_env
+from nanomed.model.decoder import Aquila
+from nanomed.runs.log import PEAK_FLOPS, flops_of
+from nanomed.stages import memory
+from nanomed.store import Store
+
+GB = 1e9
+GPU_MEMORY = {"A100-40G": 39.5, "A100-80G": 79.1, "H100-80G": 79.1, "H200-141G": 139.7}  # GiB
+
+
+def n_params(model: ModelConfig) -> int:
+    with torch.device("meta"):
+        return sum(p.numel() for p in Aquila(model).parameters())
+
+
+# ---------------------------------------------------------------- work of the whole run
+
+
+@dataclass(frozen=True)
+class Work:
+    """Examples, their tokens, and the sum of the squared lengths of their segments."""
+
+    examples: int
+    tokens: float
+    squares: float
+
+    def flops(self, model: ModelConfig) -> float:
+        """Forward and backward of one pass."""
+        return flops_of(model, self.tokens, self.squares)
+
+
+def published_work(c: Run) -> tuple[Work, Work]:
+    """(training, held out) of --examples, every segment seq_len tokens long."""
+    n_val = 0 if c.val_data else round(c.examples * c.val_fraction)
+    segments = 2 if c.stage == "dpo" else 1
+
+    def work(n: int) -> Work:
+        return Work(n, n * segments * c.seq_len, n * segments * c.seq_len**2)
+
+    return work(c.examples - n_val), work(n_val)
+
+
+def counted_work(c: Run, data: Store | Slices) -> tuple[Work, Work]:
+    """(training, held out) of tokenised data; of slices the squares of a sample."""
+    if isinstance(data, Slices):
+        Loader.of(c, data, parts=(data.train, data.val), mixture=data.mixture)  # can it be run?
+        return sliced_work(data, data.train), sliced_work(data, data.val)
+
+    def work(part: np.ndarray) -> Work:
+        squares = np.diff(data.borders).astype(float).reshape(len(data), -1) ** 2
+        return Work(len(part), float(data.lengths[part].sum()), float(squares[part].sum()))
+
+    train, val = split(data, c.val_fraction, len(c.data))
+    return work(train), work(val)
+
+
+def sliced_work(data: Slices, part: range, sample: int = 256) -> Work:
+    """Pieces' lengths are those of `sample` slices evenly spaced; of all if there are fewer."""
+    seen = np.unique(np.linspace(part.start, part.stop - 1, sample).astype(int)) if part else []
+    lengths = [np.array([len(s.ids) for s in data[i]], float) for i in seen]
+    n_tokens = int(data.n_tokens.reshape(2, -1)[int(part.start > 0)].sum())
+    sampled = sum(x.sum() for x in lengths)
+    squares = sum((x**2).sum() for x in lengths)
+    return Work(len(part), float(n_tokens), squares * n_tokens / max(1, sampled))
+
+
+def n_steps(c: Run, train: Work) -> int:
+    return c.steps or math.ceil(train.examples / c.batch_size) * c.epochs
+
+
+def n_validations(c: Run, train: Work) -> int:
+    """One before the first step, then as fit() does."""
+    every = c.eval_every or math.ceil(train.examples / c.batch_size)
+    return 1 + math.ceil(n_steps(c, train) / every)
+
+
+def flops(c: Run, model: ModelConfig, train: Work, val: Work) -> float:
+    """Training 3 parts (forward 1, backward 2), each validation 1; DPO's reference 1 part, once."""
+    passes = n_steps(c, train) * c.batch_size / train.examples
+    reference = (train.flops(model) + val.flops(model)) / 3 if c.stage == "dpo" else 0
+    validation = n_validations(c, train) * val.flops(model) / 3
+    return passes * train.flops(model) + validation + reference
+
+
+def disk(c: Run, model: ModelConfig, tokens: float) -> dict[str, float]:
+    """Bytes: float32 weights and moments for each checkpoint (the last ones, the best, and the one
+    being written), weights in bf16 for the export, 4 bytes and a flag for each token."""
+    return {
+        "checkpoints": (c.keep_last + 2) * 12 * model.n_params(),
+        "export": 2 * model.n_params(),
+        "token store": 5 * tokens,
+    }
+
+
+# ---------------------------------------------------------------- on the screen
+
+
+def parse_hardware(text: str) -> tuple[int, str]:
+    """(number of GPUs, their kind) of "8xA100-40G". Raises InputError."""
+    match = re.fullmatch(r"([1-9]\d*)x(.+)", text)
+    if not match or match[2] not in GPU_MEMORY:
+        known = ", ".join(GPU_MEMORY)
+        kind = match[2] if match else text
+        raise InputError(
+            f"--hardware is {text!r}; it must be like 8xA100-40G, of {known}"
+            + nearest(kind, GPU_MEMORY)
+        )
+    return int(match[1]), match[2]
+
+
+def show(c: Run, model: ModelConfig, load: Callable[[], Store | Slices]) -> None:
+    """Prints the plan on rank 0. `load` tokenises the data and is called if --examples is 0."""
+    n_gpus, kind = parse_hardware(c.hardware)
+    if rank_from_env()[0] == 0:
+        works = published_work(c) if c.examples else counted_work(c, load())
+        for line in (
+            f"dry run of {c.stage} on {n_gpus} x {kind}: nothing is trained",
+            f"model: {n_params(model):,} parameters",
+            *memory.lines(model, c, n_gpus, GPU_MEMORY[kind]),
+            *_work_lines(c, model, *works, n_gpus, PEAK_FLOPS[kind.split("-")[0]]),
+        ):
+            print(line)
+
+
+def _work_lines(
+    c: Run, model: ModelConfig, train: Work, val: Work, n_gpus: int, peak: float
+) -> list[str]:
+    steps, total = n_steps(c, train), flops(c, model, train, val)
+    passes = steps * c.batch_size / train.examples
+    seconds = total / (n_gpus * peak * c.mfu)
+    per_step = train.flops(model) * c.batch_size / train.examples / (n_gpus * peak * c.mfu)
+    needed = disk(c, model, train.tokens + val.tokens)
+    most = "at most " if c.examples else ""
+    note = " (--examples, each of full length; --examples 0 reads --data)" if c.examples else ""
+    return [
+        f"data: {train.examples:,} examples to train on, {val.examples:,} held out{note}",
+        f"steps: {steps:,} of {c.batch_size} examples; {most}{passes * train.tokens:.4g} tokens",
+        f"compute: {most}{total:.3g} FLOPs, {n_validations(c, train)} validations included (causal "
+        "count: 6 per matmul weight and token, 6 L D S per token of a segment of S)",
+        f"time: {most}{_duration(seconds)} at an assumed MFU of {c.mfu:.0%} of {n_gpus} x "
+        f"{peak / 1e12:.0f} TFLOP/s, {_duration(per_step)} a step"
+        + (f", a checkpoint every {_duration(per_step * c.save_every)}" if c.save_every else ""),
+        f"disk: {sum(needed.values()) / GB:,.1f} GB: "
+        + ", ".join(f"{name} {size / GB:,.1f} GB" for name, size in needed.items()),
+    ]
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.1f} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"

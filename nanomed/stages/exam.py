@@ -1,0 +1,85 @@
+"""The share of right letters on exam questions that training has not asked, beside chance."""
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from nanomed.batches.loader import Loader
+from nanomed.model.decoder import Aquila
+from nanomed.model.generation import greedy_in_lockstep
+from nanomed.records import Chat, chats_of, read_json
+from nanomed.runs.log import RunFolder
+from nanomed.stages.answers import records_of, taught_facts
+from nanomed.text.template import Encoder
+
+EXAM = Path("samples/exam.jsonl")
+OPTION = re.compile(r"^\s*([A-H])\s*[.．、:：)）]", re.MULTILINE)
+LETTER = re.compile(r"[A-H]([^A-Za-z0-9\s]|\s*$)")  # "B", "B。..." and not "A fever ..."
+AT_ONCE = 32  # questions in one batch
+
+
+@dataclass(frozen=True)
+class Item:
+    chat: Chat  # ends with the question
+    letter: str
+    n_options: int
+
+
+def show_exam(model: Aquila, encoder: Encoder, loader: Loader, run: RunFolder) -> None:
+    """Prints the shares for held-out option chats and, where the sample world was trained on, its
+    exam. Every rank calls it."""
+    sets = {"held-out option questions": held_out_items(loader)}
+    if all(Path(path).parent == EXAM.parent for path in loader.data.meta["files"]):
+        taught = taught_facts(loader)
+        for name, wanted in (("stated in training", True), ("never stated", False)):
+            sets[f"{EXAM}, facts {name}"] = exam_items(EXAM, taught, wanted)
+    run.print("share of right letters (greedy, the first letter of the answer):")
+    for name, items in sets.items():
+        if items:
+            right = n_right(model, encoder, items)
+            run.print(f"  {name}: {summary(right, [item.n_options for item in items])}")
+    run.print()
+
+
+def summary(right: int, options: list[int]) -> str:
+    n = len(options)
+    chance = sum(1 / k for k in options) / n
+    error = math.sqrt(chance * (1 - chance) / n)
+    return f"{right} of {n} = {right / n:.0%}; chance is {chance:.0%}, give or take {error:.0%}"
+
+
+def n_right(model: Aquila, encoder: Encoder, items: list[Item]) -> int:
+    right = 0
+    for start in range(0, len(items), AT_ONCE):
+        part = items[start : start + AT_ONCE]
+        prompts = [encoder.prompt(item.chat) for item in part]
+        answers = greedy_in_lockstep(model, prompts, set(), max_new=1)
+        for item, ids in zip(part, answers, strict=True):
+            right += encoder.tokenizer.decode(ids).strip()[:1] == item.letter
+    return right
+
+
+def held_out_items(loader: Loader) -> list[Item]:
+    chats = (chats_of(record)[0] for record in records_of(loader.data, loader.val))
+    return [item for chat in chats if (item := as_item(chat))]
+
+
+def as_item(chat: Chat) -> Item | None:
+    """None unless the last question lists options and the answer begins with one's letter."""
+    letters = OPTION.findall(chat.turns[-2][1]) if len(chat.turns) > 1 else []
+    answer = chat.turns[-1][1].strip()
+    if len(letters) < 2 or answer[:1] not in letters or not LETTER.match(answer):
+        return None
+    return Item(Chat(chat.turns[:-1], chat.system), answer[0], len(letters))
+
+
+def exam_items(path: Path, taught: set[str], wanted: bool) -> list[Item]:
+    """The questions of an exam whose facts training states in another form, or does not."""
+    items = []
+    for _, record, _ in read_json(str(path)):
+        if taught.issuperset(record["facts"]) == wanted:
+            options = [f"{letter}. {text}" for letter, text in record["options"].items()]
+            question = "\n".join([record["question"], *options])
+            items.append(Item(Chat([("user", question)]), record["answer"], len(options)))
+    return items

@@ -1,0 +1,253 @@
+"""What every stage does before and after fit(): settings into a model, and a word on the screen."""
+
+import dataclasses
+import os
+from pathlib import Path
+
+import torch
+
+import kernels
+from nanomed import hf
+from nanomed.batches import slices
+from nanomed.batches.loader import Loader
+from nanomed.config import MODELS, InputError, ModelConfig, Run
+from nanomed.distributed import World, rank_from_env, shard
+from nanomed.hf import pretrained
+from nanomed.model.decoder import Aquila, init_weights
+from nanomed.runs import checkpoint
+from nanomed.runs.log import RunFolder
+from nanomed.stages import memory
+from nanomed.text import template, tokenizer
+from nanomed.training.optim import lr_at
+
+OUR_TOKENIZER = "samples/tokenizer.model"
+
+
+def model_and_encoder(c: Run) -> tuple[ModelConfig, template.Encoder]:
+    """The model's shape, tokenizer and template, checked against one another. Allocates nothing."""
+    if c.init and c.model:
+        raise InputError(f"--init {c.init} fixes the model; leave out --model {c.model}")
+    if c.init:
+        model, encoder = pretrained.describe(c.init, c.tokenizer, c.template)
+    else:
+        model, encoder = _fresh(c)
+    if c.seq_len > model.max_seq_len:
+        raise InputError(f"--seq_len {c.seq_len} is over the model's maximum {model.max_seq_len}")
+    return dataclasses.replace(model, dropout=c.dropout), encoder
+
+
+def _fresh(c: Run) -> tuple[ModelConfig, template.Encoder]:
+    tok = tokenizer.load(c.tokenizer or OUR_TOKENIZER)
+    encoder = template.Encoder(template.load(c.template or "chatml"), tok)
+    model = MODELS[c.model or "tiny"]
+    if model is MODELS["tiny"]:
+        model = dataclasses.replace(model, vocab_size=tok.vocab_size)  # it has none of its own
+    if tok.vocab_size > model.vocab_size:
+        raise InputError(
+            f"the tokenizer {tok.path} has {tok.vocab_size} ids, the model's embedding only "
+            f"{model.vocab_size} rows: they do not belong together"
+        )
+    return model, encoder
+
+
+# What may change when a run goes on: where it reads and writes, what it shows and keeps, its speed
+# and memory. All else decides what is trained and must be as it was. Files may move: their content
+# is compared. (--steps and --epochs are compared as the number of steps they come to.)
+FREE = {
+    *("config", "model", "tokenizer", "template", "data", "val_data", "out", "resume"),
+    *("steps", "epochs", "micro_tokens", "recompute", "kernels", "device", "allow_drop"),
+    *("log_every", "eval_every", "save_every", "save", "keep_last", "max_bad", "show_text"),
+    *("dry_run", "hardware", "mfu", "examples", "repeat"),
+}
+
+
+def identity(c: Run, model: ModelConfig, encoder: template.Encoder, loader: Loader) -> dict:
+    """What the run trains, by name: what every checkpoint keeps and a resume compares."""
+    settings = {name: value for name, value in dataclasses.asdict(c).items() if name not in FREE}
+    shape = {f"model's {name}": value for name, value in dataclasses.asdict(model).items()}
+    return {
+        "stage": c.stage,
+        **settings,
+        "number of steps": loader.n_steps,
+        **shape,
+        "tokenizer": encoder.tokenizer.fingerprint(),
+        "template": encoder.template.to_json(),
+        "content of the data": loader.data.meta["sha256"],
+        "weights of the data": loader.mixture and loader.mixture.weights,
+        "held-out examples": len(loader.val),
+    }
+
+
+def compute_dtype(c: Run, device: torch.device) -> torch.dtype:
+    named = {"bf16": torch.bfloat16, "fp32": torch.float32}
+    return named[c.dtype if c.dtype != "auto" else "bf16" if device.type == "cuda" else "fp32"]
+
+
+def choose_kernels(c: Run, model: ModelConfig, device: torch.device) -> None:
+    """--kernels, for all that follows. The Triton interpreter, on a CPU, is for tests alone."""
+    if c.kernels == "triton":
+        if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+            raise InputError("--kernels triton needs a CUDA device; on a CPU use --kernels auto")
+        if kernels.triton_error():
+            raise InputError(
+                f"--kernels triton: it does not import ({kernels.triton_error()}); install a torch "
+                "built for CUDA, which brings it, or use --kernels reference"
+            )
+        if model.head_size not in kernels.triton_head_sizes():
+            raise InputError(
+                f"--kernels triton: its attention takes heads of {kernels.triton_head_sizes()}, "
+                f"the model's are {model.head_size} wide; use --kernels auto"
+            )
+    kernels.use(c.kernels)
+
+
+def build_model(c: Run, model_config: ModelConfig, world: World) -> Aquila:
+    """The sharded model with its weights: no rank ever holds more than its share. Nothing has been
+    written when bad weights raise InputError here."""
+    choose_kernels(c, model_config, world.device)
+    with torch.device("meta"):
+        model = Aquila(model_config, c.recompute)
+    shard(model, world, compute_dtype(c, world.device))
+    model.to_empty(device=world.device)
+    if not c.init:
+        init_weights(model, c.seed)
+    else:
+        if world.is_main:
+            print(f"reading {c.init}", flush=True)
+        pretrained.load_weights(model, c.init)
+    return model
+
+
+def with_newest_sft(c: Run) -> Run:
+    """A stage that was not told where to start goes on from the newest fine-tuning run."""
+    if c.init or c.model or c.config:
+        return c
+    sft = Path("runs/sft")
+    if (sft / "checkpoints").exists():
+        return dataclasses.replace(c, init=str(sft.resolve().relative_to(Path.cwd().resolve())))
+    if rank_from_env()[0] == 0:
+        print(
+            "no fine-tuned model in runs/: this starts from an untrained one and shows little; run "
+            "`torchrun --nproc_per_node 2 train_sft.py` first"
+        )
+    return c
+
+
+def load_best(model: Aquila, run: RunFolder) -> None:
+    """The best checkpoint's weights; the newest's if nothing was held out to judge by."""
+    best = run.checkpoints / "best"
+    checkpoint.load_weights(best if best.exists() else run.checkpoints / "latest", model)
+
+
+def export(c: Run, model: Aquila, encoder: template.Encoder, run: RunFolder) -> None:
+    """The Hugging Face folder of the weights that the model now has; the last line says where."""
+    if run.world.device.type == "cuda":
+        run.print(memory.compared(model.config, c, run.world.size))
+    folder, dtype = run.path / "export", compute_dtype(c, run.world.device)
+    about = {"stage": c.stage} | dataclasses.asdict(c)
+    hf.export(model, encoder.tokenizer, folder, dtype, encoder.template, replace=True, about=about)
+    run.print(f"exported to {folder} ({dtype}), for transformers and vLLM".replace("torch.", ""))
+    run.print(f"run folder: {run.path}")
+
+
+# Of the demonstration: a tenth of stage 1's learning rate, as in the paper, and chats among the
+# documents.
+SECOND = (
+    "--data samples/cpt_medical.jsonl:0.5 samples/sft.jsonl:0.3 samples/cpt_general.jsonl:0.2 "
+    "--lr 2e-4 --warmup_ratio 0.01 --batch_size 8 --seq_len 256 --val_fraction 0.1 --steps 60 "
+    "--repeat --log_every 10"
+)
+
+
+def second_stage(c: Run, run: RunFolder) -> str:
+    """The command that goes on after stage 1 of pre-training; "" if this was stage 2."""
+    if c.init and pretrained.settings_of(c.init).get("stage") == c.stage:
+        return ""
+    launcher = f"torchrun --nproc_per_node {run.world.size}" if run.world.size > 1 else "python"
+    flags = f"{SECOND} --init {run.path}"
+    if not may_show_text(c):
+        flags = f"--config configs/cpt_stage2.toml --init {run.path} --data FILES"
+    return f"{launcher} train_cpt.py {flags}"
+
+
+def may_show_text(c: Run) -> bool:
+    """Real records may be patients'; they stay off the screen unless asked for."""
+    return c.show_text or all(Path(path).parts[:1] == ("samples",) for path in c.data)
+
+
+def begin(
+    c: Run, model: ModelConfig, encoder: template.Encoder, loader: Loader, run: RunFolder
+) -> None:
+    """Keeps in the run folder what a later --init needs, and says what is about to happen."""
+    if run.world.is_main:
+        run.write_json("model.json", dataclasses.asdict(model))
+        (run.path / "template.json").write_text(encoder.template.to_json() + "\n")
+        tokenizer.copy(encoder.tokenizer, run.path)
+    is_cpt = isinstance(loader.data, slices.Slices)
+    report = slices.report(loader) if is_cpt else loader.data.meta["report"]
+    run.write_json("data_report.json", report)
+    config = "cpt_stage1" if is_cpt else c.stage
+    start = f"from {c.init}" if c.init else "from nothing"
+    run.print(
+        f"{c.stage} of {c.model or 'tiny' if not c.init else 'the model'} {start} on "
+        f"{' '.join(c.data)}; the paper's setting: --config configs/{config}.toml --init FOLDER"
+    )
+    dtype = compute_dtype(c, run.world.device)
+    run.print(
+        f"model: {model.n_params():,} parameters, masters and gradient sums in float32, "
+        f"computing in {str(dtype).removeprefix('torch.')} on {run.world.size} x "
+        f"{_device_name(run.world.device)}"
+    )
+    device, reasons = run.world.device, kernels.reasons(run.world.device)
+    run.print(f"kernels: {kernels.in_force(device)}" + (f" ({reasons})" if reasons else ""))
+    spare = model.vocab_size - encoder.tokenizer.vocab_size
+    run.print(
+        f"vocabulary: {encoder.tokenizer.vocab_size:,} ids of {encoder.tokenizer.path}"
+        + (f", {spare:,} spare rows in the model" if spare else "")
+        + f"; template {encoder.template.name}"
+    )
+    for line in _slices_lines(report) if is_cpt else [_examples_line(report, loader)]:
+        run.print(f"data: {line}")
+    n = loader.n_steps
+    points = [min(n - 1, round(share * n)) for share in (0, 0.25, 0.5, 0.75, 1)]
+    lrs = [lr_at(k, n, c.lr, c.warmup_ratio, c.min_lr_ratio) for k in points]
+    run.print(
+        f"plan: {n:,} steps of {c.batch_size} examples, {loader.steps_per_epoch:,} per epoch; "
+        f"lr at 0, 25, 50, 75, 100%: {', '.join(f'{lr:.1e}' for lr in lrs)}; into {run.path}"
+    )
+
+
+def _examples_line(report: dict, loader: Loader) -> str:
+    return (
+        f"{report['examples']:,} examples, {_changes(report)}; "
+        f"{len(loader.train):,} to train on, "
+        f"{len(loader.val):,} held out; {report['tokens']:,} tokens, "
+        f"{report['trained_tokens'] / report['tokens']:.0%} trained on"
+    )
+
+
+def _slices_lines(report: dict) -> list[str]:
+    lines = []
+    for name, source in report["sources"].items():
+        train, held_out, weight = (source[k] for k in ("train", "held_out", "weight"))
+        drawn = "" if weight is None else f"{weight:.1%} of the draws, "
+        lines.append(
+            f"{name}: {train['documents']:,} documents to train on, {train['tokens']:,} tokens in "
+            f"{train['slices']:,} slices; {drawn}seen {source['seen']:.2f} times; "
+            f"{held_out['documents']:,} documents held out; {_changes(source['read'])}"
+        )
+    return lines
+
+
+def _changes(report: dict) -> str:
+    parts = [f"{n} dropped ({cause})" for cause, n in report["dropped"].items()]
+    if report["shortened"]:
+        parts.append(f"{report['shortened']} shortened by {report['turns_cut']} old turns")
+    parts += [f"{n} x {change}" for change, n in report["changed"].items()]
+    return ", ".join(parts) or "none dropped or shortened"
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name()
+    return f"cpu ({torch.get_num_threads()} threads each)"

@@ -1,0 +1,1 @@
+"""Text into token ids and back: tokenizers, chat templates, and the segments they make."""

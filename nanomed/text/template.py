@@ -1,0 +1,207 @@
+"""Chats to token ids, and which of them are trained on. The only place that knows special tokens.
+
+A template is data: what stands before and after each role's text. Ids are built piece by piece and
+never by tokenising the whole text again, so a mask cannot slip; and since only a template's own
+pieces are searched for special tokens, what a user types stays text.
+"""
+
+import dataclasses
+import json
+import re
+from dataclasses import dataclass
+from itertools import chain
+
+from nanomed.config import InputError, nearest
+from nanomed.records import Chat, PreferencePair, Turns
+from nanomed.text.tokenizer import Tokenizer
+
+Segment = tuple[list[int], list[bool]]  # ids, and which of them are trained on
+
+
+@dataclass(frozen=True)
+class Template:
+    name: str
+    special: tuple[str, ...]  # the special tokens that stand in the strings below
+    system: str  # the system text of a chat that brings none; "" for no system turn
+    before: dict[str, str]  # role -> what stands before its text
+    after: dict[str, str]  # role -> what stands after it
+    turn_end: str  # ends an assistant's turn; trained on, and generation stops at it
+    document_end: str  # ends a document; generation stops at it too
+
+    def missing(self, tokenizer: Tokenizer) -> list[str]:
+        """The special tokens that it needs and the tokenizer does not have."""
+        used = (*self.special, self.turn_end, self.document_end)
+        return [name for name in used if name not in tokenizer.special]
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), ensure_ascii=False, indent=2)
+
+
+# As AquilaMed was trained and is served (its model card).
+CHATML = Template(
+    name="chatml",
+    special=("<|im_start|>", "<|im_end|>"),
+    system="You are a helpful assistant in medical domain.",
+    before={role: f"<|im_start|>{role}\n" for role in ("system", "user", "assistant")},
+    after=dict.fromkeys(("system", "user", "assistant"), "<|im_end|>\n"),
+    turn_end="<|im_end|>",
+    document_end="<|endoftext|>",
+)
+# As AquilaChat2-7B is served (FlagAI, flagai/model/aquila2/conversation.py): no begin token, no
+# line breaks, the system text as plain words in front. FlagScale's Aquila ends a document so too.
+AQUILA_V1 = Template(
+    name="aquila-v1",
+    special=("<|startofpiece|>", "<|endofpiece|>", "</s>"),
+    system="",
+    before={"system": "", "user": "<|startofpiece|>", "assistant": "<|endofpiece|>"},
+    after={"system": "", "user": "", "assistant": "</s>"},
+    turn_end="</s>",
+    document_end="</s>",
+)
+TEMPLATES = {t.name: t for t in (CHATML, AQUILA_V1)}
+
+
+def load(name: str) -> Template:
+    """A template by name, or from the JSON file that a run or an export keeps."""
+    if not name.endswith(".json"):
+        if name not in TEMPLATES:
+            known = ", ".join(TEMPLATES)
+            raise InputError(f"--template {name!r}: known are {known}{nearest(name, TEMPLATES)}")
+        return TEMPLATES[name]
+    try:
+        with open(name, encoding="utf-8") as file:
+            template = Template(**json.load(file))
+    except (OSError, TypeError, ValueError) as error:
+        raise InputError(f"--template {name}: {error}") from None
+    return dataclasses.replace(template, special=tuple(template.special))
+
+
+def fitting(tokenizer: Tokenizer) -> Template:
+    """The first of TEMPLATES whose special tokens the tokenizer has: which template a folder that
+    names none was made for. Raises InputError if there is none."""
+    for template in TEMPLATES.values():
+        if not template.missing(tokenizer):
+            return template
+    raise InputError(
+        f"no template for {tokenizer.path}: its special tokens are {_few(tokenizer.special)}, and "
+        + "; ".join(f"{t.name} needs {', '.join(t.special)}" for t in TEMPLATES.values())
+        + "; give --template a JSON file (docs/aquilamed.md shows one)"
+    )
+
+
+def _few(names, n: int = 12) -> str:
+    names = list(names)
+    return ", ".join(names[:n]) + (f" and {len(names) - n} more" if len(names) > n else "")
+
+
+class Encoder:
+    """A template with a tokenizer: chat -> (ids, trained)."""
+
+    def __init__(self, template: Template, tokenizer: Tokenizer):
+        self.template, self.tokenizer = template, tokenizer
+        if missing := template.missing(tokenizer):
+            raise InputError(
+                f"template {template.name!r} needs the special tokens {', '.join(missing)}, which "
+                f"{tokenizer.path} does not have; it has {_few(tokenizer.special)}"
+            )
+        self.turn_end = tokenizer.special[template.turn_end]
+        self.document_end = tokenizer.special[template.document_end]
+        self._before = {role: self._piece(text) for role, text in template.before.items()}
+        self._after = {role: self._piece(text) for role, text in template.after.items()}
+
+    def chat(self, chat: Chat, max_tokens: int) -> tuple[list[int], list[bool], int]:
+        """(ids, trained, turns dropped): the whole chat, or without its oldest turns, as many as
+        it takes to fit max_tokens. Empty if even its last question and answer do not fit."""
+        if chat.raw:
+            return self._continuation(chat, max_tokens)
+        head = self._system(chat)
+        turns = [self._turn(role, text) for role, text in chat.turns]
+        for _, trained in turns[: chat.context]:
+            trained[:] = [False] * len(trained)
+        first = self._first_kept(chat.turns, turns, max_tokens - len(head[0]))
+        if first == len(turns):
+            return [], [], first
+        ids, trained = zip(head, *turns[first:], strict=True)
+        return [*chain(*ids)], [*chain(*trained)], first
+
+    def pair(self, pair: PreferencePair, max_tokens: int) -> tuple[list[Segment], int]:
+        """([chosen, rejected], turns dropped): the prompt, then one of its answers, of which alone
+        is trained on. Prompt and answers are tokenised apart, and the prompt is the same in both:
+        it loses its oldest whole turns until the longer answer fits max_tokens. No segment if even
+        its last question leaves no room."""
+        if pair.raw:
+            return self._raw_pair(pair, max_tokens)
+        head = self._system(pair)[0]
+        turns = [self._turn(role, text) for role, text in pair.turns]
+        answers = [self._turn("assistant", text) for text in (pair.chosen, pair.rejected)]
+        longest = max(len(ids) for ids, _ in answers)
+        first = self._first_kept(pair.turns, turns, max_tokens - len(head) - longest)
+        if first == len(turns):
+            return [], first
+        prompt = [*chain(head, *(ids for ids, _ in turns[first:]))]
+        untrained = [False] * len(prompt)
+        return [(prompt + ids, untrained + trained) for ids, trained in answers], first
+
+    def _raw_pair(self, pair: PreferencePair, max_tokens: int) -> tuple[list[Segment], int]:
+        sides = [
+            self._continuation(Chat([*pair.turns, ("assistant", text)]), max_tokens)
+            for text in (pair.chosen, pair.rejected)
+        ]
+        return [(ids, trained) for ids, trained, _ in sides] if all(s[0] for s in sides) else [], 0
+
+    @staticmethod
+    def _first_kept(texts: Turns, turns: list[Segment], room: int) -> int:
+        """How many of the oldest turns must go so that the rest fits; what is left starts with a
+        user's turn."""
+        first, length = 0, sum(len(ids) for ids, _ in turns)
+        while length > room and first < len(turns):
+            length -= len(turns[first][0])
+            first += 1
+            while first < len(turns) and texts[first][0] != "user":
+                length -= len(turns[first][0])
+                first += 1
+        return first
+
+    def prompt(self, chat: Chat) -> list[int]:
+        """The ids up to where the assistant's next answer starts; chat.turns ends with a user."""
+        turns = [self._turn(role, text)[0] for role, text in chat.turns]
+        return [*chain(self._system(chat)[0], *turns, self._before["assistant"])]
+
+    def borders(self, chat: Chat, first: int) -> list[tuple[str, int]]:
+        """(role, tokens) of each turn that chat() renders when it drops the first `first` ones."""
+        if chat.raw:
+            lengths = [len(self.tokenizer.encode(text)) for _, text in chat.turns]
+            return [("text", lengths[0]), ("continuation", lengths[1] + 1)]
+        turns = [(role, len(self._turn(role, text)[0])) for role, text in chat.turns[first:]]
+        system = len(self._system(chat)[0])
+        return [("system", system), *turns] if system else turns
+
+    def _continuation(self, chat: Chat, max_tokens: int) -> tuple[list[int], list[bool], int]:
+        """A text and what follows it, up to the document's end; nothing of it can be left out."""
+        prompt, answer = (self.tokenizer.encode(text) for _, text in chat.turns)
+        ids = [*prompt, *answer, self.document_end]
+        if len(ids) > max_tokens:
+            return [], [], 0
+        return ids, [False] * len(prompt) + [True] * (len(answer) + 1), 0
+
+    def _system(self, chat: Chat | PreferencePair) -> tuple[list[int], list[bool]]:
+        text = chat.system or self.template.system
+        return self._turn("system", text) if text else ([], [])
+
+    def _turn(self, role: str, text: str) -> tuple[list[int], list[bool]]:
+        """An assistant's text and its end token are trained on, nothing else is."""
+        before, body, after = self._before[role], self.tokenizer.encode(text), self._after[role]
+        n_trained = len(body) + after.index(self.turn_end) + 1 if role == "assistant" else 0
+        n_rest = len(body) + len(after) - n_trained
+        flags = [False] * len(before) + [True] * n_trained + [False] * n_rest
+        return before + body + after, flags
+
+    def _piece(self, text: str) -> list[int]:
+        """The only place where text becomes special tokens: the template's own strings."""
+        parts = re.split(f"({'|'.join(map(re.escape, self.template.special))})", text)
+        special = {name: self.tokenizer.special[name] for name in self.template.special}
+        return [
+            i
+            for part in parts
+            for i in ([special[part]] if part in special else self.tokenizer.encode(part))
+        ]

@@ -1,0 +1,102 @@
+"""The reference of DPO: the start weights' log-probabilities of every answer, computed once and
+kept beside the run, so that no second model takes memory."""
+
+import hashlib
+import json
+import math
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import kernels
+from nanomed.batches.loader import Loader
+from nanomed.batches.packing import Row
+from nanomed.config import InputError
+from nanomed.distributed import World, local, sum_over_ranks
+from nanomed.runs.log import RunFolder, is_terminal
+from nanomed.training.losses import segment_logps
+from nanomed.training.step import Loss
+
+
+def reference_logps(model: nn.Module, loader: Loader, run: RunFolder, parts: dict) -> Tensor:
+    """[pairs, 2] float32, (chosen, rejected), on the run's device. Every rank calls it, with the
+    start weights in the model.
+
+    `parts` is what else the numbers depend on. A resumed run reads what the first one computed;
+    raises InputError, with the difference, if that was under another key.
+    """
+    in_force = kernels.in_force(run.world.device)
+    key = {"weights": fingerprint(model), "kernels": in_force, **parts}
+    key_path, path = run.path / "reference.json", run.path / "reference.npy"
+    if run.resume_from:
+        _check_key(run, json.loads(key_path.read_text()), key)
+        logps = torch.from_numpy(np.load(path))
+    else:
+        logps = answer_logps(model, loader, run.world).cpu()
+        if run.world.is_main:
+            np.save(path, logps.numpy())
+            run.write_json("reference.json", key)
+    return logps.to(run.world.device)
+
+
+@torch.no_grad()
+def answer_logps(model: nn.Module, loader: Loader, world: World) -> Tensor:
+    """[pairs, 2], (chosen, rejected): the log-probabilities, in nats, of all answers of the data
+    set under the weights that the model now has. Every rank calls it."""
+    model.eval()
+    logps = torch.zeros(len(loader.data), 2, device=world.device)
+    rows = loader.rows(np.arange(len(loader.data)))
+    hidden = not (world.is_main and is_terminal())
+    for row in tqdm(rows, desc="reference", unit="row", disable=hidden):
+        row = row.to(world.device)
+        pairs = segment_logps(model(row), row).view(-1, 2)
+        examples = row.examples[::2]
+        logps[examples[examples >= 0]] = pairs[examples >= 0]
+    return sum_over_ranks(logps)  # each pair is in one row of one rank, and 0 elsewhere
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Of the weights' bits, whole: the same however they are sharded."""
+    bits = (local(p.detach()).contiguous().view(torch.int32) for p in model.parameters())
+    sums = [x.sum(dtype=torch.int64) for x in bits]
+    total = sum_over_ranks(torch.stack(sums)).cpu()
+    return hashlib.sha256(total.numpy().tobytes()).hexdigest()[:16]
+
+
+def _check_key(run: RunFolder, found: dict, wanted: dict) -> None:
+    names = [name for name in wanted if found.get(name) != wanted[name]]
+    if names:
+        differences = "; ".join(f"{n}: {found.get(n)} there, {wanted[n]} now" for n in names)
+        raise InputError(
+            f"{run.path}/reference.npy was computed for something else ({differences}); resume "
+            "with the settings of the first start, or start a new run"
+        )
+
+
+@torch.no_grad()
+def check_start(model: nn.Module, loader: Loader, loss: Loss, exact: bool, run: RunFolder) -> None:
+    """Before the first step policy and reference are the same, so the loss is ln 2 and every
+    margin 0: exactly where a row is packed as the reference pass packed it, in float32; within
+    rounding else. Runs one row of each kind, in training mode, and raises InputError if not."""
+    model.train()
+    reference_pass = next(iter(loader.rows(np.arange(len(loader.data)))))
+    margin = abs(_mean(model, loss, reference_pass, "rewards/margins", run))
+    off = abs(_mean(model, loss, loader.step(0)[0], "loss", run) - math.log(2))
+    if (exact and margin > 1e-6) or off > 1e-2:
+        raise InputError(
+            f"DPO does not start at ln 2: the loss is {off:.1e} off, the margin {margin:.1e}. "
+            "Policy and reference differ: dropout, another dtype or other weights"
+        )
+    run.print(f"start: loss within {off:.1e} of ln 2, margin {margin:.1e} as first packed")
+
+
+def _mean(model: nn.Module, loss: Loss, row: Row, name: str, run: RunFolder) -> float:
+    """Of a row's pairs, over all ranks: they run the model together."""
+    row = row.to(run.world.device)
+    total, metrics = loss(model(row), row)
+    value = {"loss": total, **metrics}[name]
+    sums = torch.stack([value.double(), (row.examples[::2] >= 0).sum().double()])
+    total, n_pairs = sum_over_ranks(sums).tolist()
+    return total / max(1, n_pairs)

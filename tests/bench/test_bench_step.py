@@ -1,0 +1,235 @@
+"""bench/step.py: its parts, its gate, its counts. It checks no speed."""
+
+import dataclasses
+import math
+import types
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from torch.distributed.tensor import DTensor
+
+from bench import gate, results, startup, step_gpu, step_scaling
+from bench import step as bench_step
+from bench.measure import ROOT, Results, read
+from bench.ours import Examples, Ours, Split, model_of, settings
+from bench.theirs import Plain, padded, qwen2
+from nanomed import store
+from nanomed.config import CPT, DPO, MODELS
+from nanomed.runs.log import flops_of
+
+
+def test_the_parts_of_a_step_are_the_whole_and_change_nothing(world, small):
+    """And a DPO step, whose reference is computed at its start."""
+    for cls, segments in ((CPT, 1), (DPO, 2)):
+        c = settings(cls, 4, 64)
+        data = Examples.of_lengths([20, 31, 9, 25], small.vocab_size, segments)
+        plain, marked = (Ours(world, small, data, c, torch.float32) for _ in range(2))
+        plain()
+        with Split(marked) as split:
+            split()
+        assert marked.tokens == plain.tokens == [85 * segments]
+        for p, q in zip(plain.model.parameters(), marked.model.parameters(), strict=True):
+            assert torch.equal(p.to_local(), q.to_local())
+        seconds = split.seconds()
+        whole = split.marks[-1][1] - split.marks[0][1]
+        assert list(seconds) == list(Split.PARTS) and min(seconds.values()) > 0
+        assert sum(seconds.values()) == pytest.approx(whole)
+
+
+def test_the_gate_lets_transformers_pass_and_stops_another_model(world, small):
+    plain = model_of(world, small, torch.float32, "none", sharded=False)
+    b = types.SimpleNamespace(plain=plain, config=small)
+    data = Examples.of_lengths([20, 31, 9], small.vocab_size)
+    segments = [data[i][0] for i in range(3)]
+    batch = {n: x for n, x in padded(segments).items() if n != "labels"}
+    batch["labels"] = padded(segments)["labels"]
+    assert [len(s.ids) for s in gate.segments_of(batch)] == [20, 31, 9]
+    n = sum(int(s.trained[1:].sum()) for s in segments)
+
+    def pass_gate(theirs):
+        loss = theirs(**batch, num_items_in_batch=n).loss
+        gate.gate(b, "theirs", theirs, loss, gate.next_token_loss(b, segments))
+
+    pass_gate(qwen2(small, plain, torch.device("cpu")))
+    other = dataclasses.replace(small, rope_theta=1e4)
+    with pytest.raises(SystemExit, match="computes something else"):
+        pass_gate(qwen2(other, plain, torch.device("cpu")))
+
+
+def test_the_gate_takes_the_rows_that_the_transformers_loop_is_timed_on(world, small):
+    """Padded chats of a step, or its full rows, each one document of which all but the first token
+    is trained on. A model whose weights have moved does not pass."""
+    plain = model_of(world, small, torch.float32, "none", sharded=False)
+    b, c = types.SimpleNamespace(plain=plain), settings(CPT, 3, 64)
+    data = Examples.of_lengths([20, 31, 14], small.vocab_size)
+    for block, lengths in ((0, [20, 31, 14]), (16, [16, 16, 16, 16])):
+        model = qwen2(small, plain, torch.device("cpu"))
+        loop = Plain(model, data, c, torch.float32, lambda k: [0, 1, 2], block)
+        segments = gate.segments_of(loop.batch(0))
+        assert [len(s.ids) for s in segments] == lengths
+        assert all(s.trained[1:].all() for s in segments)
+        gate.plain_gate(b, "loop", model, loop.batch(0))
+        loop()
+        assert loop.k == 1 and loop.tokens == [sum(lengths)]
+        with pytest.raises(SystemExit, match="computes something else"):
+            gate.plain_gate(b, "loop", model, loop.batch(0))
+
+
+def test_flops_of_the_aquilamed_step():
+    """48.83 GF per token at 4,096 by the causal count; full recompute, and of the head's chunks all
+    but the last again on top: a row of 16,384 tokens has two."""
+    model = MODELS["aquilamed-7b"]
+    head = 2 * model.vocab_size * model.d_model * 4096
+    c = settings(CPT, 1, 4096)
+    counted, executed = step_gpu.flops(model, [4096], c)
+    assert counted == flops_of(model, 4096, 4096**2)
+    assert counted / 4096 == pytest.approx(48.83e9, rel=1e-4)
+    assert executed == counted
+    long, full = (
+        dataclasses.replace(c, **x) for x in ({"micro_tokens": 16_384}, {"recompute": "full"})
+    )
+    assert step_gpu.flops(model, 4 * [4096], long)[1] == 4 * counted + 2 * head
+    assert step_gpu.flops(model, [4096], full)[1] == pytest.approx(counted * 4 / 3 - head)
+
+
+def test_a_gpu_lines_facts_on_a_cpu(world, small, tmp_path):
+    """Every stage's rows are full, and the line can be read back."""
+    results = Results(tmp_path / "x.jsonl")
+    for stage, cls in (("cpt", CPT), ("sft", CPT), ("dpo", DPO)):
+        data = step_gpu.examples(stage, 128, small, longest=100)
+        c = dataclasses.replace(settings(cls, len(data), 128), dtype="bf16")
+        ours = Ours(world, small, data, c, torch.bfloat16)
+        line = step_gpu.measure(stage, ours, small, world, results, rounds=1)
+        lengths = [len(s.ids) for i in range(len(data)) for s in data[i]]
+        assert abs(sum(lengths) - 128 * step_gpu.N_ROWS) <= 128
+        assert line["facts"]["real_tokens_per_s"] > 0 and line["facts"]["MFU"] is None
+        assert not math.isnan(line["facts"]["predicted_GiB"])
+    lines, _ = read([tmp_path / "x.jsonl"])
+    assert [line["name"] for line in lines] == ["tiny CPT", "tiny SFT", "tiny DPO"]
+    assert np.all([line["samples"][0] > 0 for line in lines])
+
+
+def test_the_table_of_growth(world, small, tmp_path, monkeypatch):
+    """Its rows are full and are of the lengths that they say; the ratio is of rates, not of times,
+    and stands beside the longest row."""
+    results = Results(tmp_path / "x.jsonl")
+    given = dict(dtype=torch.float32, rounds=2)
+    seen = []
+
+    def timed(sides, rounds, **_):
+        for name, side in sides.items():
+            if name != "again":
+                rows = side.loader.step(0)
+                seen.append([len(rows), *(n for r in rows for n in r.cu_seqlens.diff().tolist())])
+        size = {name: name[1] if name != "again" else 64 for name in sides}
+        return {name: [n / 1000, n / 500] for name, n in size.items()}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(step_scaling, "interleaved", timed)
+        lines = step_scaling.growth(world, small, results, 32, (64, 128), (8,), **given)
+    assert seen == [[1, 32, 32], [1, 32, 32, 32, 32], [1, *[8] * 8]]
+    assert [line["facts"].get("of_the_rate_at_64") for line in lines] == [
+        None, "no difference (1.00 to 1.00)", None
+    ]  # fmt: skip
+    assert step_scaling.growth(world, small, results, 32, (64, 128), (8,), **given)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_fsdp2_is_held_against_a_loop_that_takes_the_same_steps(
+    world, small, tmp_path, monkeypatch, dtype
+):
+    found, weights = Results(tmp_path / "x.jsonl"), []
+
+    def timed(sides, rounds, *_, **__):
+        for name, side in sides.items():
+            if name != "FSDP2, again":
+                side()
+                weights.append(list(side.model.parameters()))
+        return {name: [2.0 if name.startswith("FSDP2") else 1.0] * rounds for name in sides}
+
+    monkeypatch.setattr(step_scaling, "interleaved", timed)
+    step_scaling.fsdp(world, small, found, 32, 64, dtype, 2, 0)
+    for p, q in zip(*weights, strict=True):
+        assert isinstance(p, DTensor) and not isinstance(q, DTensor)
+        assert p.dtype == q.dtype == dtype
+        torch.testing.assert_close(p.to_local(), q)
+    assert [line["facts"] for line in found.lines] == [{}, {"FSDP2_takes": "2.00 (2.00 to 2.00)"}]
+
+
+@pytest.mark.parametrize(
+    ("asked", "remedy"),
+    [
+        ("--device cuda", "add --gpu"),
+        ("--gpu --data x.jsonl", "leave --data out"),
+        ("--gpu --dtype bf16", "leave --dtype out"),
+        ("--gpu --rounds 3", "leave --rounds out"),
+        ("--gpu --only cpt startup", "leave --gpu out"),
+        ("--tokens 64", "--gpu: add it"),
+        ("--kernels triton", "--gpu: add it"),
+    ],
+)
+def test_what_a_run_of_the_step_would_not_heed_is_an_error(asked, remedy, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        bench_step.arguments(asked.split())
+    assert stopped.value.code == 2 and remedy in capsys.readouterr().err
+
+
+def test_what_the_step_heeds():
+    assert bench_step.arguments([]).dtype == "bf16"
+    assert bench_step.arguments(["--dtype", "fp32", "--device", "cpu"]).dtype == "fp32"
+    asked = "--gpu --device cuda --tokens 64 --only fsdp cpt"
+    given = bench_step.arguments(asked.split())
+    assert set(given.only) <= set(step_gpu.PARTS)
+
+
+def test_what_is_done_once_before_a_run_is_done_each_time(tmp_path, monkeypatch):
+    """Tokenised anew, not found in the cache of the time before, and the cache in use is left."""
+    results, before, folders = Results(tmp_path / "x.jsonl"), store.cache.CACHE, []
+    chats = store.chats
+
+    def seen(*given):
+        folders.append(store.cache.CACHE)
+        assert not folders[-1].exists()
+        return chats(*given)
+
+    monkeypatch.setattr(store, "chats", seen)
+    lines = startup.once(results, times=2)
+    assert before == store.cache.CACHE and len(set(folders)) == 2
+    assert [len(line["samples"]) for line in lines] == [2, 2]
+    n = len((ROOT / "samples/sft.jsonl").read_text("utf-8").splitlines())
+    assert lines[0]["facts"]["once_for"].startswith(f"{n:,} chats")
+    assert lines[1]["facts"]["once_for"].startswith("6,144 pieces")
+
+
+def test_every_side_of_the_comparison_names_its_setting(world, small):
+    data, pairs = (Examples.of_lengths([20, 31], small.vocab_size, n) for n in (1, 2))
+    ours = Ours(world, small, data, settings(CPT, 2, 64), torch.bfloat16)
+    assert ours.setting == "packed rows of up to 72 tokens, float32 weights cast to bfloat16"
+    ours = Ours(world, small, pairs, settings(DPO, 2, 64), torch.float32)
+    assert ours.setting == "packed rows of up to 72 tokens, float32, reference computed before"
+    for block, words in ((0, "padded to the longest of the batch"), (16, "full rows of 16 tokens")):
+        loop = Plain(ours.model, data, ours.c, torch.float32, lambda k: [0, 1], block)
+        assert loop.setting.startswith(f"transformers {transformers.__version__}: {words}")
+
+
+def test_the_page_says_which_setting_of_trl_is_the_fastest():
+    def line(name, rate, ratio):
+        facts = {"real_tokens_per_s": rate} | ({"nanomed_is_faster_by": ratio} if ratio else {})
+        return {"name": name, "facts": facts}
+
+    lines = [
+        line("SFT: nanomed", 900, None),
+        line("SFT: TRL as shipped", 100, "6.49 (2.56 to 8.51)"),
+        line("SFT: TRL by length", 200, "1.52 (1.10 to 4.12)"),
+        line("SFT: TRL packing", 300, "1.86 (1.61 to 2.13)"),
+        line("CPT: transformers loop, full rows", 950, "0.95 (0.90 to 0.97)"),
+        line("CPT: TRL packing", 300, "no difference (0.97 to 1.02)"),
+        line("CPT: TRL off", 200, "1.72 (1.56 to 1.82)"),
+    ]
+    sft, cpt = results.fastest(lines)
+    assert "SFT: of the 3 settings of TRL, *packing* is the fastest" in sft
+    assert "1.86 times (1.61 to 2.13) as fast as it" in sft and "*by length*: 1.52" in sft
+    assert "*packing* is the fastest" in cpt and "smallest" not in cpt
+    assert results.fastest(lines[:1]) == []

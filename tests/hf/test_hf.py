@@ -1,0 +1,330 @@
+"""Round trips through folders that transformers wrote and reads, and what a damaged folder says."""
+
+import json
+import random
+import shutil
+import unicodedata
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from nanomed import hf
+from nanomed.batches.packing import row_from
+from nanomed.config import InputError
+from nanomed.hf import convert as hf_convert
+from nanomed.hf import pretrained, reading, writing
+from nanomed.hf import tensors as hf_tensors
+from nanomed.hf.tokenizer import tokenizer_json
+from nanomed.model.generation import Sampling, generate
+from nanomed.records import Chat
+from nanomed.text import tokenizer
+from nanomed.text.template import Encoder, fitting
+from tests.folders import (
+    AQUILA,
+    SPECIAL_TEXTS,
+    TEXTS,
+    all_tensors,
+    edit_config,
+    random_texts,
+    write_model,
+    write_rank_file,
+    write_sentencepiece,
+)
+
+# kind of tokenizer -> (architecture of an export with bias, of one without)
+KINDS = {
+    "ranks": ("Qwen2ForCausalLM", "LlamaForCausalLM"),
+    "json": ("Qwen2ForCausalLM", "LlamaForCausalLM"),  # Qwen's as tokenizer.json
+    "sentencepiece": ("LlamaForCausalLM", "LlamaForCausalLM"),
+    "aquila": ("LlamaForCausalLM", "LlamaForCausalLM"),
+}
+
+
+def write_tokenizer(folder: Path, kind: str) -> None:
+    if kind == "ranks":
+        write_rank_file(folder)
+    elif kind == "json":
+        content = tokenizer_json(tokenizer.load(path := write_rank_file(folder)))
+        path.unlink()
+        # As many published files do: a begin token in front of every text. It is the template's
+        # to put one there, so an export must not.
+        begin = {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}
+        text = {"Sequence": {"id": "A", "type_id": 0}}
+        i = content["model"]["vocab"]["<|endoftext|>"]
+        one = {"id": "<|endoftext|>", "ids": [i], "tokens": ["<|endoftext|>"]}
+        content["post_processor"] = {
+            "type": "TemplateProcessing",
+            "single": [begin, text],
+            "pair": [begin, text, text],
+            "special_tokens": {"<|endoftext|>": one},
+        }
+        (folder / "tokenizer.json").write_text(json.dumps(content))
+    elif kind == "sentencepiece":
+        write_sentencepiece(folder)
+    else:
+        if not AQUILA.is_dir():
+            pytest.skip("the real tokenizer is not here")
+        for path in AQUILA.iterdir():
+            shutil.copyfile(path, folder / path.name)
+
+
+def transformers_model(folder):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def transformers_of(folder):
+    from transformers import AutoTokenizer
+
+    return transformers_model(folder), AutoTokenizer.from_pretrained(folder)
+
+
+def assert_same_model(theirs, ours, vocab_size: int) -> None:
+    ids = torch.randint(0, vocab_size, (33,), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = theirs(ids[None]).logits[0]
+        got = ours(row_from([ids.tolist()]), logits=True)
+    assert (expected - got).abs().max() < 1e-4
+    new = theirs.generate(
+        ids[None, :9], max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    assert (
+        generate(ours, [ids[:9].tolist()], set(), Sampling(max_new=20))[0][0] == new[0, 9:].tolist()
+    )
+
+
+# ---------------------------------------------------------------- round trips
+
+MODELS = {
+    "qwen2": ("qwen2", {}),
+    "llama": ("llama", {}),
+    "llama-bias": ("llama", {"attention_bias": True}),
+    "llama-tied": ("llama", {"tie_word_embeddings": True}),
+    "llama-mha": ("llama", {"num_key_value_heads": 4}),
+    "qwen2-bf16-sharded": ("qwen2", {"dtype": torch.bfloat16, "max_shard_size": "60KB"}),
+    "llama-fp16": ("llama", {"dtype": torch.float16}),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_import_is_what_transformers_computes(name, tmp_path):
+    kind, changes = MODELS[name]
+    write_model(tmp_path, kind, **changes)
+    # Loaded again: a model made bfloat16 and back has lost its angles.
+    theirs = transformers_model(tmp_path)
+    ours = hf.load(tmp_path)
+    assert_same_model(theirs, ours, 900)
+    stored = all_tensors(tmp_path)
+    for key, param in ours.named_parameters():
+        key = reading.hf_name(key)
+        key = "model.embed_tokens.weight" if key not in stored else key
+        assert torch.equal(param, stored[key].float()), key
+
+
+@pytest.mark.parametrize("model_type", ["aquila", "aquila3"])
+@pytest.mark.parametrize("spelling", ["old", "new", "both"])
+def test_aquilas_own_types_and_both_spellings(model_type, spelling, tmp_path):
+    kind = "qwen2" if model_type == "aquila3" else "llama"
+    theirs = write_model(tmp_path, kind)
+    old = {"rope_theta": 250_000.0, "torch_dtype": "float32"}
+    new = ("rope_parameters", "dtype") if spelling == "old" else ()
+    edit_config(
+        tmp_path, (*new, "head_dim", "attention_bias"), model_type=model_type,
+        architectures=["AquilaForCausalLM"], **({} if spelling == "new" else old),
+    )  # fmt: skip
+    path = tmp_path / "model.safetensors"
+    angles = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(8) for i in (0, 1)}
+    save_file(load_file(path) | angles, path)
+    assert_same_model(theirs, hf.load(tmp_path), 900)
+
+
+@pytest.mark.parametrize(
+    "kind, bias",
+    [
+        ("ranks", True),
+        ("ranks", False),
+        ("json", True),
+        ("json", False),
+        ("sentencepiece", True),
+        ("sentencepiece", False),
+        ("aquila", True),
+    ],
+)
+def test_export_loads_in_transformers_with_no_custom_code(kind, bias, tmp_path):
+    """Pitfalls 18 to 20: weights, ids, stop tokens, chat template, for every kind of tokenizer."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    write_tokenizer(source, kind)
+    tok = tokenizer.load(source)
+    write_model(source, "qwen2" if bias else "llama", vocab_size=tok.vocab_size + 3)
+    model = hf.load(source)
+    hf.export(model, tok, out, torch.float32)
+
+    config = json.loads((out / "config.json").read_text())
+    assert config["architectures"] == [KINDS[kind][0 if bias else 1]]
+    theirs, theirs_tok = transformers_of(out)
+    assert_same_model(theirs, model, tok.vocab_size)
+    assert_same_model(theirs, hf.load(out), tok.vocab_size)
+
+    before, after = all_tensors(source), all_tensors(out)
+    extra = after.keys() - before.keys()
+    assert all(name.endswith("o_proj.bias") and not after[name].any() for name in extra)
+    assert bool(extra) == (bias and KINDS[kind][0] == "LlamaForCausalLM")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+    check_tokenizer(tok, theirs_tok, nfc=kind in ("ranks", "json"))
+    check_generation_config(out, theirs, theirs_tok)
+    assert tokenizer.same(tokenizer.load(out), tok)  # and nanomed reads its own export
+    card = (out / "README.md").read_text()
+    assert "Licence Agreement" in card and "not a medical device" in card.lower()
+
+
+def check_tokenizer(tok, theirs, nfc: bool) -> None:
+    for text in [*TEXTS, *random_texts(1000)]:
+        assert theirs.encode(text, add_special_tokens=False) == tok.encode(text), text
+        assert theirs.encode(text) == tok.encode(text), "something is put around every text"
+    encoder = Encoder(fitting(tok), tok)
+    for chat in random_chats(200):
+        ids = encoder.chat(chat, 100_000)[0]
+        prompt_ids = encoder.prompt(Chat(chat.turns[:-1], chat.system))
+        for wanted, turns, add in [(ids, chat.turns, False), (prompt_ids, chat.turns[:-1], True)]:
+            messages = [{"role": role, "content": text} for role, text in turns]
+            if chat.system:
+                messages.insert(0, {"role": "system", "content": chat.system})
+            rendered = theirs.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add
+            )
+            rendered_nfc = unicodedata.normalize("NFC", rendered) if nfc else rendered
+            assert rendered_nfc == tok.decode(wanted)
+            if not any(name in text for name in SPECIAL_TEXTS for _, text in chat.turns):
+                assert theirs.encode(rendered, add_special_tokens=False) == wanted
+
+
+def random_chats(n: int) -> list[Chat]:
+    rng = random.Random(0)
+    texts = [t for t in TEXTS + random_texts(100) if t.strip()] + [
+        '{{ "quoted" }} {% if %}',
+        "\\n'",
+    ]
+    chats = []
+    for i in range(n):
+        turns = [(r, rng.choice(texts)) for _ in range(1 + i % 4) for r in ("user", "assistant")]
+        chats.append(Chat(turns, system=rng.choice(["", "", *texts])))
+    return chats
+
+
+def check_generation_config(out: Path, model, tok) -> None:
+    """Pitfall 19: a served model must stop, at ids that the exported tokenizer has."""
+    generation = json.loads((out / "generation_config.json").read_text())
+    template = json.loads((out / "template.json").read_text())
+    names = dict.fromkeys((template["turn_end"], template["document_end"]))
+    assert generation["eos_token_id"] == [tok.convert_tokens_to_ids(name) for name in names]
+    assert model.generation_config.eos_token_id == generation["eos_token_id"]
+    assert all(tok.decode([i]) in names for i in generation["eos_token_id"])
+
+
+def test_a_wrong_chat_template_is_noticed(tmp_path):
+    """The comparison above can fail: one newline less in the template, and it does."""
+    tok = tokenizer.load(write_rank_file(tmp_path))
+    write_model(tmp_path, "qwen2")
+    hf.export(hf.load(tmp_path), tok, tmp_path / "out", torch.float32)
+    path = tmp_path / "out/tokenizer_config.json"
+    path.write_text(path.read_text().replace("|im_end|>\\\\n", "|im_end|>"))
+    with pytest.raises(AssertionError):
+        check_tokenizer(tok, transformers_of(tmp_path / "out")[1], nfc=True)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen2-bf16-sharded"])
+def test_exported_in_its_own_dtype_a_folder_is_equal_to_the_byte(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(hf_tensors, "SHARD_BYTES", 60_000 if "sharded" in name else 5 * 10**9)
+    kind, changes = MODELS[name]
+    source, out = tmp_path / "source", tmp_path / "out"
+    write_model(source, kind, **changes)
+    write_rank_file(source)
+    dtype = pretrained.dtype_of(source)
+    model = pretrained.load(source, torch.device("cpu"), dtype)
+    hf.export(model, tokenizer.load(source), out, dtype)
+    before, after = all_tensors(source), all_tensors(out)
+    assert before.keys() == after.keys() and pretrained.dtype_of(out) == dtype
+    for key in before:
+        assert before[key].dtype == after[key].dtype == dtype
+        assert before[key].view(torch.uint8).equal(after[key].view(torch.uint8)), key
+    if name == "qwen2":  # one file: the same file, so our writer writes what safetensors does
+        a, b = (folder / "model.safetensors" for folder in (source, out))
+        assert a.read_bytes() == b.read_bytes()
+    else:
+        files = sorted(out.glob("*.safetensors"))
+        assert len(files) > 3 and all(path.stat().st_size < 70_000 for path in files[1:-1])
+
+
+def test_the_whole_aquilamed_has_387_tensors():
+    from nanomed.config import MODELS as SHAPES
+    from nanomed.model.decoder import Aquila
+
+    with torch.device("meta"):
+        model = Aquila(SHAPES["aquilamed-7b"])
+    specs = writing._specs(model, torch.bfloat16, is_qwen2=True)
+    assert len(specs) == 387 and model.config.n_params() == 8_223_748_096
+    shards = hf_tensors.plan(specs)
+    assert max(sum(s.n_bytes for s in members) for _, members in shards) <= 5 * 10**9
+    assert [name for name, _ in shards][-1] == "model-00004-of-00004.safetensors"
+
+
+def test_tied_embeddings_become_two_tensors(tmp_path):
+    source, out = tmp_path / "source", tmp_path / "out"
+    theirs = write_model(source, "llama", tie_word_embeddings=True)
+    write_rank_file(source)
+    assert "lm_head.weight" not in all_tensors(source)
+    hf.export(hf.load(source), tokenizer.load(source), out, torch.float32)
+    tensors = all_tensors(out)
+    assert tensors["lm_head.weight"].equal(tensors["model.embed_tokens.weight"])
+    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
+    assert "two tensors" in (out / "README.md").read_text()
+    assert_same_model(theirs, hf.load(out), 900)
+
+
+def bin_folder(folder: Path, shards: int = 2) -> dict[str, torch.Tensor]:
+    write_model(folder, "llama", dtype=torch.bfloat16)
+    write_rank_file(folder)
+    (path,) = folder.glob("*.safetensors")
+    tensors = load_file(path)
+    path.unlink()
+    names = [f"pytorch_model-{i}.bin" for i in range(shards)]
+    parts = {name: dict(list(tensors.items())[i::shards]) for i, name in enumerate(names)}
+    for name, part in parts.items():
+        torch.save(part, folder / name)
+    weight_map = {key: name for name, part in parts.items() for key in part}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return tensors
+
+
+def test_bin_folders_are_converted_by_their_own_command(tmp_path):
+    source, out = tmp_path / "source", tmp_path / "out"
+    tensors = bin_folder(source)
+    with pytest.raises(InputError, match=r"python -m nanomed\.hf convert"):
+        pretrained.describe(source)
+    hf_convert.convert(source, out)
+    assert {k: v.dtype for k, v in all_tensors(out).items()} == {
+        k: v.dtype for k, v in tensors.items()
+    }
+    assert all(tensors[k].equal(v) for k, v in all_tensors(out).items())
+    hf.load(out)
+    assert not list(out.glob("*.bin*")) and (out / "qwen.tiktoken").exists()
+
+
+class Evil:
+    def __reduce__(self):
+        return (Path.touch, (Path("evil"),))
+
+
+def test_a_bin_file_with_code_in_it_is_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source = tmp_path / "source"
+    bin_folder(source)
+    torch.save({"model.norm.weight": Evil()}, source / "pytorch_model-1.bin")
+    with pytest.raises(InputError, match=r"pytorch_model-1\.bin cannot be read as plain tensors"):
+        hf_convert.convert(source, tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"source"}

@@ -1,0 +1,33 @@
+"""docs/aims.md says what the formulas give."""
+
+import re
+
+from nanomed.config import CPT, MODELS
+from nanomed.runs.log import flops_of
+from nanomed.stages import memory
+from tests.conftest import ROOT
+
+TEXT = " ".join((ROOT / "docs/aims.md").read_text("utf-8").split())
+MATMUL = 790e12  # FLOP/s, as the page says
+
+
+def test_what_fits_an_h200_and_what_bounds_it():
+    model, n = MODELS["aquilamed-7b"], 4096
+    flops = flops_of(model, n, n * n) / n
+    again = flops / 3 - 2 * model.vocab_size * model.d_model  # a layer's forward, for all of them
+    gib = {}
+    for recompute in memory.RECOMPUTE:
+        c = CPT(micro_tokens=n, recompute=recompute, dropout=0.0, kernels="triton")
+        gib[recompute] = sum(memory.memory(model, c, 1).values())
+        most = MATMUL / (flops + again * (recompute == "full"))
+        assert f"| {recompute} | {gib[recompute]:.1f} | {most:,.0f} |" in TEXT
+    assert f"{sum(memory.states(model, 1).values()) / memory.GIB:.1f} GiB of about 140" in TEXT
+    for rate in (11_500, 10_350):
+        share = rate * (flops + again) / MATMUL
+        assert re.search(rf"{rate:,} (would )?take {share:.0%}", TEXT)
+
+    layer = (gib["lean"] - gib["full"]) / model.n_layers
+    assert f"it keeps {layer:.2f} GiB" in TEXT
+    assert f"need {gib['lean'] - 12 * layer:.1f} GiB" in TEXT
+    assert f"bound at {MATMUL / (flops + again * 12 / 32):,.0f};" in TEXT
+    assert f"free {4 * model.n_params() / memory.GIB:.1f} GiB" in TEXT

@@ -1,0 +1,77 @@
+import json
+from itertools import islice
+
+import numpy as np
+import pytest
+
+from nanomed import store
+from nanomed.batches.loader import Loader, split
+from nanomed.records import Chat, read_chats
+from nanomed.stages import answers, exam
+from tests.conftest import ROOT
+
+QUESTION = "下列哪项正确？\nA. 甲\nB. 乙\nC. 丙\nD. 丁"
+
+
+@pytest.mark.parametrize(
+    "question, answer, letter",
+    [
+        (QUESTION, "B。乙。", "B"),
+        (QUESTION, "D", "D"),
+        (QUESTION, "C. 丙", "C"),
+        (QUESTION, "A fever is common", None),  # an article, not a letter
+        (QUESTION, "乙", None),
+        ("头痛怎么办？", "B。", None),
+    ],
+)
+def test_what_is_an_exam_question(question, answer, letter):
+    item = exam.as_item(Chat([("user", question), ("assistant", answer)]))
+    assert (item.letter if item else None) == letter
+    if item:
+        assert item.n_options == 4 and item.chat.turns == [("user", question)]
+
+
+class Screen:
+    def __init__(self):
+        self.lines = []
+
+    def print(self, text=""):
+        self.lines.append(text)
+
+
+def test_shares_stand_beside_chance(encoder, monkeypatch):
+    """Letters are balanced, so whoever always says B is right in a quarter."""
+    monkeypatch.chdir(ROOT)
+    data = store.chats(["samples/sft.jsonl"], encoder, 512, 0.0)
+    loader = Loader(data, *split(data, 0.1), batch_size=32, micro_tokens=512, epochs=1)
+
+    def always_b(model, prompts, stop, max_new):
+        assert max_new == 1 and all("assistant\n" in encoder.tokenizer.decode(p) for p in prompts)
+        return [encoder.tokenizer.encode("B") for _ in prompts]
+
+    monkeypatch.setattr(exam, "greedy_in_lockstep", always_b)
+    screen = Screen()
+    exam.show_exam(None, encoder, loader, screen)
+    held_out, seen, unseen = screen.lines[1:4]
+    items = [json.loads(line) for line in open("samples/exam.jsonl", encoding="utf-8")]
+    right = sum(item["answer"] == "B" for item in items)
+    counts = [int(line.split(": ")[1].split(" of ")[0]) for line in (seen, unseen)]
+    assert sum(counts) == right and abs(right / len(items) - 0.25) < 0.01
+    for line in (held_out, seen, unseen):
+        assert "chance is 25%" in line
+    assert "held-out option questions" in held_out and "never stated" in unseen
+
+
+def test_a_run_shows_one_example_with_its_mask(encoder, monkeypatch):
+    """pitfalls 5: each run prints one sample with its targets marked."""
+    monkeypatch.chdir(ROOT)
+    data = store.chats(["samples/sft.jsonl"], encoder, 512, 0.0)
+    loader = Loader(data, np.arange(5, 9), np.arange(3), batch_size=2, micro_tokens=512, epochs=1)
+    screen = Screen()
+    answers.show_example(encoder, loader, screen)
+    ((_, chat, _),) = islice(read_chats("samples/sft.jsonl"), 5, 6)
+    text = "\n".join(screen.lines)
+    for role, said in chat.turns:
+        assert (f"⟦{said}<|im_end|>⟧" in text) == (role == "assistant")
+        assert said.splitlines()[0] in text
+    assert text.count("⟦") == 1 + sum(role == "assistant" for role, _ in chat.turns)

@@ -1,0 +1,139 @@
+"""nanomed/stages/memory.py against torch's own FSDP memory tracker, and against counted bytes."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
+from torch.distributed.device_mesh import init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from kernels import reference
+from kernels.reference import CHUNK_CUDA
+from nanomed.batches.packing import Row
+from nanomed.config import MODELS, SFT, InputError
+from nanomed.distributed import World, shard
+from nanomed.model.decoder import Aquila
+from nanomed.stages import memory
+from nanomed.tools import memory as tool
+from nanomed.training.optim import adamw
+from tests.model.test_recompute import like_a_gpu
+
+
+def every_token_is_trained(labels: torch.Tensor) -> torch.Tensor:
+    """In the place of nonzero(): fake tensors have no values to choose by."""
+    return torch.arange(len(labels))[:, None]
+
+
+def tracked(model_config, c, n_gpus, monkeypatch) -> float:
+    """The peak in GiB of a second row's forward and backward, on one of n_gpus in a process group
+    whose collectives do nothing. Tensors are fake: they have a size and take no memory."""
+    like_a_gpu(monkeypatch, plain=True)
+    monkeypatch.setattr(reference, "LOGITS_CPU", CHUNK_CUDA * model_config.vocab_size)
+    dist.init_process_group("fake", rank=0, world_size=n_gpus, store=FakeStore())
+    device, t = torch.device("cpu"), c.micro_tokens
+    try:
+        mesh = init_device_mesh("cpu", (n_gpus,))
+        with FakeTensorMode():
+            with torch.device("meta"):
+                model = Aquila(model_config, c.recompute)
+            shard(model, World(0, n_gpus, device, mesh), torch.bfloat16)
+            model.to_empty(device=device)
+            optimizer = adamw(model, 0.1)
+            for param in model.parameters():
+                param.grad = torch.zeros_like(param)
+            optimizer.step()
+            ids = torch.zeros(t, dtype=torch.int64)
+            row = Row(ids, ids, ids, torch.tensor([0, t], dtype=torch.int32), t, ids[:1])
+            monkeypatch.setattr(torch.Tensor, "nonzero", every_token_is_trained)
+            with FSDPMemTracker(model, optimizer) as tracker:
+                for _ in range(2):
+                    model(row).sum().backward()
+            return tracker.get_tracker_snapshot("peak")[device]["Total"] / memory.GIB
+    finally:
+        dist.destroy_process_group()
+
+
+def assert_counted(monkeypatch, n_layers, n_gpus, recompute, micro_tokens, tolerance):
+    model = dataclasses.replace(MODELS["aquilamed-7b"], n_layers=n_layers)
+    c = SFT(micro_tokens=micro_tokens, recompute=recompute, dropout=0.0, kernels="reference")
+    counted = tracked(model, c, n_gpus, monkeypatch)
+    predicted = sum(memory.memory(model, c, n_gpus).values()) - memory.RESERVE
+    assert predicted == pytest.approx(counted, rel=tolerance)
+
+
+@pytest.mark.parametrize("n_gpus, recompute", [(8, "none"), (8, "lean"), (1, "full")])
+def test_the_peak_is_what_torchs_tracker_counts(monkeypatch, n_gpus, recompute):
+    """AquilaMed with 2 of its layers. The peak is in the head's backward. A lean that keeps what
+    it should not is seen: 0.4 GiB of 10."""
+    assert_counted(monkeypatch, 2, n_gpus, recompute, 4096, tolerance=0.001)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recompute, micro_tokens", [("full", 32_768), ("lean", 8192)])
+def test_the_peak_of_the_whole_model(monkeypatch, recompute, micro_tokens):
+    """The first has its peak in a layer's backward."""
+    assert_counted(monkeypatch, 32, 8, recompute, micro_tokens, tolerance=0.002)
+
+
+def state_bytes(world, config) -> dict[str, float]:
+    with torch.device("meta"):
+        model = Aquila(config)
+    shard(model, world, torch.float32)
+    model.to_empty(device=world.device)
+    optimizer = adamw(model, 0.1)
+    for param in model.parameters():
+        param.grad = torch.zeros_like(param)
+    optimizer.step()
+    moments = [x for s in optimizer.state.values() for n, x in s.items() if n != "step"]
+    counted = {
+        "weights": list(model.parameters()),
+        "gradients": [p.grad for p in model.parameters()],
+        "optimizer": moments,
+    }
+    return {name: sum(x.to_local().nbytes for x in xs) for name, xs in counted.items()}
+
+
+@pytest.mark.parametrize("n_ranks", [1, 2])
+def test_states_are_counted_bytes(pool, small, n_ranks):
+    """Over all ranks exactly; a rank has its share but for the row that an odd number leaves."""
+    ranks, wanted = pool(n_ranks, state_bytes, small), memory.states(small, n_ranks)
+    for name, share in wanted.items():
+        assert sum(rank[name] for rank in ranks) == share * n_ranks, name
+        assert all(rank[name] == pytest.approx(share, rel=0.02) for rank in ranks), name
+
+
+@pytest.mark.parametrize("tokens", [3000, 8192, 8300, 9000])
+def test_no_loss_chunk_is_larger_than_predicted(tokens):
+    """However many tokens of the row are trained; and one number of them makes it as large."""
+    linear_nll = pytest.importorskip("kernels.linear_nll_triton")
+    model = MODELS["aquilamed-7b"]
+    chunks = [linear_nll.chunk_tokens(n, model.d_model) for n in range(tokens + 1)]
+    room = max(chunks) * linear_nll._stride(model.vocab_size)
+    c = SFT(micro_tokens=tokens, kernels="triton")
+    assert memory.loss_chunk(model, c) == 2 * room
+
+
+def test_a_remedy_computes_no_matmul_twice_while_shorter_rows_help():
+    model = MODELS["aquilamed-7b"]
+    c = SFT(micro_tokens=16_384, seq_len=2048, dropout=0.0, kernels="triton")
+    assert memory.remedy(model, c, 8, 42) == "--recompute none --micro_tokens 4096 fits"
+    assert memory.remedy(model, c, 8, 36) == "--recompute lean --micro_tokens 4096 fits"
+    long = dataclasses.replace(c, seq_len=16_384)
+    assert memory.remedy(model, long, 8, 40) == "--recompute full --micro_tokens 16384 fits"
+    assert "more GPUs" in memory.remedy(model, c, 1, 40)
+
+
+def test_the_tool(capsys):
+    flags = ["--gpus", "8", "--gpu_memory", "40", "--model", "aquilamed-7b", "--dtype", "bf16"]
+    tool.main([*flags, "--micro_tokens", "32768"])
+    text = capsys.readouterr().out
+    model, c = MODELS["aquilamed-7b"], SFT(micro_tokens=32_768, dropout=0.0, dtype="bf16")
+    for part in (*memory.memory(model, c, 8), "DOES NOT FIT; --recompute", "with --recompute lean"):
+        assert part in text
+    with pytest.raises(InputError, match="--gpus is 0; it must be at least 1"):
+        tool.main(["--gpus", "0"])
+    with pytest.raises(InputError, match="did you mean --micro_tokens"):
+        tool.main(["--micro_token", "8"])

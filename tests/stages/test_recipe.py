@@ -1,0 +1,204 @@
+"""docs/recipe.md, configs/, --help and the report say the same numbers; and the plan they give."""
+
+import dataclasses
+import math
+import tomllib
+
+import pytest
+
+from nanomed import store
+from nanomed.arguments import parse
+from nanomed.config import CPT, DPO, MODELS, SFT, InputError, Run
+from nanomed.stages import dry_run, memory
+from tests.conftest import ROOT
+
+STAGES = {"cpt_stage1": CPT, "cpt_stage2": CPT, "sft": SFT, "dpo": DPO}
+# From the report itself, for each of STAGES; None where it says nothing.
+REPORT = {
+    "lr": (1e-4, 1e-5, 2e-6, 2e-7),
+    "warmup_ratio": (0.05, 0.01, None, None),
+    "batch_size": (768, 384, 128, 64),
+    "seq_len": (4096, 4096, 2048, None),
+    "epochs": (1, 1, 2, 2),
+    "val_fraction": (None, None, 0.1, None),
+    "weight_decay": (None, None, 0.1, None),
+    "dropout": (None, None, 0.1, None),
+    "dtype": (None, None, "bf16", None),
+    "beta": (None, None, None, 0.03),
+    "hardware": ("24xA100-40G", "24xA100-40G", "8xA100-40G", "8xA100-40G"),
+    "examples": (math.ceil(60e9 / 4096), math.ceil(20e9 / 4096), 320_000, 12_727),
+}
+
+
+def config(name: str) -> Run:
+    return parse(STAGES[name], ["--config", str(ROOT / f"configs/{name}.toml")])
+
+
+def model(c: Run):
+    return dataclasses.replace(MODELS["aquilamed-7b"], dropout=c.dropout)
+
+
+def table(title: str) -> dict[str, list[str]]:
+    """First cell -> the other cells, of the first table under a heading of docs/recipe.md."""
+    text = (ROOT / "docs/recipe.md").read_text(encoding="utf-8").split(f"## {title}\n")[1]
+    lines = text.split("\n## ")[0].splitlines()
+    cells = [[c.strip() for c in x.strip("|").split("|")] for x in lines if x.startswith("| ")]
+    return {row[0].strip("`"): row[1:] for row in cells[1:]}
+
+
+LEDGER = table("Settings")
+
+
+# ---------------------------------------------------------------- the ledger
+
+
+@pytest.mark.parametrize("column, name", list(enumerate(STAGES)))
+def test_configs_equal_the_ledger_and_the_report(column, name):
+    c = config(name)
+    for flag, cells in LEDGER.items():
+        cell, value = cells[column], getattr(c, flag, "—")
+        assert type(value)(cell.strip("*")) == value, (name, flag)
+        published = REPORT.get(flag, (None,) * 4)[column]
+        assert (published is not None) == ("*" not in cell and cell != "—"), (name, flag)
+        if published is not None:
+            assert value == published, (name, flag)
+    set_here = tomllib.loads((ROOT / f"configs/{name}.toml").read_text(encoding="utf-8"))
+    assert set(set_here) == {f for f, cells in LEDGER.items() if cells[column] != "—"} | {"data"}
+
+
+def test_every_choice_has_its_reason():
+    for flag, cells in LEDGER.items():
+        assert any("*" in cell for cell in cells[:4]) <= bool(cells[4]), flag
+
+
+@pytest.mark.parametrize("cls", [CPT, SFT, DPO])
+def test_help_tells_the_papers_values(cls):
+    told = {f.name: f.metadata["paper"] for f in dataclasses.fields(cls) if f.metadata["paper"]}
+    for flag, paper in told.items():
+        if flag in ("examples", "hardware"):  # written as the report writes them
+            assert all(paper)
+            continue
+        for text, value in zip(paper, REPORT.get(flag, (None,) * 4), strict=True):
+            assert (type(value)(text) if text else None) == value, flag
+    missing = {f for f, values in REPORT.items() if hasattr(cls, f) and f not in told}
+    assert not missing
+
+
+def test_defaults_are_the_recipes():
+    """Without --config, each stage's defaults train as its (first) config does."""
+    for name in ("cpt_stage1", "sft", "dpo"):
+        c, default = config(name), parse(STAGES[name], ["--init", "x"])
+        for flag in REPORT.keys() - {"dtype", "examples"}:
+            assert getattr(c, flag, None) == getattr(default, flag, None), (name, flag)
+
+
+# ---------------------------------------------------------------- the plan
+
+
+@pytest.mark.parametrize("column, name", list(enumerate(STAGES)))
+def test_what_follows(column, name):
+    c, follows = dataclasses.replace(config(name), kernels="reference"), table("What follows")
+    n_gpus, _ = dry_run.parse_hardware(c.hardware)
+    train, val = dry_run.published_work(c)
+    nothing_held_out = dataclasses.replace(c, val_fraction=0.0)
+    all_steps = dry_run.n_steps(c, dry_run.published_work(nothing_held_out)[0])
+    parts = memory.memory(model(c), c, n_gpus)
+    days = dry_run.flops(c, model(c), train, val) / (n_gpus * 312e12 * 0.5) / 86400
+    assert follows["steps if nothing is held out"][column] == str(all_steps)
+    assert follows["steps"][column] == str(dry_run.n_steps(c, train))
+    assert follows["predicted GiB on each GPU"][column] == f"{sum(parts.values()):.1f}"
+    assert follows["days at an MFU of 50%, at most"][column] == f"{days:.1f}"
+
+
+def test_steps_of_the_report():
+    """60e9 and 20e9 tokens; 2 x 198.9 steps of DPO, of which the released weights are the 350th."""
+    steps = [int(n) for n in table("What follows")["steps if nothing is held out"]]
+    assert abs(steps[0] - 60e9 / (768 * 4096)) < 1 and abs(steps[1] - 20e9 / (384 * 4096)) < 1
+    assert steps[2:] == [2 * 2500, 398]
+    assert int(table("What follows")["steps"][2]) == 2 * 2250
+    assert 350 <= int(table("What follows")["steps"][3]) < 398
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_rows_and_recompute_are_the_cheapest_within_36_gib(name):
+    """With the plain kernels; the Triton ones take less."""
+    c = dataclasses.replace(config(name), kernels="reference")
+    n_gpus, _ = dry_run.parse_hardware(c.hardware)
+    greedy = dataclasses.replace(c, recompute="none", micro_tokens=32_768)
+    chosen = f"--recompute {c.recompute} --micro_tokens {c.micro_tokens} fits"
+    assert memory.remedy(model(c), greedy, n_gpus, 36) == chosen
+    for choice in ("auto", "triton"):
+        less = dataclasses.replace(c, kernels=choice)
+        assert sum(memory.memory(model(c), less, n_gpus).values()) < 36
+    seconds = dry_run.published_work(c)[0].flops(model(c)) * c.batch_size
+    seconds /= dry_run.published_work(c)[0].examples * n_gpus * 312e12 * 0.5
+    assert c.save_every * seconds < 4200
+
+
+def test_the_parameters_and_flops_of_aquilamed():
+    m = MODELS["aquilamed-7b"]
+    assert dry_run.n_params(m) == m.n_params() == 8_223_748_096
+    assert sum(memory.states(m, 8).values()) == 16 * 8_223_748_096 / 8
+    a_slice = dry_run.Work(1, 4096, 4096**2)
+    assert a_slice.flops(m) / 4096 == pytest.approx(48.83e9, rel=1e-4)  # causal count
+    assert dry_run.disk(config("sft"), m, 0)["checkpoints"] / 4 == pytest.approx(98.7e9, rel=1e-3)
+
+
+# ---------------------------------------------------------------- on the screen
+
+
+def test_a_dry_run_of_the_papers_sft(monkeypatch, capsys, tmp_path):
+    import train_sft
+
+    monkeypatch.chdir(ROOT)
+    flags = ["--config", "configs/sft.toml", "--model", "aquilamed-7b", "--dry_run"]
+    monkeypatch.setattr("sys.argv", ["train_sft.py", *flags, "--out", str(tmp_path / "run")])
+    train_sft.main()
+    text = capsys.readouterr().out
+    for part in (
+        "8,223,748,096 parameters",
+        "3.83 GiB  4 bytes x parameters / GPUs",
+        "steps: 4,500 of 128",
+        "at most 6.09e+19 FLOPs",
+        "at most 13.5 hours at an assumed MFU of 50% of 8 x 312 TFLOP/s",
+        "checkpoints 394.7 GB, export 16.4 GB",
+    ):
+        assert part in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_published_numbers_the_data_are_counted(encoder, monkeypatch, capsys):
+    import train_sft
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("sys.argv", ["train_sft.py", "--dry_run"])
+    train_sft.main()
+    text, c = capsys.readouterr().out, parse(SFT, [])
+    data = store.chats(c.data, encoder, c.seq_len, c.allow_drop)
+    n_train = sum(data.keys >= 2**64 // 10)
+    assert f"{n_train:,} examples to train on, {len(data) - n_train} held out" in text
+    assert f"steps: {-(-n_train // c.batch_size) * c.epochs:,} of {c.batch_size}" in text
+    assert "at most" not in text and "fits" in text
+
+
+def test_what_does_not_fit_gets_a_remedy(capsys):
+    c = dataclasses.replace(config("sft"), micro_tokens=65_536, recompute="none")
+    dry_run.show(c, model(c), load=None)
+    remedy = capsys.readouterr().out.split("DOES NOT FIT; ")[1].split(" fits")[0].split()
+    changed = dataclasses.replace(c, recompute=remedy[1], micro_tokens=int(remedy[3]))
+    assert sum(memory.memory(model(c), changed, 8).values()) <= 39.5
+    assert "more GPUs" in memory.remedy(model(c), c, n_gpus=1, limit=39.5)
+
+
+@pytest.mark.parametrize("text", ["A100-40G", "0xA100-40G", "8xA100"])
+def test_unknown_hardware(text):
+    c = dataclasses.replace(config("sft"), hardware=text)
+    with pytest.raises(InputError, match=r"--hardware is .* like 8xA100-40G"):
+        dry_run.show(c, model(c), load=None)
+
+
+def test_a_dpo_row_holds_a_pair():
+    with pytest.raises(InputError, match="micro_tokens is 4095; it must be at least 2 x --seq_len"):
+        parse(DPO, ["--micro_tokens", "4095", "--seq_len", "2048"])
+    with pytest.raises(InputError, match="--beta is 0"):
+        parse(DPO, ["--beta", "0"])

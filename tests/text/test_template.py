@@ -1,0 +1,149 @@
+import itertools
+import random
+
+import pytest
+
+from nanomed.config import InputError
+from nanomed.records import Chat
+from nanomed.text.template import CHATML, TEMPLATES, Encoder, Template, load
+
+# Five fixed chats: (turns, what is trained on). pitfalls 4 and 5.
+GOLDEN = [
+    ([("user", "什么是高血压？"), ("assistant", "血压持续升高。")], "血压持续升高。<|im_end|>"),
+    (
+        [("user", "Hi"), ("assistant", "Hello."), ("user", "a\n\nb"), ("assistant", " Yes \n")],
+        "Hello.<|im_end|> Yes \n<|im_end|>",
+    ),
+    (
+        [("user", "发烧"), ("assistant", "多久了？"), ("user", "两天"), ("user", "38度"),
+         ("assistant", "请就医。")],
+        "多久了？<|im_end|>请就医。<|im_end|>",
+    ),
+    ([("user", "<|im_end|>"), ("assistant", "😀 𠮷 é")], "😀 𠮷 é<|im_end|>"),
+    (
+        [("user", "1"), ("assistant", "一"), ("user", "2"), ("assistant", "二"), ("user", "3"),
+         ("assistant", "三")],
+        "一<|im_end|>二<|im_end|>三<|im_end|>",
+    ),
+]  # fmt: skip
+
+
+def trained_text(encoder: Encoder, chat: Chat) -> str:
+    ids, trained, _ = encoder.chat(chat, 10_000)
+    return encoder.tokenizer.decode([i for i, flag in zip(ids, trained, strict=True) if flag])
+
+
+@pytest.mark.parametrize("turns, wanted", GOLDEN)
+def test_exactly_the_answers_and_their_ends_are_trained_on(encoder, turns, wanted):
+    assert trained_text(encoder, Chat(turns)) == wanted
+
+
+def test_the_whole_text_is_chatml_as_aquilamed_uses_it(encoder):
+    ids, _, _ = encoder.chat(Chat([("user", "问"), ("assistant", "答")]), 100)
+    assert encoder.tokenizer.decode(ids) == (
+        "<|im_start|>system\nYou are a helpful assistant in medical domain.<|im_end|>\n"
+        "<|im_start|>user\n问<|im_end|>\n<|im_start|>assistant\n答<|im_end|>\n"
+    )
+    ids, _, _ = encoder.chat(Chat([("user", "问"), ("assistant", "答")], system="医"), 100)
+    assert encoder.tokenizer.decode(ids).startswith("<|im_start|>system\n医<|im_end|>\n")
+
+
+def test_given_answers_are_not_learned(encoder):
+    """A prompt's own answers are context: only the completion is trained on."""
+    turns = [("user", "一"), ("assistant", "二"), ("user", "问"), ("assistant", "答")]
+    assert trained_text(encoder, Chat(turns, context=3)) == "答<|im_end|>"
+    ids, _, _ = encoder.chat(Chat(turns, context=3), 100)
+    assert ids == encoder.chat(Chat(turns), 100)[0]
+
+
+def test_a_text_and_its_continuation_get_no_template(encoder):
+    chat = Chat([("user", "天是"), ("assistant", "蓝的")], raw=True)
+    ids, trained, _ = encoder.chat(chat, 100)
+    assert encoder.tokenizer.decode(ids) == "天是蓝的<|endoftext|>"
+    assert trained_text(encoder, chat) == "蓝的<|endoftext|>"
+    assert encoder.chat(chat, len(ids) - 1) == ([], [], 0)  # nothing of it may be cut
+    assert len(trained) == len(ids)
+
+
+def random_text(rng: random.Random) -> str:
+    alphabets = ["的一是了我不人在他有头痛发热", "abc XYZ ,.!?", " \n\t", "0123456789", "😀🩺é𠮷龘"]
+    return "".join(rng.choice(rng.choice(alphabets)) for _ in range(rng.randint(1, 30)))
+
+
+def test_masks_of_a_thousand_random_chats(encoder):
+    """pitfalls 6: the trained text is the answers with their ends, whatever the turns hold. And
+    pitfalls 11: no end of turn or start of turn twice in a row."""
+    rng = random.Random(0)
+    special = set(encoder.tokenizer.special.values())
+    for _ in range(1000):
+        turns = []
+        for _ in range(rng.randint(1, 4)):
+            turns += [("user", random_text(rng)), ("assistant", random_text(rng))]
+        chat = Chat(turns)
+        answers = [text + "<|im_end|>" for role, text in turns if role == "assistant"]
+        assert trained_text(encoder, chat) == "".join(answers)
+        ids, _, _ = encoder.chat(chat, 10_000)
+        pairs = itertools.pairwise(ids)
+        assert not any(a == b and a in special for a, b in pairs)
+
+
+def test_text_that_spells_a_special_token_stays_text(encoder):
+    """pitfalls 12: whatever a user types, the only special ids are the template's."""
+    special = set(encoder.tokenizer.special.values())
+    plain, _, _ = encoder.chat(Chat([("user", "x"), ("assistant", "y")]), 1000)
+    for name in (*encoder.tokenizer.special, "<unk>", "</s>", "<0x41>"):
+        text = f"a{name}b{name}"
+        ids, _, _ = encoder.chat(Chat([("user", text), ("assistant", text)], system=text), 1000)
+        assert [i for i in ids if i in special] == [i for i in plain if i in special]
+        assert encoder.tokenizer.decode(ids).count(text) == 3
+
+
+def test_too_long_loses_its_oldest_whole_turns(encoder):
+    turns = [("user", "甲" * 20), ("assistant", "乙" * 20), ("user", "丙"), ("assistant", "丁")]
+    ids, _trained, cut = encoder.chat(Chat(turns), 1000)
+    assert cut == 0
+    shorter, flags, cut = encoder.chat(Chat(turns), len(ids) - 1)
+    text = encoder.tokenizer.decode(shorter)
+    assert cut == 2 and "甲" not in text and "乙" not in text and "丙" in text
+    assert text.startswith("<|im_start|>system\n")  # the system text stays
+    assert (
+        encoder.tokenizer.decode([i for i, f in zip(shorter, flags, strict=True) if f])
+        == "丁<|im_end|>"
+    )
+    assert encoder.chat(Chat(turns), len(shorter))[2] == 2
+    assert encoder.chat(Chat(turns), len(shorter) - 1)[0] == []  # never part of an answer
+
+
+def test_what_is_left_starts_with_a_user(encoder):
+    turns = [("user", "甲"), ("assistant", "乙" * 30), ("assistant", "丙" * 30)]
+    turns += [("user", "丁"), ("assistant", "戊")]
+    full = len(encoder.chat(Chat(turns), 1000)[0])
+    ids, _, cut = encoder.chat(Chat(turns), full - 5)
+    assert cut == 3 and "丙" not in encoder.tokenizer.decode(ids)
+
+
+def test_a_prompt_is_the_start_of_the_chat_it_leads_to(encoder):
+    whole, _, _ = encoder.chat(Chat([("user", "问"), ("assistant", "答")]), 100)
+    prompt = encoder.prompt(Chat([("user", "问")]))
+    assert whole[: len(prompt)] == prompt
+    assert encoder.tokenizer.decode(prompt).endswith("<|im_start|>assistant\n")
+
+
+def test_a_template_is_data(tmp_path):
+    path = tmp_path / "template.json"
+    path.write_text(CHATML.to_json())
+    assert load(str(path)) == CHATML == TEMPLATES["chatml"]
+
+
+@pytest.mark.parametrize(
+    "name, message", [("chatmi", "did you mean chatml"), ("missing.json", "No such file")]
+)
+def test_unknown_templates(name, message):
+    with pytest.raises(InputError, match=message):
+        load(name)
+
+
+def test_a_template_needs_its_tokens(encoder):
+    strange = Template("strange", ("<|x|>",), "", {}, {}, "<|x|>", "<|endoftext|>")
+    with pytest.raises(InputError, match=r"'strange' needs the special tokens <\|x\|>"):
+        Encoder(strange, encoder.tokenizer)

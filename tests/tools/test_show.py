@@ -1,0 +1,159 @@
+"""The X-ray draws what the model gets: checked against the template, the Row and the losses."""
+
+import dataclasses
+import json
+import re
+import shutil
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+from nanomed import arguments, config
+from nanomed.batches.packing import row_from
+from nanomed.config import InputError
+from nanomed.model.decoder import Aquila
+from nanomed.tools import show, show_html, show_text
+from tests.conftest import ROOT
+from tests.formats import gpt
+
+CHATS = [
+    {"messages": [{"role": "user", "content": "问<b>"}, {"role": "assistant", "content": "答"}]},
+    {"conversations": gpt("一", "二", "三", "四"), "kind": "multi"},
+    {"instruction": "问", "output": " "},
+    {"prompt": "天是", "completion": "蓝的"},
+]
+
+
+@pytest.fixture
+def file(tmp_path) -> str:
+    path = tmp_path / "chats.jsonl"
+    path.write_text("\n".join(json.dumps(chat) for chat in CHATS), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture(autouse=True)
+def _at_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def run(capsys, *argv: str) -> str:
+    show.main(list(argv))
+    return capsys.readouterr().out
+
+
+def views_of(*argv: str, **own) -> list:
+    given = {"n": 9, "step": None, "world_size": 1, **own}
+    return show.draw(show.settings([argv[0]], [*argv[1:]]), show.argparse.Namespace(**given))
+
+
+def learned(segment) -> str:
+    return "".join(t.text for _, tokens in segment.turns for t in tokens if t.trained)
+
+
+def test_turns_and_what_is_trained_in_them(file, capsys):
+    """pitfalls 5: each run can show exactly which text is supervised."""
+    text = run(capsys, file, "-n", "4")
+    assert "assistant        " in text and "⟦答<|im_end|>⟧⏎" in text
+    assert text.count("⟦") == 1 + 1 + 2 + 1  # the legend, then one for each answer
+    assert "⟦二<|im_end|>⟧" in text and "⟦四<|im_end|>⟧" in text and "chat multi" in text
+    assert "record 3: DROPPED, empty answer" in text
+    assert re.search(r"text +0-\d+ +天是\n +continuation +\d+-\d+ +⟦蓝的<\|endoftext\|>⟧", text)
+
+
+def test_every_token_of_every_segment_is_drawn_once_and_in_place(file, encoder):
+    flags = ("--val_fraction", "0", "--allow_drop", "0.5", "--batch_size", "3", "--seed", "1")
+    (view,) = views_of(file, *flags, step=0)
+    assert len(view.segments) == 3  # the dropped one is not in any row
+    for segment in view.segments:
+        tokens = [token for _, turn in segment.turns for token in turn]
+        assert [token.position for token in tokens] == list(range(len(tokens)))
+        number = int(re.search(r"record (\d)", segment.title)[1])
+        (chat,) = show.chats_of(CHATS[number - 1])
+        ids, trained, _ = encoder.chat(chat, 1024)
+        assert [token.id for token in tokens] == ids
+        assert [token.trained for token in tokens] == trained
+        roles = [role for role, _ in segment.turns]
+        wanted = [role for role, _ in chat.turns]
+        assert roles == (["text", "continuation"] if chat.raw else ["system", *wanted])
+
+
+def test_old_turns_that_were_cut_are_named_and_not_drawn(file):
+    shown = views_of(file, n=2)[1]
+    length = sum(len(turn) for _, turn in shown.segments[0].turns)
+    cut = views_of(file, "--seq_len", str(length - 1), n=2)[1]
+    assert "2 oldest turns cut" in cut.segments[0].title
+    assert learned(shown.segments[0]).startswith("二") and learned(cut.segments[0])[0] == "四"
+
+
+def test_rows_of_several_processes_share_the_step(file):
+    flags = ("samples/sft.jsonl", "--batch_size", "8", "--micro_tokens", "1024")
+    (alone,) = views_of(*flags, step=2)
+    (half,) = views_of(*flags, step=2, world_size=2)
+    titles = [{s.title.split(",")[0] for s in view.segments} for view in (alone, half)]
+    assert titles[1] < titles[0] and len(titles[0]) == 8
+    with pytest.raises(InputError, match=r"--step 99999: the run has steps 0 to"):
+        views_of(*flags, step=99999)
+
+
+@pytest.fixture
+def run_folder(file, tmp_path, encoder):
+    """What a run leaves behind for --init, and an untrained model that its weights shall be."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    flags = ["--data", file, "--batch_size", "2", "--val_fraction", "0", "--seq_len", "200"]
+    c = arguments.parse(config.SFT, [*flags, "--allow_drop", "0.5", "--out", str(folder)])
+    shape = dict(n_layers=1, d_ff=64, vocab_size=encoder.tokenizer.vocab_size)
+    model_config = dataclasses.replace(config.MODELS["tiny"], **shape)
+    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(c)))
+    (folder / "model.json").write_text(json.dumps(dataclasses.asdict(model_config)))
+    shutil.copy(ROOT / "samples/tokenizer.model", folder)
+    return folder, Aquila(model_config).eval()
+
+
+def test_a_runs_own_settings_are_the_defaults(file, run_folder):
+    c = show.settings([file], ["--init", str(run_folder[0]), "--seed", "3"])
+    assert (c.batch_size, c.seq_len, c.val_fraction, c.seed) == (2, 200, 0.0, 3)
+    assert c.lr == config.SFT.FRESH["lr"] and c.out == "" and c.data == [file]
+
+
+def test_losses_stand_at_the_tokens_they_are_of(file, run_folder, encoder, monkeypatch):
+    folder, model = run_folder
+    monkeypatch.setattr(show, "start", lambda device: nullcontext(None))
+    monkeypatch.setattr(show.stage, "build_model", lambda *_: model)
+    (view,) = views_of(file, "--init", str(folder), "--batch_size", "1", step=0)
+    (segment,) = view.segments
+    tokens = [token for _, turn in segment.turns for token in turn]
+    ids = [token.id for token in tokens]
+    with torch.no_grad():
+        logits = model(row_from([ids]), logits=True).log_softmax(1)
+    assert any(token.trained for token in tokens)
+    for t, token in enumerate(tokens):
+        assert (token.loss is None) == (not token.trained)
+        if token.trained:
+            assert token.loss == pytest.approx(-logits[t - 1, ids[t]].item(), abs=1e-4)
+    assert "mean loss" in segment.title
+
+
+def test_the_page_is_whole_and_escapes_what_users_typed(file, tmp_path, capsys):
+    out = tmp_path / "page.html"
+    assert run(capsys, file, "--html", str(out)) == f"wrote {out}\n"
+    text = out.read_text(encoding="utf-8")
+    typed = re.search("问.{0,60}&lt;.{0,60}b.{0,60}&gt;", re.sub("<.*?>", "", text))
+    assert typed and "<script" not in text
+    assert "http" not in text  # nothing is loaded from elsewhere
+    for tag in ("div", "span", "ruby", "html", "h3"):
+        opened, closed = len(re.findall(f"<{tag}[ >]", text)), text.count(f"</{tag}>")
+        assert opened == closed, tag
+    assert text.count("class='row'") == 2 and "DROPPED, empty answer" in text
+
+
+def test_colours_show_the_loss():
+    low, high = (show.Token("x", 1, 0, True, loss) for loss in (0.01, 9.0))
+    rest = show.Token("x", 1, 0, False, None)
+    view = show.RowView("r", [show.Segment("s", [("assistant", [low, high, rest])])])
+    line = show_text.lines([view], colour=True)[-1]
+    codes = [show_text.BY_LOSS[0][1], show_text.BY_LOSS[-1][1], show_text.PLAIN]
+    assert [line.index(code) for code in codes] == sorted(line.index(code) for code in codes)
+    page = show_html.page([view])
+    assert "hsl(120 " in page and "hsl(0 " in page and "loss 9.0000" in page

@@ -1,0 +1,75 @@
+"""A run on a GPU, with FSDP, NCCL, background saves and a resume, against the same run on the CPU.
+
+The case "cpu" runs the same lines where there is no GPU.
+"""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+import kernels
+from nanomed.config import SFT
+from nanomed.distributed import fill, shard, start
+from nanomed.model.decoder import Aquila, init_weights
+from nanomed.runs import checkpoint
+from nanomed.runs.log import RunFolder
+from nanomed.training.trainer import fit
+from tests.training.test_exactness import loader_of, metrics_of, next_token_loss, settings
+
+GPU = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+def train(device: str, dtype: torch.dtype, config, c: SFT) -> list[dict]:
+    """Six steps from weights that are the same on every device; what the run wrote down."""
+    on_cpu = Aquila(config)
+    init_weights(on_cpu)
+    with start(torch.device(device)) as world:
+        with torch.device("meta"):
+            model = Aquila(config, c.recompute)
+        shard(model, world, dtype)
+        model.to_empty(device=world.device)
+        for param, whole in zip(model.parameters(), on_cpu.parameters(), strict=True):
+            fill(param, whole.detach().to(world.device))
+        run = RunFolder(c, world)
+        fit(c, model, loader_of(world, 61, c, max_steps=6), next_token_loss, run)
+        assert all(p.device == world.device for p in model.parameters())
+        run.close()
+    return metrics_of(run.path)
+
+
+def losses(metrics: list[dict]) -> list[float]:
+    return [value for m in metrics for name, value in m.items() if name.endswith("loss")]
+
+
+@pytest.mark.parametrize(
+    "device, dtype, use, recompute, tolerance",
+    [
+        pytest.param("cpu", torch.bfloat16, "auto", "full", 0.01, marks=pytest.mark.slow),
+        pytest.param("cuda:0", torch.float32, "reference", "none", 1e-4, marks=GPU),
+        pytest.param("cuda:0", torch.bfloat16, "reference", "full", 0.01, marks=GPU),
+        pytest.param("cuda:0", torch.bfloat16, "auto", "lean", 0.01, marks=GPU),
+    ],
+)
+def test_a_run_is_the_cpus(small, tmp_path, device, dtype, use, recompute, tolerance):
+    """Steps and validations, with saves in the background; once more from a checkpoint."""
+    c = settings(batch_size=16, lr=3e-3, eval_every=3, save="blocking", out=str(tmp_path / "cpu"))
+    wanted = losses(train("cpu", torch.float32, small, c))
+    out = tmp_path / "x"
+    changes = dict(out=str(out), save="background", recompute=recompute)
+    kernels.use(use)
+    try:
+        found = train(device, dtype, small, dataclasses.replace(c, **changes))
+        checkpoint.delete(out / "checkpoints/step-000006")
+        again = dataclasses.replace(c, **changes, resume="latest")
+        resumed = train(device, dtype, small, again)
+    finally:
+        kernels.use("auto")
+    assert losses(found) == pytest.approx(wanted, rel=tolerance)
+    assert losses(resumed) == pytest.approx(wanted, rel=tolerance)
+    assert len(wanted) == 9
+    assert math.isfinite(sum(m.get("grad_norm", 0) for m in resumed))

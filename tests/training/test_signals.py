@@ -1,0 +1,104 @@
+"""A run that is asked to end, once or twice, and workers whose torchrun is gone."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from nanomed.distributed import end_with
+from nanomed.runs import checkpoint, saves
+from nanomed.training import faults
+from nanomed.training.faults import Signals
+from tests.forks import Group, server
+from tests.training.test_exactness import metrics_of
+from tests.training.test_faults import train
+
+
+def signalled(world, out: str, number: int) -> dict:
+    """Its saves are in the background and slow: the end of the run waits for the last one."""
+
+    def on_step(world, step):
+        if step == 4 and world.rank == 1:
+            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), number)  # torchrun repeats what the terminal sent
+
+    def slow(*arguments):
+        time.sleep(0.1)
+        write(*arguments)
+
+    write, saves._write = saves._write, slow
+    try:
+        return train(world, out, on_step=on_step, save="background")
+    finally:
+        saves._write = write
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_one_rank_saves_and_ends_all(pool, undisturbed, tmp_path, number):
+    """The step that is running is finished and the next one is the last; a resume then ends with
+    the bits of the run that nobody stopped."""
+    codes = [r["outcome"] for r in pool(2, signalled, str(tmp_path / "x"), int(number))]
+    assert codes[1] == 128 + number and codes[0] > 128
+    assert checkpoint.newest(tmp_path / "x/checkpoints").name in ("step-000005", "step-000006")
+    assert pool(2, train, str(tmp_path / "x"))[0]["outcome"] is None
+    assert metrics_of(tmp_path / "x") == metrics_of(undisturbed(2)[0])
+
+
+def stubborn(world, folder: str) -> None:
+    """Waits for a save that does not end."""
+    faults.ECHO, note = 0.1, Signals._note
+
+    def noted(*arguments):
+        note(*arguments)
+        (Path(folder) / "received").touch()
+
+    Signals._note = noted
+    writer = saves.Writer(1, lambda: time.sleep(60), world.device)
+    with Signals():
+        writer.start()
+        (Path(folder) / "ready").touch()
+        writer.join()
+
+
+def test_a_second_signal_ends_at_once(tmp_path):
+    group = Group(server(), 1, stubborn, str(tmp_path))
+    _until((tmp_path / "ready").exists)
+    os.kill(group.ranks[0].pid, signal.SIGTERM)
+    _until((tmp_path / "received").exists)
+    time.sleep(0.2)  # a second one within ECHO is the first one's
+    assert group.ranks[0].exitcode is None
+    os.kill(group.ranks[0].pid, signal.SIGTERM)
+    assert group.wait(30) == [128 + signal.SIGTERM]
+
+
+def parent_of_one(world, folder: str) -> None:
+    if os.fork() == 0:
+        end_with(os.getppid())
+        (Path(folder) / "pid").write_text(str(os.getpid()))
+    time.sleep(60)
+
+
+def test_a_worker_whose_parent_is_gone_ends(tmp_path):
+    group = Group(server(), 1, parent_of_one, str(tmp_path))
+    _until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
+    pid = int((tmp_path / "pid").read_text())
+    assert _runs(pid)
+    group.kill(0)
+    group.wait(5)
+    _until(lambda: not _runs(pid))
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def _until(holds, seconds: float = 30) -> None:
+    until = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < until
+        time.sleep(0.02)
