@@ -29,6 +29,7 @@ with suppress(ImportError):  # the tests for a GPU run without it
     transformers.utils.is_kernels_available = lambda *_: False
     transformers.utils.import_utils.is_kernels_available = lambda *_: False
 
+import kernels  # noqa: E402
 from nanomed import distributed, store  # noqa: E402
 from nanomed.config import ModelConfig  # noqa: E402
 from nanomed.text import template, tokenizer  # noqa: E402
@@ -40,10 +41,12 @@ torch.set_num_threads(1)
 
 @pytest.fixture(autouse=True)
 def _as_new(tmp_path, monkeypatch):
-    """Tests write nothing into the checkout, and leave the number of threads as it was: a script
-    that a test runs to its start takes all cores."""
+    """Tests write nothing into the checkout, and leave the number of threads and the choice of
+    kernels as they were: a script that a test runs to its start takes all cores."""
     monkeypatch.setattr(store.cache, "CACHE", tmp_path / "cache")
+    chosen = kernels._chosen
     yield
+    kernels.use(chosen)
     torch.set_num_threads(1)
 
 
