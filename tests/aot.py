@@ -99,7 +99,7 @@ def launch(op: str, n: int) -> None:
     """Forward and backward of n tokens; the head's width does not reach its kernels. Positions and
     labels of an odd number of tokens do not begin at a multiple of 16 bytes."""
     lists = torch.arange(n + n % 2)[n % 2 :]
-    module = importlib.import_module(f"kernels.{op}")
+    module = importlib.import_module(f"kernels.{op}_triton")
     if op == "rmsnorm":
         out = module.rmsnorm(tensor(n, 4096), tensor(4096), 1e-5)
     elif op == "swiglu":
@@ -116,7 +116,7 @@ def launch(op: str, n: int) -> None:
 def main(architecture: int, ops: list[str], n_tokens: list[int], folder: Path) -> None:
     reports = {}
     for op in ops:
-        module = importlib.import_module(f"kernels.{op}")
+        module = importlib.import_module(f"kernels.{op}_triton")
         names = [name for name in ("_forward", "_backward") if hasattr(module, name)]
         kernels = compiling(architecture, module, tuple(names))
         for n in n_tokens:

@@ -24,7 +24,7 @@ def main() -> None:
     interpreter.repair()
     dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
     for op, lengths in LENGTHS.items():
-        work = getattr(importlib.import_module(f"kernels.{op}"), op)
+        work = getattr(importlib.import_module(f"kernels.{op}_triton"), op)
         for n in lengths:
             case = CASES[op](n)
             others = (x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in case.others)

@@ -27,7 +27,7 @@ TOLERANCE = 1e-5 if DEVICE.type == "cuda" else 1e-6
 
 
 def module_of(op: str):
-    return importlib.import_module(f"kernels.{op}")
+    return importlib.import_module(f"kernels.{op}_triton")
 
 
 def triton_op(op: str):
@@ -201,7 +201,7 @@ MUTANTS = {
 def test_a_planted_bug_is_seen(name, tmp_path):
     """The same check on the same file with one planted bug, loaded under another name."""
     op, right, wrong = MUTANTS[name]
-    text = (ROOT / f"kernels/{op}.py").read_text()
+    text = (ROOT / f"kernels/{op}_triton.py").read_text()
     assert text.count(right) == 1
     path = tmp_path / f"mutant_{op}.py"
     path.write_text(text.replace(right, wrong))
