@@ -18,14 +18,9 @@ from bench.setting import Setting, arguments
 PAD = 128  # elements
 
 
-def randn(*shape: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Never zeros: a matmul of zeros draws less power and was seen 13% faster."""
-    return torch.randn(*shape, device=device, dtype=dtype)
-
-
 def copy(s: Setting) -> float:
     """Bytes per second of a copy within the device, read plus written."""
-    source = randn(2**30 if s.on_gpu else 2**24, device=s.device, dtype=torch.bfloat16)
+    source = s.randn(2**30 if s.on_gpu else 2**24).bfloat16()
     target = torch.empty_like(source)
     samples = interleaved({"": lambda: target.copy_(source)}, s.rounds, device=s.device)[""]
     rate = 2 * source.nbytes / quartiles(samples)[1]
@@ -39,32 +34,17 @@ def copy(s: Setting) -> float:
 def matmul(s: Setting) -> float:
     """Operations per second of a large square product."""
     n = 8192 if s.on_gpu else 512
-    a, b = (randn(n, n, device=s.device, dtype=s.dtype) for _ in range(2))
+    a, b = (s.randn(n, n) for _ in range(2))
     return _products(s, {f"matmul {n} x {n} x {n}": (lambda: a @ b, n**3)})[0]
-
-
-def linears(s: Setting, t: int) -> None:
-    """A layer's matmuls, forward, over t tokens."""
-    c = s.model
-    works = {}
-    for name, (n_in, n_out) in {
-        "q, k and v in one": (c.d_model, c.d_model + 2 * c.n_kv_heads * c.head_size),
-        "o_proj": (c.d_model, c.d_model),
-        "gate_proj": (c.d_model, c.d_ff),
-        "down_proj": (c.d_ff, c.d_model),
-    }.items():
-        x, w = (randn(n, n_in, device=s.device, dtype=s.dtype) for n in (t, n_out))
-        works[name] = (lambda x=x, w=w: x @ w.T), t * n_in * n_out
-    _products(s, works)
 
 
 def head(s: Setting, t: int) -> None:
     """The head's three matmuls, with rows of the logits V elements apart and padded."""
     v, d = s.model.vocab_size, s.model.d_model
-    hidden, weight = (randn(n, d, device=s.device, dtype=s.dtype) for n in (t, v))
+    hidden, weight = (s.randn(n, d) for n in (t, v))
     hidden_grad, weight_grad = torch.empty_like(hidden), torch.empty_like(weight)
     works = {}
-    for z in (randn(t, v, device=s.device, dtype=s.dtype), padded(t, v, s)):
+    for z in (s.randn(t, v), padded(t, v, s)):
         rows, count = f"rows {z.stride(0):,} apart", t * v * d
         works |= {
             f"head, logits, {rows}": (lambda z=z: torch.mm(hidden, weight.T, out=z), count),
@@ -76,7 +56,7 @@ def head(s: Setting, t: int) -> None:
 
 def padded(t: int, v: int, s: Setting) -> Tensor:
     """Random [t, v] whose rows start at multiples of PAD elements."""
-    return randn(t, -(-v // PAD) * PAD, device=s.device, dtype=s.dtype)[:, :v]
+    return s.randn(t, -(-v // PAD) * PAD)[:, :v]
 
 
 def _products(s: Setting, works: dict[str, tuple[Callable, int]]) -> list[float]:
@@ -95,7 +75,6 @@ def main() -> None:
     copy(s)
     matmul(s)
     head(s, given.tokens[0])
-    linears(s, given.tokens[0])
     print(table([shown(line) for line in s.results.lines]))
 
 

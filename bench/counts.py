@@ -96,10 +96,21 @@ def linear_nll(c: ModelConfig, t: int, e: int = 2) -> tuple[Count, Count]:
     return forward, Count(2 * hidden + 2 * weight + 12 * t, 2 * product * c.d_model * t)
 
 
+def layer(c: ModelConfig, lengths: Sequence[int]) -> tuple[Count, Count]:
+    """The operations of a layer of the model: two for each weight of a matmul and token, twice that
+    in backward, and attention's."""
+    weights = c.d_model * (2 * c.d_model + 2 * c.n_kv_heads * c.head_size + 3 * c.d_ff)
+    forward, backward = attention(c, lengths)
+    matmuls = 2 * weights * sum(lengths)
+    return Count(0, matmuls + forward.flops), Count(0, 2 * matmuls + backward.flops)
+
+
 def of(op: str, c: ModelConfig, lengths: Sequence[int], e: int = 2) -> tuple[Count, Count]:
     """(forward, backward) of an op over a row of documents of these lengths."""
     if op == "attention":
         return attention(c, lengths, e)
+    if op == "layer":
+        return layer(c, lengths)
     return {"rmsnorm": rmsnorm, "rope": rope, "swiglu": swiglu, "linear_nll": linear_nll}[op](
         c, sum(lengths), e
     )

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 import kernels
-from bench.ceilings import randn
-from bench.kernels import AGAIN, distance
-from bench.measure import interleaved, ratio, shown, table
+from bench.kernels import distance
+from bench.measure import against_first, shown, table
 from bench.setting import Setting, arguments
 from kernels import reference
 from kernels.chunk import chunk_tokens, even
@@ -86,8 +85,8 @@ def _add_matmul(x: Tensor) -> Callable:
 def measure(s: Setting, t: int, chunk: int) -> None:
     """Forward and backward of both over t tokens."""
     v, d = s.model.vocab_size, s.model.d_model
-    hidden = randn(t, d, device=s.device, dtype=s.dtype).requires_grad_()
-    weight = (randn(v, d, device=s.device, dtype=s.dtype) * 2 * d**-0.5).requires_grad_()
+    hidden = s.randn(t, d).requires_grad_()
+    weight = (s.randn(v, d) * 2 * d**-0.5).requires_grad_()
     labels = torch.randint(v, (t,), device=s.device)
     works = {
         OURS: lambda: kernels.linear_nll(hidden, weight, labels).sum(),
@@ -97,11 +96,10 @@ def measure(s: Setting, t: int, chunk: int) -> None:
     for ours, theirs in zip(*(call() for call in calls.values()), strict=True):
         apart = distance(ours, theirs)[0]
         assert apart < LIMIT, f"gradients are {apart:.1e} apart: nothing is timed"
-    samples = interleaved({AGAIN: calls[OTHER], **calls}, s.rounds, 2, s.device)
+    samples, slower = against_first({OTHER: calls[OTHER], **calls}, s.rounds, 2, s.device)
     for name in calls:
-        faster = ratio(samples[OURS], samples[OTHER], samples[AGAIN]) if name == OTHER else ""
         s.results.add(
-            "head", name, samples[name], dtype=s.dtype, **{"faster_by": str(faster)},
+            "head", name, samples[name], dtype=s.dtype, faster_by=slower[OURS] * (name == OTHER),
             shapes={"T": t, "D": d, "V": v, "chunks": -(-t // chunk)},
         )  # fmt: skip
 

@@ -1,11 +1,13 @@
 """The five ops against what a user could pick instead: correct first, then time.
 
     python -m bench.kernels [--quick] [--ops rmsnorm attention] [--tokens 8192 32768]
+    python -m bench.kernels --ops layer                                a layer of the model
     TRITON_INTERPRET=1 python -m bench.kernels --parity --tokens 64    the Triton kernels, on a CPU
 
 On a GPU `triton` stands against `definition` (kernels/reference.py), torch.compile of it, PyTorch's
-own fused ops and, where installed, Liger-Kernel and flash-attn, at AquilaMed's shapes in bfloat16.
-On a CPU the definition stands against PyTorch at tiny shapes.
+own fused ops and, where installed, Liger-Kernel and flash-attn, at AquilaMed's shapes in bfloat16;
+of a layer also `auto`, which is what a run picks. On a CPU the definition stands against PyTorch at
+tiny shapes.
 
 An op whose error is more than twice PyTorch's in the same dtype is not timed. Rates are those of
 the bytes and operations that bench/counts.py counts, as shares of a copy's and a matmul's rate in
@@ -19,114 +21,18 @@ import sys
 import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from itertools import cycle
 
 import torch
 from torch import Tensor
 
-import kernels
-from bench import ceilings, counts, oracles, rivals
-from bench.ceilings import randn
+from bench import ceilings, counts
+from bench.cases import Case, build, documents
 from bench.counts import Count
-from bench.measure import interleaved, quartiles, ratio, shown, table
+from bench.measure import against_first, quartiles, shown, table
 from bench.setting import Setting, arguments
-from kernels import reference
 
-# Twenty quantiles of the length, in tokens of the published Aquila tokenizer, of 1,520 real medical
-# chats (MedicalGPT's single-turn and CMtMedQA's multi-turn samples, without the template's tokens).
-CHATS = [
-    10,
-    377,
-    229,
-    15,
-    19,
-    148,
-    58,
-    111,
-    30,
-    492,
-    93,
-    333,
-    126,
-    13,
-    285,
-    261,
-    181,
-    410,
-    355,
-    309,
-]
 PLAUSIBLE = 0.03  # relative error beyond which even bfloat16 is no excuse
-AGAIN = "again"  # the first version once more: the noise of the ratios
 PASSES = ("forward", "backward", "forward+backward")
-
-
-@dataclass
-class Case:
-    """One op on one row. `works` are its versions, functions of `inputs`; the first is ours and the
-    second what it is held against."""
-
-    op: str
-    lengths: list[int]
-    inputs: list[Tensor]
-    works: rivals.Works
-    oracle: Callable
-
-
-def documents(t: int, kind: str) -> list[int]:
-    """Lengths of a row of t tokens: `one` document, or `chats` packed until it is full."""
-    if kind == "one":
-        return [t]
-    lengths = []
-    for length in cycle(CHATS):
-        lengths.append(min(length, t - sum(lengths)))
-        if sum(lengths) == t:
-            return lengths
-
-
-def build(s: Setting, op: str, lengths: list[int]) -> Case:
-    c, t = s.model, sum(lengths)
-    torch.compiler.reset()  # else the ninth shape of a function would silently not be compiled
-
-    def tensor(*shape: int) -> Tensor:
-        return randn(*shape, device=s.device, dtype=s.dtype)
-
-    borders = torch.tensor([0, *lengths], device=s.device).cumsum(0, dtype=torch.int32)
-    position = torch.arange(t, device=s.device)
-    position -= borders[:-1].long().repeat_interleave(borders.diff().long())
-    label = torch.randint(c.vocab_size, (t,), device=s.device)
-    q, kv = (t, c.n_heads, c.head_size), (t, c.n_kv_heads, c.head_size)
-    inputs, extra, truth, others = {
-        "rmsnorm": lambda: (
-            [tensor(t, c.d_model), tensor(c.d_model)], (1e-5,), (1e-5,),
-            rivals.rmsnorm(s.on_gpu),
-        ),
-        "rope": lambda: (
-            [tensor(*q), tensor(*kv)], (position, c.rope_theta), (position, c.rope_theta),
-            rivals.rope(position, c.rope_theta, c.head_size, s.dtype, s.on_gpu),
-        ),
-        "swiglu": lambda: (
-            [tensor(t, c.d_ff), tensor(t, c.d_ff)], (), (), rivals.swiglu(s.on_gpu),
-        ),
-        "attention": lambda: (
-            [tensor(*q), tensor(*kv), tensor(*kv)], (borders, max(lengths)), (lengths,),
-            rivals.attention(borders, max(lengths), s.dtype, s.on_gpu),
-        ),
-        "linear_nll": lambda: (  # logits of about the size that a trained model has
-            [tensor(t, c.d_model), tensor(c.vocab_size, c.d_model) * 2 * c.d_model**-0.5],
-            (label,), (label,), rivals.linear_nll(label, s.on_gpu),
-        ),
-    }[op]()  # fmt: skip
-
-    def ours(*x: Tensor) -> Tensor:
-        kernels.use("triton")
-        return getattr(kernels, op)(*x, *extra)
-
-    works = {"definition": lambda *x: getattr(reference, op)(*x, *extra), **others}
-    if s.on_gpu or interpreted():
-        works = {"triton": ours, **works}
-    return Case(op, lengths, inputs, works, lambda *x: getattr(oracles, op)(*x, *truth))
 
 
 def interpreted() -> bool:
@@ -161,35 +67,37 @@ def distance(a: Tensor, truth: Tensor) -> tuple[float, float]:
 
 
 def gate(s: Setting, case: Case) -> bool:
-    """Whether ours is right. Of each output and gradient the error may be twice that of the version
-    it is held against, and the error of a single element four times, since one wrong element of
-    millions hides in a norm. Errors below the dtype's own rounding count as that. A version that is
-    itself wrong proves nothing: above PLAUSIBLE both fail."""
+    """Whether ours are right. Of each output and gradient the error may be twice that of the
+    version they are held against, and the error of a single element four times, since one wrong
+    element of millions hides in a norm. Errors below the dtype's own rounding count as that. A
+    version that is itself wrong proves nothing: above PLAUSIBLE both fail."""
     shapes = [x.shape for x in _tuple(case.works["definition"](*case.inputs))]
-    douts = [randn(*shape, device=s.device, dtype=s.dtype) for shape in shapes]
+    douts = [s.randn(*shape) for shape in shapes]
     high = torch.float32 if s.on_gpu else torch.float64
     truth = results_of(case.oracle, [x.to(high) for x in case.inputs], [d.to(high) for d in douts])
-    ours, theirs = list(case.works)[:2]
-    found = {}
-    for name in (ours, theirs):
+    theirs, found = case.held_against, {}
+    for name in {*case.ours, theirs}:
         _poison(truth, s.dtype)
         mine = results_of(case.works[name], case.inputs, douts)
         found[name] = [distance(a, b) for a, b in zip(mine, truth, strict=True)]
     least = torch.finfo(s.dtype).eps / 4
-    worst = max(
-        max(a[0] / max(b[0], least), a[1] / max(b[1], least) / 2)
-        for a, b in zip(found[ours], found[theirs], strict=True)
-    )
-    if not max(a[0] for a in found[theirs]) < PLAUSIBLE:
-        worst = math.inf
-    s.results.add(
-        "parity", f"{case.op}: {ours}", [worst], "times their error",
-        shapes=_shapes(case), dtype=s.dtype, held_against=theirs,
-        our_error=f"{max(a[0] for a in found[ours]):.1e}",
-        their_error=f"{max(a[0] for a in found[theirs]):.1e}",
-        gate="passed" if worst <= 2 else "FAILED",
-    )  # fmt: skip
-    return worst <= 2
+    passed = True
+    for ours in case.ours:
+        worst = max(
+            max(a[0] / max(b[0], least), a[1] / max(b[1], least) / 2)
+            for a, b in zip(found[ours], found[theirs], strict=True)
+        )
+        if not max(a[0] for a in found[theirs]) < PLAUSIBLE:
+            worst = math.inf
+        s.results.add(
+            "parity", f"{case.op}: {ours}", [worst], "times their error",
+            shapes=_shapes(case), dtype=s.dtype, held_against=theirs,
+            our_error=f"{max(a[0] for a in found[ours]):.1e}",
+            their_error=f"{max(a[0] for a in found[theirs]):.1e}",
+            gate="passed" if worst <= 2 else "FAILED",
+        )  # fmt: skip
+        passed &= worst <= 2
+    return passed
 
 
 def _poison(like: list[Tensor], dtype: torch.dtype) -> None:
@@ -224,7 +132,7 @@ def measure(s: Setting, case: Case, rates: dict[str, float]) -> None:
                 calls[version] = call(work, case.inputs, what)
                 memory[version] = peak_gib(s, calls[version])
             except Exception as error:
-                if version in ("triton", "definition"):
+                if version in (*case.ours, "definition"):
                     raise
                 calls.pop(version, None)
                 s.results.add("kernel", f"{case.op} {what}: {version}", [],
@@ -292,21 +200,19 @@ def add_times(
     memory: dict[str, float | None],
     rates: dict[str, float],
 ) -> None:
-    ours = next(iter(calls))
-    samples = interleaved({ours: calls[ours], AGAIN: calls[ours], **calls}, s.rounds, 3, s.device)
+    first = next(iter(calls))
+    samples, faster = against_first(calls, s.rounds, 3, s.device)
     for version in calls:
         seconds = quartiles(samples[version])[1]
         if count.flops:
             rate, unit, share = count.flops / seconds, "TFLOP/s", rates["matmul"]
         else:
             rate, unit, share = count.bytes / seconds, "TB/s", rates["copy"]
-        faster = ratio(samples[version], samples[ours], samples[AGAIN])
         s.results.add(
             "kernel", f"{case.op} {what}: {version}", samples[version],
             shapes=_shapes(case), dtype=s.dtype,
             rate=f"{rate / 1e12:.3g} {unit}", of_ceiling=f"{rate / share:.0%}",
-            **{f"{ours} is faster by": "" if version == ours else str(faster)},
-            GiB=memory[version],
+            **{f"{first} is faster by": faster[version]}, GiB=memory[version],
         )  # fmt: skip
 
 
@@ -317,7 +223,7 @@ def show(lines: list[dict]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--ops", nargs="*", default=counts.OPS, choices=counts.OPS)
+    parser.add_argument("--ops", nargs="*", default=counts.OPS, choices=(*counts.OPS, "layer"))
     parser.add_argument("--documents", nargs="*", default=["chats", "one"],
                         choices=("chats", "one"), help="of attention's rows")  # fmt: skip
     parser.add_argument("--parity", action="store_true", help="the gate alone")
@@ -332,7 +238,7 @@ def main() -> None:
             for kind in given.documents if op == "attention" else ["chats"]:
                 known = len(s.results.lines)
                 try:
-                    case = build(s, op, documents(t, kind))
+                    case = build(s, op, documents(t, kind), s.on_gpu or interpreted())
                     if not gate(s, case):
                         failed.append(f"{op} over {t} tokens, {kind} (wrong)")
                     elif not given.parity:

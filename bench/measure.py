@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+AGAIN = "again"
 
 
 def interleaved(
@@ -115,6 +116,18 @@ def ratio(a: list[float], b: list[float], again: list[float]) -> Ratio:
     deciles = statistics.quantiles(same, n=10, method="inclusive") if len(same) > 1 else same
     noise = max(abs(deciles[0] - 1), abs(deciles[-1] - 1))
     return Ratio(statistics.median(pairs), min(pairs), max(pairs), noise)
+
+
+def against_first(
+    works: dict[str, Callable[[], object]], *how: object, **named: object
+) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """(samples, how many times faster the first work is than each other one). The first is timed
+    twice in each round: the noise is what it is to itself. `how` goes to interleaved."""
+    first = next(iter(works))
+    samples = interleaved({first: works[first], AGAIN: works[first], **works}, *how, **named)
+    again = samples.pop(AGAIN)
+    faster = {n: str(ratio(samples[n], samples[first], again)) for n in works if n != first}
+    return samples, {first: "", **faster}
 
 
 def fingerprint(device: torch.device | str = "cpu") -> dict:

@@ -13,9 +13,6 @@ import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench import rivals
-from bench.counts import OPS
-from bench.kernels import passes
 from bench.measure import ROOT, read, shown, table
 from bench.step_scaling import ROWS
 
@@ -31,9 +28,8 @@ RIVALS = {
 
 TOP = """# Results
 
-Written by `python -m bench.results` from `bench/results/*.jsonl`; a test compares. An empty cell
-was not measured; the command above its table fills it, and [`bench/gpu.sh`](../bench/gpu.sh) runs
-those for a GPU in less than ten minutes.
+Written by `python -m bench.results` from `bench/results/*.jsonl`; a test compares. The command
+above a table is the one that measured it.
 
 Versions take turns within a run (A B A B), on a GPU with its L2 cache emptied before every sample.
 *IQR* is the distance between the quartiles of the samples. A ratio is the median of the pairs taken
@@ -41,118 +37,97 @@ in turn, with the smallest and largest pair; *no difference* is a ratio nearer t
 version to itself. Only lines of one table may be compared.
 """
 
+WAITING = """## What waits for a GPU
+
+[`bench/gpu.sh`](../bench/gpu.sh) measures all of it in less than ten minutes; one by one, each with
+`--results bench/results/NAME.jsonl`:
+
+"""
+
 
 @dataclass(frozen=True)
 class Kind:
-    """One table: its heading, what it says, the command that fills it, and the rows and columns
-    that are shown empty as long as no GPU has run it."""
+    """One table: its heading, what it says, and the commands that fill it on a CPU and on a GPU."""
 
     title: str
     about: str
-    command: str
-    rows: tuple[str, ...] = ()
-    columns: tuple[str, ...] = ("median ms", "min ms", "IQR ms", "rate")
+    cpu: str
+    gpu: str = ""
 
 
-OURS = "triton is faster by"
 KINDS = {
     "ceiling": Kind(
         "Ceilings",
         "What the machine does at most, on random data: copying, and matmuls of AquilaMed's "
         "shapes. The head comes with rows of the logits 151,851 elements apart, as the vocabulary "
         "has it, and 151,936.",
-        "python -m bench.ceilings --results bench/results/NAME.jsonl",
-        ("copy", "matmul 8192 x 8192 x 8192", "head, logits", "head, dhidden", "head, dweight"),
+        "python -m bench.ceilings",
+        "python -m bench.ceilings",
     ),
     "parity": Kind(
         "Correct first",
         "The largest error of an output or a gradient against float32 formulas (float64 on a CPU), "
         "norm-wise, and how often it is that of the version it is held against in the same dtype. "
         "More than 2 fails, and what fails is not timed.",
-        "python -m bench.kernels --results bench/results/NAME.jsonl\n"
-        "python -m bench.layer --results bench/results/NAME.jsonl",
-        (*(f"{op}: triton" for op in OPS), "layer: triton", "layer: auto"),
-        ("times their error", "held against", "our error", "their error", "gate"),
+        "python -m bench.kernels --parity",
+        "python -m bench.kernels --parity --ops rmsnorm rope swiglu attention linear_nll layer",
     ),
     "kernel": Kind(
         "Kernels",
-        "At AquilaMed's shapes. Rates count what an op must do at least "
+        "Each op, and a whole layer, at AquilaMed's shapes. Rates count what must be done at least "
         "([kernels.md](kernels.md)), as shares of the copy's and the matmul's rate of the run. "
         "*backward* keeps the graph of one forward; linear_nll's logits serve a single backward, "
         "so it has none alone. *Its matmuls alone* computes no loss.",
-        "python -m bench.kernels --tokens 4096 8192 16384 32768 --results bench/results/NAME.jsonl"
-        "    # on a GPU\n"
-        "python -m bench.kernels --results bench/results/NAME.jsonl    # on a CPU",
-        tuple(
-            f"{op} {what}: {version}"
-            for op in OPS
-            for what in passes(op)
-            for version in ("triton", "definition", *rivals.NAMES[op])
-        ),
-        ("T", "documents", "median ms", "min ms", "IQR ms", "rate", "of ceiling", OURS, "GiB"),
+        "python -m bench.kernels",
+        "python -m bench.kernels --tokens 4096 8192 16384 32768\n"
+        "python -m bench.kernels --ops layer",
     ),
     "head": Kind(
         "The head's gradient in forward",
         "What the loss would save if it made its gradient in forward, which needs tokens of the "
         "same weight, as in CPT and SFT. It is compared with linear_nll as it is, where backward "
         "computes the logits of all chunks but the last again.",
-        "python -m bench.head --tokens 8192 32768 --results bench/results/NAME.jsonl\n"
-        "python -m bench.head --device cpu --tokens 2048 --results bench/results/NAME.jsonl",
-        ("linear_nll", "gradient in forward"),
-        ("chunks", "median ms", "min ms", "IQR ms", "faster by"),
-    ),
-    "layer": Kind(
-        "One layer",
-        "An AquilaMed layer, forward and backward, over a row of packed medical chats.",
-        "python -m bench.layer --results bench/results/NAME.jsonl",
-        ("triton", "auto", "definition", "torch.compile"),
-        ("T", "median ms", "min ms", "IQR ms", "rate", "of ceiling", OURS, "GiB"),
+        "python -m bench.head --device cpu --tokens 2048",
+        "python -m bench.head --tokens 8192 32768",
     ),
     "step": Kind(
         "A training step",
         "From the rows of a step to the updated weights: AquilaMed on one GPU, and small models on "
         "a CPU beside transformers and TRL. All take turns in one process, so the others, too, "
         "have the setting of the allocator that nanomed makes on a CPU (keep_freed_memory).",
-        "python -m bench.step --gpu --results bench/results/NAME.jsonl\n"
-        "python -m bench.step --gpu --only fsdp --results bench/results/NAME.jsonl\n"
-        "python -m bench.step --results bench/results/NAME.jsonl",
-        (
-            *("AquilaMed CPT", "AquilaMed SFT", "AquilaMed DPO"),
-            *("one process: FSDP2 on one process", "one process: unsharded loop"),
-        ),
-        (
-            *("median ms", "recompute", "real tokens per s", "MFU", "HFU", "peak GiB"),
-            *("predicted GiB", "FSDP2 takes"),
-        ),
+        "python -m bench.step",
+        "python -m bench.step --gpu",
     ),
     "scaling": Kind(
         "How a step grows",
         "With the row at a fixed length of documents, with the documents, with the processes. "
         "*Of the rate* is tokens per second over those of the shortest row: 1 is linear.",
-        "python -m bench.step --gpu --only scaling --results bench/results/NAME.jsonl\n"
-        "python -m bench.step --only scaling ranks --results bench/results/NAME.jsonl",
-        (
-            *(f"rows of {n:,}, documents of 4,096" for n in ROWS),
-            *(f"rows of {ROWS[0]:,}, documents of {n:,}" for n in (256, 1024)),
-        ),
-        ("median ms", "min ms", "IQR ms", "real tokens per s", f"of the rate at {ROWS[0]:,}"),
+        "python -m bench.step --only scaling ranks",
+        "python -m bench.step --gpu --only scaling fsdp",
     ),
     "data": Kind(
         "Data",
         "Reading, tokenising and packing documents, beside datasets with transformers.",
-        "python -m bench.data --results bench/results/NAME.jsonl",
+        "python -m bench.data",
     ),
 }
 
 
 def page(paths: list[Path]) -> str:
+    """A table for what was measured, and one list of what waits for a GPU."""
     lines, runs = read(paths)
-    kinds = list(dict.fromkeys([*KINDS, *(line["kind"] for line in lines)]))
-    parts = [TOP]
-    for kind in kinds:
+    parts, waiting = [TOP], []
+    for kind in dict.fromkeys([*KINDS, *(line["kind"] for line in lines)]):
         known = KINDS.get(kind, Kind(kind.capitalize(), "", f"python -m bench.{kind}"))
         mine = [line for line in lines if line["kind"] == kind]
-        parts.append(f"## {known.title}\n\n{known.about}\n\n```\n{known.command}\n```\n")
+        on_gpu = {"gpu" in runs[line["run"]] for line in mine}
+        if known.gpu and True not in on_gpu:
+            waiting.append(f"- {known.title}: `{known.gpu}`")
+        if not mine:
+            continue
+        commands = [known.gpu] * (True in on_gpu) + [known.cpu] * (False in on_gpu)
+        commands = "\n".join(f"{x} --results bench/results/NAME.jsonl" for x in commands)
+        parts.append(f"## {known.title}\n\n{known.about}\n\n```\n{commands}\n```\n")
         for run in dict.fromkeys(line["run"] for line in mine):
             its = [line for line in mine if line["run"] == run]
             parts.append(f"{machine(runs[run])}:\n")
@@ -161,11 +136,8 @@ def page(paths: list[Path]) -> str:
                 parts.append(f"{table(alike)}\n")
             parts += fastest(its)
             parts += [f"{note}.\n" for note in dict.fromkeys(x["convention"] for x in its) if note]
-        if known.rows and not any("gpu" in runs[line["run"]] for line in mine):
-            rows = [{"name": name} | dict.fromkeys(known.columns) for name in known.rows]
-            parts.append(f"On a GPU, not measured yet:\n\n{table(rows)}\n")
-        elif not mine:
-            parts.append("Not measured yet.\n")
+    if waiting:
+        parts.append(WAITING + "\n".join(waiting) + "\n")
     return "\n".join(parts)
 
 

@@ -18,19 +18,6 @@ from kernels import reference
 from kernels.chunk import chunk_tokens
 
 Works = dict[str, Callable]
-# All that take part on a GPU with every package installed: the rows of an empty table.
-NAMES = {
-    "rmsnorm": ("F.rms_norm", "torch.compile", "Liger"),
-    "rope": ("rotate_half", "torch.compile"),
-    "swiglu": ("sigmoid by hand", "torch.compile", "Liger"),
-    "attention": ("varlen_attn", "SDPA flash", "SDPA cuDNN", "every score", "flash-attn"),
-    "linear_nll": (
-        "every logit",
-        "torch.compile of every logit",
-        "Liger (mean)",
-        "its matmuls alone",
-    ),
-}
 
 
 def installed(module: str, name: str) -> Callable | None:

@@ -5,7 +5,7 @@
 
 The weights are initialised on the device from a seed, float32 masters and moments. Documents are
 random tokens: CPT's are all as long (4,096; 1,024 and 256 at the first size of a row), SFT's have
-the lengths of real medical chats in a fixed order (bench/kernels.py), a pair is two such chats.
+the lengths of real medical chats in a fixed order (bench/cases.py), a pair is two such chats.
 Rows of up to 65,536 tokens beside the states of 8.2 billion parameters need more than one GPU has:
 how the step grows, and what FSDP2 costs, is measured with AquilaMed cut to four layers.
 Nothing but nanomed's core packages is needed.
@@ -18,7 +18,7 @@ import gc
 import torch
 
 import kernels
-from bench.kernels import documents
+from bench.cases import documents
 from bench.measure import Results, shown, table
 from bench.ours import Examples, Ours, Split, model_of, settings
 from bench.setting import TINY

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from bench import ceilings, counts, kernels, layer, measure, oracles, rivals, setting
+from bench import cases, ceilings, counts, kernels, measure, oracles, rivals, setting
 from bench.counts import Count
 from kernels import reference
 from nanomed.config import MODELS
@@ -157,7 +157,7 @@ def test_the_docs_show_what_the_formulas_give():
         f"{2 * head * c.d_model / counts.H200.flops * 1e3:.1f} ms each",
     ):
         assert figure in " ".join(text.split()), figure
-    packed = kernels.documents(counts.TOKENS, "chats")
+    packed = cases.documents(counts.TOKENS, "chats")
     pairs = counts.attention(AQUILAMED, [counts.TOKENS])[0].flops
     share = pairs / counts.attention(AQUILAMED, packed)[0].flops
     assert f"{len(packed)} packed chats" in text and f"1/{share:.0f} of the pairs" in text
@@ -175,14 +175,14 @@ def tiny(tmp_path) -> setting.Setting:
 
 
 def test_a_row_of_chats_is_full():
-    assert sum(kernels.documents(8192, "chats")) == 8192
-    assert kernels.documents(8192, "one") == [8192]
-    assert len(kernels.documents(8192, "chats")) > 30 and min(kernels.documents(48, "chats")) > 0
+    assert sum(cases.documents(8192, "chats")) == 8192
+    assert cases.documents(8192, "one") == [8192]
+    assert len(cases.documents(8192, "chats")) > 30 and min(cases.documents(48, "chats")) > 0
 
 
 @pytest.mark.parametrize("op", counts.OPS)
 def test_the_definition_passes_the_gate_and_then_is_timed(tiny, op):
-    case = kernels.build(tiny, op, kernels.documents(48, "chats"))
+    case = cases.build(tiny, op, cases.documents(48, "chats"))
     assert kernels.gate(tiny, case)
     kernels.measure(tiny, case, {"copy": 1e9, "matmul": 1e9})
     lines = [line for line in tiny.results.lines if line["kind"] == "kernel"]
@@ -190,7 +190,7 @@ def test_the_definition_passes_the_gate_and_then_is_timed(tiny, op):
     assert all(len(line["samples"]) == 1 and "of_ceiling" in line["facts"] for line in lines)
 
 
-def planted(case: kernels.Case, change) -> kernels.Case:
+def planted(case: cases.Case, change) -> cases.Case:
     """The case with our version's first output changed."""
     name = next(iter(case.works))
     right = case.works[name]
@@ -222,14 +222,14 @@ def one_element(x):
 )
 @pytest.mark.parametrize("op", ["swiglu", "attention"])
 def test_the_gate_sees(tiny, op, change):
-    case = planted(kernels.build(tiny, op, kernels.documents(48, "chats")), change)
+    case = planted(cases.build(tiny, op, cases.documents(48, "chats")), change)
     assert not kernels.gate(tiny, case)
 
 
 def test_the_gate_sees_one_element_that_hides_in_a_norm(tiny):
     """One wrong element of half a million adds less to the norm than bfloat16's own rounding."""
     tiny.dtype = torch.bfloat16
-    case = kernels.build(tiny, "swiglu", [1024])
+    case = cases.build(tiny, "swiglu", [1024])
     right = next(iter(case.works.values()))(*case.inputs)
     assert kernels.distance(one_element(right), right)[0] < torch.finfo(torch.bfloat16).eps / 4
     assert kernels.gate(tiny, case) and not kernels.gate(tiny, planted(case, one_element))
@@ -241,7 +241,7 @@ def test_what_is_not_finite_is_infinitely_wrong():
 
 
 def test_the_gate_fails_if_both_are_wrong(tiny):
-    case = kernels.build(tiny, "rmsnorm", [16])
+    case = cases.build(tiny, "rmsnorm", [16])
     case.works = {name: lambda x, w: x * w for name in case.works}
     assert not kernels.gate(tiny, case)
 
@@ -269,7 +269,7 @@ def test_the_interpreter_is_not_timed(monkeypatch, capsys, tmp_path):
 
 
 def test_a_rival_that_cannot_run_is_a_line_that_says_so(tiny):
-    case = kernels.build(tiny, "rmsnorm", [16])
+    case = cases.build(tiny, "rmsnorm", [16])
 
     def broken(x, w):
         raise RuntimeError("no such kernel\nmore")
@@ -293,33 +293,26 @@ def test_head_rows_are_padded(tiny):
     assert z.shape == (3, 151_851) and z.stride() == (151_936, 1)
 
 
-def test_a_layer_is_right_and_timed(tmp_path, monkeypatch, capsys):
-    command = f"x --device cpu --quick --tokens 32 --results {tmp_path}/x.jsonl"
-    monkeypatch.setattr(sys, "argv", command.split())
-    layer.main()
-    assert "| definition | 32 | float32 |" in capsys.readouterr().out
-    rows, _ = measure.read([tmp_path / "x.jsonl"])
-    parity = next(row for row in rows if row["kind"] == "parity")
-    assert parity["facts"]["gate"] == "passed"
-
-
-def test_a_wrong_layer_is_not_timed(tiny):
-    right = [torch.ones(3, dtype=torch.float64)]
-    wrong, near = [torch.ones(3) * 1.1], [torch.ones(3) * 1.01]
-    for ours in layer.OURS:
-        found = {**dict.fromkeys(layer.OURS, near), ours: wrong, "definition": near}
-        with pytest.raises(SystemExit, match=f"layer with {ours} kernels.*not timed"):
-            layer.check(tiny, 3, found, right)
-    # torch.compile is not ours to judge.
-    layer.check(tiny, 3, {"auto": near, "definition": near, "torch.compile": wrong}, right)
+def test_a_layer_is_judged_in_every_version_of_ours(tiny):
+    """Also `auto`, what a run picks; torch.compile is not ours to judge."""
+    case = cases.build(tiny, "layer", [20, 12], triton=False)
+    assert kernels.gate(tiny, case) and case.ours == ["definition"] == [case.held_against]
+    right = case.works["definition"]
+    twice = lambda *x: 1.1 * right(*x)  # noqa: E731
+    for wrong, passes in (("triton", False), ("auto", False), ("torch.compile", True)):
+        case.works = dict.fromkeys(["triton", "auto", "definition", "torch.compile"], right)
+        case.works[wrong] = twice
+        assert kernels.gate(tiny, case) == passes, wrong
+    kernels.measure(tiny, case, {"copy": 1e9, "matmul": 1e9})
+    assert [line["facts"]["gate"] for line in tiny.results.lines[1:3]] == ["FAILED", "passed"]
 
 
 def test_a_layers_operations():
     """32 layers and the head are the model's causal count, 48.83 GFLOP a token at 4,096 (of which
     scores computed again in backward are no part)."""
-    s = setting.Setting(torch.device("cpu"), AQUILAMED, torch.bfloat16, 1, None)
+    forward, backward = counts.of("layer", AQUILAMED, [4096])
     again = counts.attention(AQUILAMED, [4096])[0].flops / 2
-    model = 32 * (layer.flops(s, [4096]) - again) / 4096 + 6 * 621_981_696
+    model = 32 * ((forward + backward).flops - again) / 4096 + 6 * 621_981_696
     assert model == pytest.approx(48.83e9, rel=1e-3)
 
 

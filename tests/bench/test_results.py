@@ -20,7 +20,7 @@ def test_the_page_of_results_and_readmes_figures_are_what_the_files_give():
     assert shown == [results.figures(files)], "python -m bench.results"
 
 
-def test_a_page_shows_what_was_measured_and_leaves_the_rest_empty(tmp_path):
+def test_a_page_shows_what_was_measured_and_lists_what_waits_for_a_gpu(tmp_path):
     path = tmp_path / "x.jsonl"
     found = measure.Results(path)
     found.add("step", "CPT", [2.0], shapes={"T": 4096}, convention="MFU counts causal pairs")
@@ -29,15 +29,19 @@ def test_a_page_shows_what_was_measured_and_leaves_the_rest_empty(tmp_path):
     text = results.page([path])
     step = text.split("## A training step")[1].split("##")[0]
     assert "2,000" in step and "MFU counts causal pairs." in step
-    # Measured on a CPU: the rows of a GPU stay, empty. Other sizes, another table.
-    assert "| AquilaMed SFT " in step and step.count("| name ") == 3
-    assert "## A new kind" in text and "| rope forward: triton " in text
-    for row in ("swiglu backward: Liger", "attention backward: varlen_attn", "auto"):
-        assert f"| {row} " in text
-    assert "| linear_nll forward+backward: its matmuls alone " in text
-    assert "linear_nll backward:" not in text
-    changed = path.read_text().replace("2.0]", "2.5]")
-    path.write_text(changed)
+    assert step.count("| name ") == 2  # other sizes, another table
+    assert "python -m bench.step --results" in step and "--gpu" not in step
+    assert "## A new kind" in text and "## Ceilings" not in text and "not measured" not in text
+    waiting = text.split("## What waits for a GPU")[1]
+    for kind in results.KINDS.values():
+        assert (f"`{kind.gpu}`" in waiting) == bool(kind.gpu)
+    # Measured there: it waits no more, and the command is the GPU's.
+    path.write_text(
+        path.read_text().replace('"device"', '"gpu": "H200", "memory_gib": 1, "cuda": 1, "device"')
+    )
+    text = results.page([path])
+    assert "bench.step --gpu --results" in text and "A training step: " not in text
+    path.write_text(path.read_text().replace("2.0]", "2.5]"))
     assert results.page([path]) != text
 
 
