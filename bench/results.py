@@ -96,14 +96,14 @@ KINDS = {
         "a CPU beside transformers and TRL. All take turns in one process, so the others, too, "
         "have the setting of the allocator that nanomed makes on a CPU (keep_freed_memory).",
         "python -m bench.step",
-        "python -m bench.step --gpu",
+        "python -m bench.step_gpu",
     ),
     "scaling": Kind(
         "How a step grows",
         "With the row at a fixed length of documents, with the documents, with the processes. "
         "*Of the rate* is tokens per second over those of the shortest row: 1 is linear.",
         "python -m bench.step --only scaling ranks",
-        "python -m bench.step --gpu --only scaling fsdp",
+        "python -m bench.step_gpu --only scaling fsdp",
     ),
     "data": Kind(
         "Data",

@@ -14,21 +14,15 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
-import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.measure import fingerprint, quartiles, table
-from nanomed.batches.loader import Loader
+from bench.ours import Examples, Ours, settings
 from nanomed.config import MODELS, SFT, ModelConfig
-from nanomed.distributed import World, from_all, pick_device, shard, start
-from nanomed.model.decoder import Aquila, init_weights
+from nanomed.distributed import World, from_all, pick_device, start
 from nanomed.runs import checkpoint, saves
-from nanomed.runs.log import Meter
-from nanomed.training.optim import adamw
-from nanomed.training.step import train_step
-from tests.data import ListData
 
 SHAPES = {
     "tiny": MODELS["tiny"],
@@ -45,30 +39,12 @@ class Bench:
     """A sharded model that has trained one step, and what was measured: seconds by name."""
 
     def __init__(self, shape: str, tokens: int, world: World):
-        self.config, self.world, self.done = SHAPES[shape], world, 0
-        with torch.device("meta"):
-            self.model = Aquila(self.config)
-        shard(self.model, world, torch.float32)
-        self.model.to_empty(device=world.device)
-        init_weights(self.model)
-        self.optimizer = adamw(self.model, 0.1)
-        self.meter = Meter(self.config, world.size)
-        self.host = saves.HostCopy()
-        n = 100 * world.size
-        data = ListData.of_lengths([tokens] * (n + 1), self.config.vocab_size)
-        self.loader = Loader(
-            data, np.arange(n), np.arange(n, n + 1), batch_size=world.size,
-            micro_tokens=tokens, epochs=1, rank=world.rank, world_size=world.size,
-        )  # fmt: skip
+        self.config, self.world, self.host = SHAPES[shape], world, saves.HostCopy()
+        data = Examples.of_lengths([tokens] * 4 * world.size, self.config.vocab_size)
+        c = settings(SFT, world.size, tokens)
+        self.step = Ours(world, self.config, data, c, torch.float32)
         self.found: dict[str, list[float]] = defaultdict(list)
         self.step()
-
-    def step(self) -> None:
-        train_step(
-            SFT(dropout=0.0), self.model, self.optimizer, self.loader,
-            lambda nll, row: (nll.sum(), {}), self.done % self.loader.n_steps, 1e-4, self.meter,
-        )  # fmt: skip
-        self.done += 1
 
     def timed(self, name: str, work, *arguments):
         started = time.perf_counter()
@@ -77,11 +53,11 @@ class Bench:
         return result
 
     def round(self, folder: Path) -> Path:
-        given = folder, self.model, self.optimizer
+        given = folder, self.step.model, self.step.optimizer
         self.timed(STEP, self.step)
-        self.timed(BLOCKING, saves.save, *given, {"step": 2 * self.done})
+        self.timed(BLOCKING, saves.save, *given, {"step": 2 * self.step.k})
 
-        begun, at = time.perf_counter(), {"step": 2 * self.done + 1}
+        begun, at = time.perf_counter(), {"step": 2 * self.step.k + 1}
         write = self.timed(WAITS, saves.begin, *given, at, self.host)
 
         def stamped() -> Path:
@@ -89,7 +65,7 @@ class Bench:
             self.found[COMPLETE].append(time.perf_counter() - begun)
             return saved
 
-        writer, during = saves.Writer(self.done, stamped, self.world.device), []
+        writer, during = saves.Writer(self.step.k, stamped, self.world.device), []
         writer.start()
         while any(from_all(writer.is_alive())):  # all ranks make the same steps
             started = time.perf_counter()
@@ -99,7 +75,7 @@ class Bench:
         assert isinstance(writer.outcome, Path), writer.outcome
         lost = sum(seconds - self.found[STEP][-1] for seconds in during)
         self.found[LOSES].append(self.found[WAITS][-1] + lost)
-        self.timed(RESUME, checkpoint.load, writer.outcome, self.model, self.optimizer)
+        self.timed(RESUME, checkpoint.load, writer.outcome, *given[1:])
         if self.world.is_main:
             checkpoint.keep(folder, 1)
         return writer.outcome

@@ -1,7 +1,4 @@
-"""Seconds from the command to the first step, and of what is done once before it.
-
-The first step is timed on data that are in the cache; tokenising them into an empty one and
-training the samples' tokenizer are lines of their own."""
+"""Seconds from the command to the first step, on data that are in the cache."""
 
 import os
 import re
@@ -10,20 +7,17 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from unittest import mock
 
 from bench.measure import ROOT, Results, shown, table
 from nanomed import arguments, store
 from nanomed.config import SFT
 from nanomed.stages import stage
-from nanomed.text import tokenizer
 
 LAUNCHES = {
     "1 process": [sys.executable],
     "2 processes": [sys.executable, "-m", "torch.distributed.run", "--standalone",
                     "--nproc_per_node", "2"],
 }  # fmt: skip
-TEXTS = "cpt_general", "cpt_medical", "sft", "dpo"
 
 
 def measure(results: Results, times: int) -> None:
@@ -41,39 +35,8 @@ def measure(results: Results, times: int) -> None:
                     "step", f"start: to the first step, {name}", total, validation_in_it=share
                 )
             )
-    lines += once(results, times)
-    print("\nFrom the command to the end of the first step, data cached, a fresh tiny model;")
-    print("and what is done once before it:")
+    print("\nFrom the command to the end of the first step, data cached, a fresh tiny model:")
     print(table([shown(line) for line in lines]), flush=True)
-
-
-def once(results: Results, times: int) -> list[dict]:
-    """Tokenising the demonstration's chats into an empty cache, within this process, and training a
-    tokenizer of the samples' size on the texts of all stages, by its command."""
-    c = arguments.parse(SFT, [])
-    chats, encoder, seconds = ROOT / "samples/sft.jsonl", stage.model_and_encoder(c)[1], []
-    with tempfile.TemporaryDirectory() as folder:
-        for k in range(times):
-            with mock.patch.object(store.cache, "CACHE", Path(folder) / str(k)):
-                started = time.perf_counter()
-                n = len(store.chats([str(chats)], encoder, c.seq_len, c.allow_drop))
-                seconds.append(time.perf_counter() - started)
-        size = tokenizer.load(ROOT / "samples/tokenizer.model").vocab_size
-        files = [ROOT / f"samples/{name}.jsonl" for name in TEXTS]
-        out = Path(folder) / "tokenizer.model"
-        train = [sys.executable, "-m", "nanomed.text.tokenizer", "train", *map(str, files)]
-        train += ["--out", str(out), "--vocab_size", str(size)]
-        trained = [_seconds(train) for _ in range(times)]
-    read = f"{n:,} chats, {_megabytes([chats])}"
-    learnt = f"{size:,} pieces from {_megabytes(files)}"
-    return [
-        results.add("step", "start: tokenising sft.jsonl, empty cache", seconds, once_for=read),
-        results.add("step", "start: training a tokenizer", trained, once_for=learnt),
-    ]
-
-
-def _megabytes(files: list[Path]) -> str:
-    return f"{sum(path.stat().st_size for path in files) / 1e6:.2f} MB"
 
 
 def fill_cache() -> None:

@@ -1,24 +1,24 @@
 """A training step of nanomed beside what a user would pick: a transformers loop and TRL's trainers.
 
-    python -m bench.step                    all tables for a CPU, about fifteen minutes
-    python -m bench.step --quick            the same with 2 million parameters, in a minute
-    python -m bench.step --gpu              the AquilaMed step on one GPU (bench/step_gpu.py)
+    python -m bench.step                    all tables, about fifteen minutes
+    python -m bench.step --only sft         one of them
+    python -m bench.step --quick            all with 2 million parameters, in a minute
 
-Same weights, documents, dtype and machine, in one process, turn by turn. First, in float32, loss
-and gradients must agree: a version that computes something else gets no time. Tokens are real ones;
-padding is not counted.
+Same weights, documents and machine, in one process, turn by turn, on a CPU. nanomed computes in
+float32, as a run on a CPU does. Its rivals do too, and once more in bfloat16 where the CPU is
+faster in it. First, in float32, loss and gradients must agree: a version that computes something
+else gets no time. Tokens are real ones; padding is not counted. bench/step_gpu.py is for a GPU.
 """
 
 import argparse
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 
 import torch
 
-import kernels
-from bench import startup, step_gpu, step_scaling
+from bench import startup, step_scaling
 from bench.gate import plain_gate, trl_gate
 from bench.measure import ROOT, Results, interleaved, ratio, shown, table
 from bench.ours import Examples, Ours, model_of, settings
@@ -26,13 +26,13 @@ from nanomed import hf, store
 from nanomed.config import CPT, DPO, SFT, ModelConfig, Run
 from nanomed.distributed import World, pick_device, start
 from nanomed.model.decoder import Aquila
+from nanomed.stages.stage import bf16_takes
 from nanomed.text import template, tokenizer
 
 VOCABULARY = 6144  # of samples/tokenizer.model
 MID = ModelConfig(VOCABULARY, 4, 512, 8, 2, 1408, 4096, 1e6, 1e-5, True)
 # Overhead is most of a step of it: its ratios say whether all runs, not how a model of use does.
 QUICK = ModelConfig(VOCABULARY, 2, 128, 4, 2, 352, 4096, 1e6, 1e-5, True)
-PARTS = ("sft", "dpo", "cpt", "fsdp", "scaling", "ranks", "startup")
 FASTER = "nanomed_is_faster_by"
 CONVENTION = (
     "Ratios are of the time per real token. TRL has its defaults but for what `setting` names, "
@@ -49,7 +49,9 @@ class Bench:
         self.tokens = 512 if given.quick else 2048
         self.rounds = given.rounds or (3 if given.quick else 12)
         self.warmup = 1 if given.quick else 2
-        self.dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[given.dtype]
+        self.dtypes = {"": torch.float32}
+        if bf16_takes() < 1:
+            self.dtypes[", bf16"] = torch.bfloat16
         self.results = Results(given.results, world.device)
         self.encoder = template.Encoder(
             template.CHATML, tokenizer.load(ROOT / "samples/tokenizer.model")
@@ -115,7 +117,7 @@ def compare(b: Bench, stage: str, sides: dict[str, Callable]) -> None:
             facts[FASTER] = str(ratio(per_token[name], per_token[first], per_token[again]))
         lines.append(
             b.results.add(
-                "step", f"{stage}: {name}", seconds[name], dtype=b.dtype, convention=CONVENTION,
+                "step", f"{stage}: {name}", seconds[name], dtype=side.dtype, convention=CONVENTION,
                 shapes={"parameters": b.config.n_params()}, **facts, setting=side.setting,
             )
         )  # fmt: skip
@@ -125,20 +127,21 @@ def compare(b: Bench, stage: str, sides: dict[str, Callable]) -> None:
 
 
 def nanomed(b: Bench, data: Examples, c: Run) -> dict[str, Ours]:
-    """Two of them, which see the same documents."""
-    names = "nanomed", "nanomed, again"
-    return {name: Ours(b.world, b.config, data, c, b.dtype) for name in names}
+    """Two of them, which see the same documents, and one in the CPU's other dtype."""
+    names = {"nanomed": torch.float32, "nanomed, again": torch.float32}
+    names |= {f"nanomed{name}": dtype for name, dtype in b.dtypes.items()}
+    return {name: Ours(b.world, b.config, data, c, dtype) for name, dtype in names.items()}
 
 
 def trl_sides(
     b: Bench, build: Callable, data: Examples, c: Run, settings: dict[str, dict], dpo: bool
-) -> dict[str, Callable]:
-    """A trainer for each setting, past the gate."""
+) -> Iterator[tuple[str, Callable]]:
+    """A trainer for each setting and dtype, past the gate."""
     import trl
 
     from bench.theirs import Stepped, qwen2
 
-    sides, tok = {}, b.tokenizer
+    tok = b.tokenizer
 
     def trainer(**given):
         model = qwen2(b.config, b.plain, b.world.device)
@@ -147,14 +150,28 @@ def trl_sides(
     for name, given in settings.items():
         # In float32: in bf16 the reference of DPO is rounded otherwise than the policy.
         trl_gate(b, f"TRL {name}", trainer(**given, bf16=False), dpo)
-        given = {"bf16": b.dtype == torch.bfloat16, **given}
-        words = ", ".join(f"{key}={value}" for key, value in given.items())
-        sides[f"TRL {name}"] = Stepped(trainer(**given), f"TRL {trl.__version__}: {words}")
-    return sides
+        for suffix, dtype in b.dtypes.items():
+            asked = given | {"bf16": dtype == torch.bfloat16}
+            words = ", ".join(f"{key}={value}" for key, value in asked.items())
+            side = Stepped(trainer(**asked), dtype, f"TRL {trl.__version__}: {words}")
+            yield f"TRL {name}{suffix}", side
+
+
+def loops(
+    b: Bench, name: str, data: Examples, c: Run, order: Callable, block: int = 0
+) -> Iterator[tuple[str, Callable]]:
+    """A transformers loop in each dtype, past the gate; each full row is one document there."""
+    from bench.theirs import Plain, qwen2
+
+    for suffix, dtype in b.dtypes.items():
+        model = qwen2(b.config, b.plain, b.world.device)
+        loop = Plain(model, data, c, dtype, order, block)
+        plain_gate(b, name, model, loop.batch(0))
+        yield f"{name}{suffix}", loop
 
 
 def sft(b: Bench) -> None:
-    from bench.theirs import Plain, qwen2, trl_sft
+    from bench.theirs import trl_sft
 
     data = chats(b)
     c = settings(SFT, 4 if b.given.quick else 8, 2 * b.tokens)
@@ -170,13 +187,10 @@ def sft(b: Bench) -> None:
     if b.given.quick:
         trl = {name: trl[name] for name in ("as shipped", "packing, no checkpointing")}
     print(f"\nSFT, {c.batch_size} chats a step; the gate:")
-    model = qwen2(b.config, b.plain, b.world.device)
     sides = nanomed(b, data, c)
-    loop = Plain(model, data, c, b.dtype, sides["nanomed"].loader.examples)
-    plain_gate(b, "transformers loop", model, loop.batch(0))
-    sides["transformers loop"] = loop
-    more = trl_sides(b, trl_sft, data, c, trl, dpo=False)
-    compare(b, "SFT", sides | more)
+    sides |= loops(b, "transformers loop", data, c, sides["nanomed"].loader.examples)
+    sides |= trl_sides(b, trl_sft, data, c, trl, dpo=False)
+    compare(b, "SFT", sides)
 
 
 def dpo(b: Bench) -> None:
@@ -192,12 +206,12 @@ def dpo(b: Bench) -> None:
     if b.given.quick:
         del trl["no checkpointing"]
     print(f"\nDPO, {c.batch_size} pairs a step, nanomed's reference computed before; the gate:")
-    more = trl_sides(b, trl_dpo, data, c, trl, dpo=True)
+    more = dict(trl_sides(b, trl_dpo, data, c, trl, dpo=True))
     compare(b, "DPO", nanomed(b, data, c) | more)
 
 
 def cpt(b: Bench) -> None:
-    from bench.theirs import Plain, qwen2, trl_sft
+    from bench.theirs import trl_sft
 
     data = documents(b)
     n = max(1, round(b.tokens / data.lengths.mean()))
@@ -207,89 +221,45 @@ def cpt(b: Bench) -> None:
     if not b.given.quick:
         trl = {"packing": row, **trl}
     print(f"\nCPT, {n} documents a step; the gate:")
-    more = trl_sides(b, trl_sft, data, c, trl, dpo=False)
     sides = nanomed(b, data, c)
-    model = qwen2(b.config, b.plain, b.world.device)
-    name = "transformers loop, full rows"
     order = sides["nanomed"].loader.examples
-    loop = Plain(model, data, c, b.dtype, order, block=b.tokens // 4)
-    plain_gate(b, name, model, loop.batch(0))  # each full row as one document
-    sides[name] = loop
-    compare(b, "CPT", sides | more)
+    sides |= trl_sides(b, trl_sft, data, c, trl, dpo=False)
+    sides |= loops(b, "transformers loop, full rows", data, c, order, block=b.tokens // 4)
+    compare(b, "CPT", sides)
 
 
-def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """What was asked for; an option that the asked run would not heed is an error."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--quick", action="store_true", help="2 million parameters, few short rounds"
-    )
-    parser.add_argument("--gpu", action="store_true", help="the AquilaMed step on one GPU")
-    parser.add_argument(
-        "--device", default="auto", choices=("auto", "cpu", "cuda"),
-        help="of --gpu: cpu runs the same code with a tiny model; without --gpu all is on the CPU",
-    )  # fmt: skip
-    parser.add_argument(
-        "--only", nargs="+", choices=PARTS, metavar="PART",
-        help=f"some tables: of {', '.join(PARTS)}; with --gpu of {', '.join(step_gpu.PARTS)}",
-    )  # fmt: skip
-    parser.add_argument("--data", nargs="+", help="chats; default: real ones beside the checkout")
-    parser.add_argument("--dtype", choices=("bf16", "fp32"), help="default: bf16")
-    parser.add_argument("--rounds", type=int, default=0, help="samples of each; default: by table")
-    parser.add_argument("--tokens", type=int, nargs="+", help="of --gpu: of a packed row")
-    parser.add_argument("--kernels", default="auto", choices=kernels.CHOICES, help="of --gpu")
-    parser.add_argument("--results", default="runs/bench-step.jsonl", help="JSON lines")
-    given = parser.parse_args(argv)
-    _refuse(parser, given)
-    given.dtype = given.dtype or "bf16"
-    return given
+def fsdp(b: Bench) -> None:
+    shape = b.tokens // 8, b.tokens, torch.float32
+    step_scaling.fsdp(b.world, b.config, b.results, *shape, b.rounds, b.warmup)
 
 
-def _refuse(parser: argparse.ArgumentParser, given: argparse.Namespace) -> None:
-    if given.gpu:
-        for name in ("data", "dtype", "rounds"):
-            if getattr(given, name):
-                parser.error(f"--gpu has its own {name}: leave --{name} out, or --gpu")
-        for part in given.only or ():
-            if part not in step_gpu.PARTS:
-                parser.error(
-                    f"--only {part} is measured on a CPU: leave --gpu out, "
-                    f"or pick of {', '.join(step_gpu.PARTS)}"
-                )
-        return
-    if given.device == "cuda":
-        parser.error("the comparison runs on a CPU: add --gpu, or leave --device cuda out")
-    if given.tokens or given.kernels != "auto":
-        parser.error("--tokens and --kernels are for --gpu: add it, or leave them out")
+def first_steps(b: Bench) -> None:
+    startup.measure(b.results, times=1 if b.given.quick else 3)
+
+
+PARTS = {
+    "sft": sft, "dpo": dpo, "cpt": cpt, "fsdp": fsdp, "scaling": step_scaling.rows,
+    "ranks": step_scaling.ranks, "startup": first_steps,
+}  # fmt: skip
 
 
 def main() -> None:
-    given = arguments()
-    if given.gpu:
-        return step_gpu.main(given)
-    device = pick_device("cpu")
-    parts = given.only or PARTS
-    with tempfile.TemporaryDirectory() as folder, start(device) as world:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="2 million parameters, few rounds")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="some tables")
+    parser.add_argument("--data", nargs="+", help="chats; default: real ones beside the checkout")
+    parser.add_argument("--rounds", type=int, default=0, help="samples of each; default: by table")
+    parser.add_argument("--results", default="runs/bench-step.jsonl", help="JSON lines")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder, start(pick_device("cpu")) as world:
         b = Bench(given, world, Path(folder))
-        print(
-            f"{b.config.n_params():,} parameters, {given.dtype}, {torch.get_num_threads()} threads"
-        )
-        if {"sft", "dpo", "cpt"} & set(parts):
+        print(f"{b.config.n_params():,} parameters, {torch.get_num_threads()} threads")
+        if {"sft", "dpo", "cpt"} & set(given.only):
             from bench.theirs import prepare
 
             prepare()
-        for name in ("sft", "dpo", "cpt"):
-            if name in parts:
-                {"sft": sft, "dpo": dpo, "cpt": cpt}[name](b)
-        if "fsdp" in parts:
-            shape = b.tokens // 8, b.tokens, torch.float32
-            step_scaling.fsdp(world, b.config, b.results, *shape, b.rounds, b.warmup)
-        if "scaling" in parts:
-            step_scaling.rows(b)
-    if "ranks" in parts:
-        step_scaling.ranks(b)
-    if "startup" in parts:
-        startup.measure(b.results, times=1 if given.quick else 3)
+        for name in given.only:
+            PARTS[name](b)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The full AquilaMed step on one GPU: CPT, SFT and DPO, in its parts, against what the GPU can do.
 
-    python -m bench.step --gpu [--tokens 8192 65536] [--only cpt scaling fsdp]
-    python -m bench.step --gpu --device cpu --quick          the same code with a tiny model
+    python -m bench.step_gpu [--tokens 8192 65536] [--only cpt scaling fsdp]
+    python -m bench.step_gpu --device cpu --quick          the same code with a tiny model
 
 The weights are initialised on the device from a seed, float32 masters and moments. Documents are
 random tokens: CPT's are all as long (4,096; 1,024 and 256 at the first size of a row), SFT's have
@@ -41,7 +41,15 @@ GIB, N_ROWS = memory.GIB, 4  # rows of a step: gradients are accumulated, as in 
 PARTS = ("cpt", "sft", "dpo", "scaling", "fsdp")
 
 
-def main(given: argparse.Namespace) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="few rounds")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="some tables")
+    parser.add_argument("--tokens", type=int, nargs="+", help="of a packed row")
+    parser.add_argument("--kernels", default="auto", choices=kernels.CHOICES)
+    parser.add_argument("--results", default="runs/bench-step.jsonl", help="JSON lines")
+    given = parser.parse_args()
     device = pick_device(given.device)
     kernels.use(given.kernels)
     on_gpu = device.type == "cuda"
@@ -51,14 +59,13 @@ def main(given: argparse.Namespace) -> None:
         results = Results(given.results, device)
         version = kernels.in_force(device)
         print(f"{config.n_params():,} parameters on {device}, masters in float32, ops: {version}")
-        parts = given.only or PARTS
-        if set(parts) - {"scaling", "fsdp"}:
+        if set(given.only) - {"scaling", "fsdp"}:
             steps(given, world, config, sizes, results)
         rounds = 2 if given.quick else 5
-        if "scaling" in parts:
+        if "scaling" in given.only:
             emptied(world)
             scaling(world, config, results, rounds)
-        if "fsdp" in parts:
+        if "fsdp" in given.only:
             emptied(world)
             row, document = (8192, 4096) if on_gpu else (128, 32)
             fsdp(world, cut(config), results, document, row, torch.bfloat16, 2 * rounds, 1)
@@ -94,7 +101,7 @@ def steps(given, world: World, config: ModelConfig, sizes: list[int], results: R
         ("sft", SFT, sizes, 2048),
         ("dpo", DPO, sizes, 2048),
     ):
-        if given.only and stage not in given.only:
+        if stage not in given.only:
             continue
         for c in policies(cls, config, world, rows):
             c = dataclasses.replace(c, kernels=given.kernels)
@@ -196,3 +203,7 @@ def flops(config: ModelConfig, lengths: list[int], c: Run) -> tuple[float, float
     if c.recompute == "full":
         again += counted / 3 - head
     return counted, counted + again
+
+
+if __name__ == "__main__":
+    main()

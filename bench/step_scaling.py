@@ -63,7 +63,7 @@ def rows(b) -> None:
         config, document, documents, sizes, rounds = b.config, 128, (32, 512), (512, 2048), 3
     else:
         config, document, documents, sizes, rounds = MODELS["tiny"], 512, (128, 2048), ROWS, 5
-    given = dict(dtype=b.dtype, rounds=b.given.rounds or rounds)
+    given = dict(dtype=torch.float32, rounds=b.given.rounds or rounds)
     lines = growth(b.world, config, b.results, document, sizes, documents, **given)
     print("\nThe step against the row's length and the documents':")
     print(table([shown(line) for line in lines]), flush=True)
@@ -117,13 +117,14 @@ def ranks(b) -> None:
     with Pool(n) as pool:
         for _ in range(rounds):
             for size, seconds in (*found.items(), (n, again)):
-                given = (b.config, b.tokens // 8, b.tokens, n, b.given.dtype, n // size, n_steps)
+                given = (b.config, b.tokens // 8, b.tokens, n, n // size, n_steps)
                 seconds += max(pool(size, steps, *given), key=sum)
     facts = {1: {}, n: {SHARE: str(ratio(found[1], found[n], again))}}
     lines = [
         b.results.add(
-            "scaling", f"processes x threads: {size} x {n // size}", found[size], dtype=b.dtype,
-            shapes={"parameters": b.config.n_params(), "tokens": n * b.tokens}, **facts[size],
+            "scaling", f"processes x threads: {size} x {n // size}", found[size],
+            dtype=torch.float32, **facts[size],
+            shapes={"parameters": b.config.n_params(), "tokens": n * b.tokens},
         )
         for size in found
     ]  # fmt: skip
@@ -137,13 +138,11 @@ def steps(
     document: int,
     row: int,
     n_rows: int,
-    dtype: str,
     threads: int,
     n_steps: int,
 ) -> list[float]:
     """Seconds of each step on this rank, after one that does not count."""
     torch.set_num_threads(threads)
     keep_freed_memory()  # as start() does in a run
-    kind = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
-    ours = side(world, config, document, row, n_rows, dtype=kind)
+    ours = side(world, config, document, row, n_rows, dtype=torch.float32)
     return interleaved({"ours": ours}, n_steps, warmup=1)["ours"]

@@ -107,7 +107,7 @@ class Stepped:
     """A Trainer that runs its own train() in a thread, from the end of one optimizer step to the
     end of the next at each call: its loop, its data loader and its logging are all in the time."""
 
-    def __init__(self, trainer, setting: str):
+    def __init__(self, trainer, dtype: torch.dtype, setting: str):
         from transformers import PrinterCallback, TrainerCallback
 
         stepped = self
@@ -118,7 +118,7 @@ class Stepped:
                 stepped.go.acquire()
                 control.should_training_stop = stepped.over
 
-        self.trainer, self.setting = trainer, setting
+        self.trainer, self.dtype, self.setting = trainer, dtype, setting
         self.tokens, self.error, self.over = [], None, False
         self.go, self.done = threading.Semaphore(0), threading.Semaphore(0)
         self.thread = threading.Thread(target=self._train, daemon=True)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import timeit
 from pathlib import Path
 
 import torch
@@ -81,6 +82,18 @@ def identity(c: Run, model: ModelConfig, encoder: template.Encoder, loader: Load
 def compute_dtype(c: Run, device: torch.device) -> torch.dtype:
     named = {"bf16": torch.bfloat16, "fp32": torch.float32}
     return named[c.dtype if c.dtype != "auto" else "bf16" if device.type == "cuda" else "fp32"]
+
+
+def bf16_takes() -> float:
+    """How many times as long as in float32 this CPU takes for a matmul in bfloat16. Measured, in a
+    fifth of a second at most: many CPUs have no instructions for bfloat16."""
+    n_threads, seconds = torch.get_num_threads(), []
+    torch.set_num_threads(1)  # two would wait for each other on a busy machine
+    for dtype in (torch.bfloat16, torch.float32):
+        x = torch.randn(256, 256).to(dtype)
+        seconds.append(min(timeit.repeat(lambda x=x: x @ x, number=1, repeat=4)))
+    torch.set_num_threads(n_threads)
+    return seconds[0] / seconds[1]
 
 
 def choose_kernels(c: Run, model: ModelConfig, device: torch.device) -> None:
@@ -198,6 +211,13 @@ def begin(
         f"computing in {str(dtype).removeprefix('torch.')} on {run.world.size} x "
         f"{_device_name(run.world.device)}"
     )
+    if run.world.is_main and c.dtype == "bf16" and run.world.device.type == "cpu":
+        times = bf16_takes()
+        if times > 1:
+            run.print(
+                f"WARNING: --dtype bf16: a matmul takes this CPU {times:.1f} times as long as in "
+                "float32 (measured now), which is the default here: leave --dtype out"
+            )
     device, reasons = run.world.device, kernels.reasons(run.world.device)
     run.print(f"kernels: {kernels.in_force(device)}" + (f" ({reasons})" if reasons else ""))
     spare = model.vocab_size - encoder.tokenizer.vocab_size

@@ -10,12 +10,11 @@ import torch
 import transformers
 from torch.distributed.tensor import DTensor
 
-from bench import gate, results, startup, step_gpu, step_scaling
+from bench import gate, results, step_gpu, step_scaling
 from bench import step as bench_step
-from bench.measure import ROOT, Results, read
+from bench.measure import Results, read
 from bench.ours import Examples, Ours, Split, model_of, settings
 from bench.theirs import Plain, padded, qwen2
-from nanomed import store
 from nanomed.config import CPT, DPO, MODELS
 from nanomed.runs.log import flops_of
 
@@ -158,49 +157,18 @@ def test_fsdp2_is_held_against_a_loop_that_takes_the_same_steps(
     assert [line["facts"] for line in found.lines] == [{}, {"FSDP2_takes": "2.00 (2.00 to 2.00)"}]
 
 
-@pytest.mark.parametrize(
-    ("asked", "remedy"),
-    [
-        ("--device cuda", "add --gpu"),
-        ("--gpu --data x.jsonl", "leave --data out"),
-        ("--gpu --dtype bf16", "leave --dtype out"),
-        ("--gpu --rounds 3", "leave --rounds out"),
-        ("--gpu --only cpt startup", "leave --gpu out"),
-        ("--tokens 64", "--gpu: add it"),
-        ("--kernels triton", "--gpu: add it"),
-    ],
-)
-def test_what_a_run_of_the_step_would_not_heed_is_an_error(asked, remedy, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        bench_step.arguments(asked.split())
-    assert stopped.value.code == 2 and remedy in capsys.readouterr().err
-
-
-def test_what_the_step_heeds():
-    assert bench_step.arguments([]).dtype == "bf16"
-    assert bench_step.arguments(["--dtype", "fp32", "--device", "cpu"]).dtype == "fp32"
-    asked = "--gpu --device cuda --tokens 64 --only fsdp cpt"
-    given = bench_step.arguments(asked.split())
-    assert set(given.only) <= set(step_gpu.PARTS)
-
-
-def test_what_is_done_once_before_a_run_is_done_each_time(tmp_path, monkeypatch):
-    """Tokenised anew, not found in the cache of the time before, and the cache in use is left."""
-    results, before, folders = Results(tmp_path / "x.jsonl"), store.cache.CACHE, []
-    chats = store.chats
-
-    def seen(*given):
-        folders.append(store.cache.CACHE)
-        assert not folders[-1].exists()
-        return chats(*given)
-
-    monkeypatch.setattr(store, "chats", seen)
-    lines = startup.once(results, times=2)
-    assert before == store.cache.CACHE and len(set(folders)) == 2
-    assert [len(line["samples"]) for line in lines] == [2, 2]
-    n = len((ROOT / "samples/sft.jsonl").read_text("utf-8").splitlines())
-    assert lines[0]["facts"]["once_for"].startswith(f"{n:,} chats")
-    assert lines[1]["facts"]["once_for"].startswith("6,144 pieces")
+def test_rivals_run_in_the_cpus_faster_dtype_too(world, tmp_path, monkeypatch):
+    """nanomed first in float32, what a run on a CPU computes in."""
+    given = types.SimpleNamespace(quick=True, rounds=0, results=tmp_path / "x.jsonl")
+    data = Examples.of_lengths([20, 31], bench_step.VOCABULARY)
+    for takes, more in ((0.3, ["nanomed, bf16"]), (80.0, [])):
+        monkeypatch.setattr(bench_step, "bf16_takes", lambda takes=takes: takes)
+        b = bench_step.Bench(given, world, tmp_path)
+        sides = bench_step.nanomed(b, data, settings(CPT, 2, 64))
+        assert list(sides) == ["nanomed", "nanomed, again", *more]
+        assert sides["nanomed"].dtype == torch.float32
+        loops = dict(bench_step.loops(b, "loop", data, sides["nanomed"].c, lambda k: [0, 1]))
+        assert [x.dtype for x in loops.values()] == [torch.float32, torch.bfloat16][: 1 + len(more)]
 
 
 def test_every_side_of_the_comparison_names_its_setting(world, small):

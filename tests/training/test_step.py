@@ -11,15 +11,13 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from bench.dpo_memory import peak_of
 from nanomed.batches.packing import Row
 from nanomed.runs.log import Meter
 from nanomed.training.optim import adamw
+from nanomed.training.reference import answer_logps
 from nanomed.training.step import evaluate, train_step
 from tests.killed import SMALL, STAGES, build
 from tests.training.test_exactness import Silent
-
-CPU = torch.device("cpu")
 
 
 def made(world, stage: str, n_rows: int):
@@ -82,6 +80,15 @@ def test_the_host_waits_as_often_for_one_row_as_for_many(world, monkeypatch, sta
 # ---------------------------------------------------------------- memory
 
 
+def peak_of(work) -> float:
+    """MiB: the largest running sum of what torch's allocator gave and took back during the work."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        work()
+    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return np.cumsum(sizes).max() / 2**20
+
+
 def copy_of(row: Row) -> Row:
     values = {f.name: getattr(row, f.name) for f in fields(row)}
     return Row(**{k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in values.items()})
@@ -102,11 +109,26 @@ def test_a_validation_takes_less_than_a_step_however_many_rows_it_has(world, sta
         evaluate(model, loader, loss, Silent(world), 0)
 
     step()  # makes the moments
-    of_step = peak_of(step, CPU)["allocated"]
+    of_step = peak_of(step)
     # From the third row on: before, sums are not all there.
-    few, many = (peak_of(lambda n=n: validation(n), CPU)["allocated"] for n in (3, 12))
+    few, many = (peak_of(lambda n=n: validation(n)) for n in (3, 12))
     assert few <= of_step and abs(many - few) <= 2**-10  # MiB: a number for each token is more
     assert len(row.tokens) > 2**8
+
+
+def test_a_step_of_dpo_takes_the_memory_of_one_of_sft_and_its_reference_a_part(world):
+    """On the same row. The reference pass keeps nothing for a backward pass."""
+    c, model, optimizer, loader, dpo = made(world, "dpo", 1)
+    sft = made(world, "sft", 1)[-1]
+
+    def peak(loss) -> float:
+        return peak_of(
+            lambda: train_step(c, model, optimizer, loader, loss, 0, 1e-6, Meter(SMALL, 1))
+        )
+
+    peak(dpo)  # makes the moments
+    assert peak(dpo) == pytest.approx(peak(sft), rel=0.01)
+    assert peak_of(lambda: answer_logps(model, loader, world)) < peak(sft) / 3
 
 
 @pytest.mark.parametrize("stage", STAGES)
