@@ -96,6 +96,17 @@ def bf16_takes() -> float:
     return seconds[0] / seconds[1]
 
 
+def bf16_warning(c: Run, device: torch.device) -> str:
+    """What was asked for with --dtype bf16, where that is slower than what a run does by itself."""
+    times = bf16_takes() if c.dtype == "bf16" and device.type == "cpu" else 0
+    if times <= 1:
+        return ""
+    return (
+        f"WARNING: --dtype bf16: a matmul takes this CPU {times:.1f} times as long as in float32 "
+        "(measured now), which is the default here: leave --dtype out"
+    )
+
+
 def choose_kernels(c: Run, model: ModelConfig, device: torch.device) -> None:
     """--kernels, for all that follows. The Triton interpreter, on a CPU, is for tests alone."""
     if c.kernels == "triton":
@@ -211,13 +222,8 @@ def begin(
         f"computing in {str(dtype).removeprefix('torch.')} on {run.world.size} x "
         f"{_device_name(run.world.device)}"
     )
-    if run.world.is_main and c.dtype == "bf16" and run.world.device.type == "cpu":
-        times = bf16_takes()
-        if times > 1:
-            run.print(
-                f"WARNING: --dtype bf16: a matmul takes this CPU {times:.1f} times as long as in "
-                "float32 (measured now), which is the default here: leave --dtype out"
-            )
+    if run.world.is_main and (warning := bf16_warning(c, run.world.device)):
+        run.print(warning)
     device, reasons = run.world.device, kernels.reasons(run.world.device)
     run.print(f"kernels: {kernels.in_force(device)}" + (f" ({reasons})" if reasons else ""))
     spare = model.vocab_size - encoder.tokenizer.vocab_size

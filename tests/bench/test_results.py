@@ -30,7 +30,7 @@ def test_a_page_shows_what_was_measured_and_lists_what_waits_for_a_gpu(tmp_path)
     step = text.split("## A training step")[1].split("##")[0]
     assert "2,000" in step and "MFU counts causal pairs." in step
     assert step.count("| name ") == 2  # other sizes, another table
-    assert "python -m bench.step --results" in step and "--gpu" not in step
+    assert "python -m bench.step --results" in step and "step_gpu" not in step
     assert "## A new kind" in text and "## Ceilings" not in text and "not measured" not in text
     waiting = text.split("## What waits for a GPU")[1]
     for kind in results.KINDS.values():
@@ -40,7 +40,7 @@ def test_a_page_shows_what_was_measured_and_lists_what_waits_for_a_gpu(tmp_path)
         path.read_text().replace('"device"', '"gpu": "H200", "memory_gib": 1, "cuda": 1, "device"')
     )
     text = results.page([path])
-    assert "bench.step --gpu --results" in text and "A training step: " not in text
+    assert "bench.step_gpu --results" in text and "A training step: " not in text
     path.write_text(path.read_text().replace("2.0]", "2.5]"))
     assert results.page([path]) != text
 
