@@ -10,10 +10,10 @@ it stopped.
 import argparse
 import dataclasses
 import json
+import sys
 import time
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from nanomed.config import InputError
@@ -23,6 +23,7 @@ from nanomed.model.decoder import Aquila
 from nanomed.model.generation import Sampling, generate, limits_of
 from nanomed.records import Chat, read_json
 from nanomed.records.chats import ROLES
+from nanomed.stages import stage
 from nanomed.text.template import Encoder
 
 
@@ -44,9 +45,9 @@ def open_model(c: argparse.Namespace) -> tuple[Aquila, Encoder, Sampling]:
     sampling = Sampling(**{name: getattr(c, name) for name in names})
     _, encoder = pretrained.describe(c.model, c.tokenizer, c.template)
     device = pick_device(c.device)
-    auto = torch.bfloat16 if device.type == "cuda" else torch.float32
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "auto": auto}[c.dtype]
-    return pretrained.load(c.model, device, dtype), encoder, sampling
+    if warning := stage.bf16_warning(c, device):
+        print(warning, file=sys.stderr)
+    return pretrained.load(c.model, device, stage.compute_dtype(c, device)), encoder, sampling
 
 
 def chat_of(record: dict, where: str) -> Chat:
