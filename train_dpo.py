@@ -8,6 +8,7 @@ one forward for both. The model learns to prefer the chosen one, measured from w
 (Rafailov et al. 2023).
 """
 
+import dataclasses
 from functools import partial
 
 import numpy as np
@@ -74,7 +75,7 @@ def what_happens(values: dict[str, float]) -> str:
     """One sentence on an evaluation."""
     chosen = values["val_log_ratio_per_token/chosen"]
     rejected = values["val_log_ratio_per_token/rejected"]
-    if values["val_rewards/margins"] <= 0:
+    if not values["val_rewards/margins"] > 0:
         return "the margin has not grown yet"
     if chosen >= 0:
         other = "fall" if rejected < 0 else "rise less"
@@ -102,16 +103,16 @@ def main() -> None:
         stage.begin(c, model_config, encoder, loader, run)
 
         dtype = stage.compute_dtype(c, device)
-        key = {"data": data.folder.name, "dtype": str(dtype)}
-        reference = reference_logps(model, loader, run, key)
+        reference = reference_logps(model, loader, run, {"dtype": str(dtype)})
         kinds = torch.from_numpy(np.array(data.kinds)).to(device)
-        loss = preference_loss(reference, kinds, data.meta["kinds"], c)
+        loss = partial(preference_loss, reference, kinds, data.meta["kinds"])
         shows = stage.may_show_text(c) and len(loader.val)
         if not run.resume_from:
-            check_start(model, loader, loss, dtype == torch.float32, run)
+            pairs_alone = loss(dataclasses.replace(c, sft_weight=0.0))
+            check_start(model, loader, pairs_alone, dtype == torch.float32, run)
             if shows:
                 show_answers(model, encoder, loader, run, "the model as it starts")
-        fit(c, model, loader, loss, run)
+        fit(c, model, loader, loss(c), run)
 
         stage.load_best(model, run)
         if shows:

@@ -144,7 +144,7 @@ class Split:
         self.marks.append((part, event))
 
     def __enter__(self) -> "Split":
-        ours, self.before = self.ours, (self.ours.loss, step.clip_grad_norm_)
+        ours, self.before = self.ours, (self.ours.loss, step.get_total_norm)
         self.hook = ours.model.register_forward_pre_hook(lambda *_: self.mark("forward"))
 
         def loss(nll, row):
@@ -152,15 +152,15 @@ class Split:
             self.mark("backward")
             return value
 
-        def clip(*arguments):
+        def norm(*arguments):
             self.mark("clip+optimizer")
             return self.before[1](*arguments)
 
-        ours.loss, step.clip_grad_norm_ = loss, clip
+        ours.loss, step.get_total_norm = loss, norm
         return self
 
     def __exit__(self, *_) -> None:
-        self.ours.loss, step.clip_grad_norm_ = self.before
+        self.ours.loss, step.get_total_norm = self.before
         self.hook.remove()
 
     def __call__(self) -> None:

@@ -91,7 +91,7 @@ class Run:
         2e-6, "peak learning rate, the largest step of a weight", ("1e-4", "1e-5", "2e-6", "2e-7")
     )
     min_lr_ratio: float = _flag(
-        0.0, "learning rate of the last step, as a share of the peak", (UNPUBLISHED,) * 4
+        0.0, "learning rate that the cosine ends at, as a share of the peak", (UNPUBLISHED,) * 4
     )
     warmup_ratio: float = _flag(
         0.03,

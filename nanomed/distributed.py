@@ -223,7 +223,9 @@ def sum_over_ranks(values: Tensor) -> Tensor:
 
 
 def from_main(value):
-    """Rank 0's value, on every rank; any picklable object."""
+    """Rank 0's value, on every rank; any picklable object. Without processes it is the value."""
+    if not dist.is_initialized():
+        return value
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]

@@ -35,19 +35,25 @@ def split(
     data: DataSet, fraction: float, n_train_files: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Indices (to train on, held out) of a data set that has for each example its file and record
-    (`source`[n,2]) and the hash of its group (`keys`[n] uint64). Files after the first
-    n_train_files are held out whole; if there are none, a group's key, not chance, decides: the
-    same question is never on both sides, whatever the files' order and the seed."""
-    if n_train_files is not None and (of_val := data.source[:, 0] >= n_train_files).any():
-        return np.flatnonzero(~of_val), np.flatnonzero(of_val)
-    held_out = is_held_out(data.keys, fraction)
-    if held_out.all() or (fraction > 0 and not held_out.any()):
+    (`source`[n,2]) and the hash of its group (`keys`[n] uint64). With n_train_files, the files
+    after them are held out whole. Else a group's key, not chance, decides: the same question is
+    never on both sides, whatever the files' order and the seed. Raises InputError for a side that
+    is empty, or if nothing on the first is learned."""
+    if by_file := n_train_files is not None:
+        held_out = data.source[:, 0] >= n_train_files
+    else:
+        held_out = is_held_out(data.keys, fraction)
+    if held_out.all() or ((by_file or fraction > 0) and not held_out.any()):
+        asked = "--val_data" if by_file else f"--val_fraction {fraction}"
         raise InputError(
-            f"--val_fraction {fraction} of {len(data)} examples leaves "
-            f"{held_out.sum()} held out and {(~held_out).sum()} to train on; give more data, "
-            "another fraction, or a file of its own with --val_data"
+            f"{asked} of {len(data)} examples leaves {held_out.sum()} held out and "
+            f"{(~held_out).sum()} to train on; give more data, another fraction, or a file of its "
+            "own with --val_data"
         )
-    return np.flatnonzero(~held_out), np.flatnonzero(held_out)
+    train = np.flatnonzero(~held_out)
+    if not data.divisors_of(train).any():
+        raise InputError(f"none of the {len(train)} examples to train on has a token to learn")
+    return train, np.flatnonzero(held_out)
 
 
 def is_held_out(keys: np.ndarray, fraction: float) -> np.ndarray:
@@ -70,7 +76,7 @@ class Loader:
         held out) stands for split()."""
         return cls(
             data,
-            *(parts or split(data, c.val_fraction, len(c.data))),
+            *(parts or split(data, c.val_fraction, len(c.data) if c.val_data else None)),
             batch_size=c.batch_size,
             micro_tokens=c.micro_tokens,
             epochs=c.epochs,

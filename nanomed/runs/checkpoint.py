@@ -11,6 +11,7 @@ here: dropout is seeded by (seed, step, rank), the order of examples by (seed, e
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -83,6 +84,10 @@ def load_weights(folder: Path, model: nn.Module) -> None:
 
 
 def _read(tensors: dict, folder: Path) -> None:
+    # Where `best` and `latest` lead, rank 0 alone looks up: another machine may see for a minute
+    # where they led before, and weights of two checkpoints would be mixed.
+    leads_to = from_main(folder.resolve().name)
+    folder = folder.with_name(leads_to) if folder.is_symlink() else folder
     reader = Reader(folder, set(verify(folder)))
     reader.read_metadata()  # each rank by itself: not every torch hands an error on from the first
     try:
@@ -160,6 +165,11 @@ def newest(folder: Path) -> Path | None:
     return next(reversed(steps(folder)), None)
 
 
+def number(value: float) -> float | str:
+    """As JSON has it, which has no NaN."""
+    return value if math.isfinite(value) else str(value)
+
+
 def is_validated(saved: Path) -> bool:
     return (saved / "validation.json").exists()
 
@@ -168,7 +178,7 @@ def mark_validated(saved: Path, val_loss: float) -> None:
     """Notes the validation loss of a saved checkpoint and points `best` to the lowest. Rank 0 calls
     it. Raises OSError."""
     temporary = saved / "validation.new"
-    temporary.write_text(json.dumps({"val_loss": val_loss}))
+    temporary.write_text(json.dumps({"val_loss": number(val_loss)}))
     fsync(temporary)
     temporary.rename(saved / "validation.json")
     point_best(saved.parent)
@@ -176,14 +186,14 @@ def mark_validated(saved: Path, val_loss: float) -> None:
 
 def point_best(folder: Path) -> None:
     """The first checkpoint of the lowest validation loss: no decision of an interrupted run is
-    needed, so none can be lost."""
-    losses = {
-        path: _json(path / "validation.json")["val_loss"]
-        for path in steps(folder)
-        if is_validated(path)
-    }
-    if losses:
-        point(folder / "best", min(losses, key=losses.get))
+    needed, so none can be lost. A loss that is not finite is never the lowest; min() would keep a
+    NaN that comes first."""
+    noted = [path for path in steps(folder) if is_validated(path)]
+    losses = {path: float(_json(path / "validation.json")["val_loss"]) for path in noted}
+    if finite := [path for path in noted if math.isfinite(losses[path])]:
+        point(folder / "best", min(finite, key=losses.get))
+    else:
+        (folder / "best").unlink(missing_ok=True)
 
 
 def keep(folder: Path, n: int) -> None:

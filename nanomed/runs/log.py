@@ -97,6 +97,7 @@ class RunFolder:
         """One line more in a file. A full disk is said, and does not end the run."""
         if not self.world.is_main:
             return
+        values = {k: checkpoint.number(v) if type(v) is float else v for k, v in values.items()}
         try:
             with open(self.path / name, "a") as file:
                 file.write(json.dumps(values, ensure_ascii=False) + "\n")

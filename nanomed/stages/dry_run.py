@@ -66,7 +66,7 @@ def counted_work(c: Run, data: Store | Slices) -> tuple[Work, Work]:
         squares = np.diff(data.borders).astype(float).reshape(len(data), -1) ** 2
         return Work(len(part), float(data.lengths[part].sum()), float(squares[part].sum()))
 
-    train, val = split(data, c.val_fraction, len(c.data))
+    train, val = split(data, c.val_fraction, len(c.data) if c.val_data else None)
     return work(train), work(val)
 
 

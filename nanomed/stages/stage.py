@@ -12,7 +12,7 @@ from nanomed import hf
 from nanomed.batches import slices
 from nanomed.batches.loader import Loader
 from nanomed.config import MODELS, InputError, ModelConfig, Run
-from nanomed.distributed import World, rank_from_env, shard
+from nanomed.distributed import World, from_main, rank_from_env, shard
 from nanomed.hf import pretrained
 from nanomed.model.decoder import Aquila, init_weights
 from nanomed.runs import checkpoint
@@ -159,8 +159,10 @@ def with_newest_sft(c: Run) -> Run:
 
 def load_best(model: Aquila, run: RunFolder) -> None:
     """The best checkpoint's weights; the newest's if nothing was held out to judge by."""
-    best = run.checkpoints / "best"
-    checkpoint.load_weights(best if best.exists() else run.checkpoints / "latest", model)
+    best, latest = (run.checkpoints / name for name in ("best", "latest"))
+    if not (has_best := from_main(best.exists())) and checkpoint.is_validated(latest):
+        run.print(f"WARNING: no validation loss was finite, so none is the best: {latest} is taken")
+    checkpoint.load_weights(best if has_best else latest, model)
 
 
 def export(c: Run, model: Aquila, encoder: template.Encoder, run: RunFolder) -> None:

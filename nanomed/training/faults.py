@@ -1,6 +1,5 @@
 """What a run does when something goes wrong in a step or somebody wants it to end."""
 
-import math
 import os
 import signal
 import statistics
@@ -74,7 +73,7 @@ def note_bad(run: RunFolder, loader: Loader, step: int, lr: float, result: Step)
     rows = [
         {
             "rank": rank,
-            "loss": _json_number(loss),
+            "loss": checkpoint.number(loss),
             "examples": [i for i in examples if i >= 0],
             "records": _records(loader, [i for i in examples if i >= 0]),
         }
@@ -85,9 +84,9 @@ def note_bad(run: RunFolder, loader: Loader, step: int, lr: float, result: Step)
     facts = {
         "step": step + 1,
         "lr": lr,
-        "loss": _json_number(result.loss),
-        "grad_norm": _json_number(result.grad_norm),
-        "grad_norms": {layer: _json_number(norm) for layer, norm in result.layers.items()},
+        "loss": checkpoint.number(result.loss),
+        "grad_norm": checkpoint.number(result.grad_norm),
+        "grad_norms": {layer: checkpoint.number(norm) for layer, norm in result.layers.items()},
         "checkpoint": newest.name if newest else None,  # the last before the step
         "store": str(loader.data.folder.resolve()) if hasattr(loader.data, "folder") else None,
         "rows": rows,
@@ -116,7 +115,3 @@ def _record(data: DataSet, i: int) -> dict:
     if not_named := len(more[MOST_NAMED:]):
         found["not_named"] = not_named
     return found
-
-
-def _json_number(value: float) -> float | str:
-    return value if math.isfinite(value) else str(value)  # JSON has no NaN

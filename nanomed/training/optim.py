@@ -21,9 +21,10 @@ def adamw(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
 
 def lr_at(step: int, n_steps: int, peak: float, warmup_ratio: float, min_ratio: float) -> float:
     """The learning rate of step 0 <= step < n_steps: linear up to the peak, which the last step of
-    the warm-up has, then a cosine down to min_ratio * peak, which the last step of all has."""
+    the warm-up has, then a cosine from the peak down towards min_ratio * peak. It would be there
+    one step after the last: no step has the rate 0, which would train nothing."""
     warmup = math.ceil(warmup_ratio * n_steps)
     if step < warmup:
         return peak * (step + 1) / warmup
-    progress = (step + 1 - warmup) / max(1, n_steps - warmup)
+    progress = (step - warmup) / (n_steps - warmup)
     return peak * (min_ratio + (1 - min_ratio) * (1 + math.cos(math.pi * progress)) / 2)

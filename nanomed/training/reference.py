@@ -24,7 +24,8 @@ def reference_logps(model: nn.Module, loader: Loader, run: RunFolder, parts: dic
     """[pairs, 2] float32, (chosen, rejected), on the run's device. Every rank calls it, with the
     start weights in the model.
 
-    `parts` is what else the numbers depend on. A resumed run reads what the first one computed;
+    `parts` is what else the numbers depend on, but for the data: that a resumed run has the same
+    tokens, wherever its files lie, RunFolder has seen to. It reads what the first one computed;
     raises InputError, with the difference, if that was under another key.
     """
     in_force = kernels.in_force(run.world.device)
@@ -79,12 +80,13 @@ def _check_key(run: RunFolder, found: dict, wanted: dict) -> None:
 def check_start(model: nn.Module, loader: Loader, loss: Loss, exact: bool, run: RunFolder) -> None:
     """Before the first step policy and reference are the same, so the loss is ln 2 and every
     margin 0: exactly where a row is packed as the reference pass packed it, in float32; within
-    rounding else. Runs one row of each kind, in training mode, and raises InputError if not."""
+    rounding else. `loss` is the pairs' own, without --sft_weight's. Runs one row of each kind, in
+    training mode, and raises InputError if not."""
     model.train()
     reference_pass = next(iter(loader.rows(np.arange(len(loader.data)))))
     margin = abs(_mean(model, loss, reference_pass, "rewards/margins", run))
     off = abs(_mean(model, loss, loader.step(0)[0], "loss", run) - math.log(2))
-    if (exact and margin > 1e-6) or off > 1e-2:
+    if not (off <= 1e-2 and (margin <= 1e-6 or not exact)):  # nor if one of them is NaN
         raise InputError(
             f"DPO does not start at ln 2: the loss is {off:.1e} off, the margin {margin:.1e}. "
             "Policy and reference differ: dropout, another dtype or other weights"

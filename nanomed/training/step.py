@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from nanomed.batches.loader import Loader
 from nanomed.batches.packing import Row
@@ -67,9 +66,7 @@ def train_step(
         (row_loss / divisor).backward()
         rows.append((examples, row_loss.detach()))
         _add(sums, {"loss": row_loss.detach(), **metrics})
-    grad_norm = clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
-    if isinstance(grad_norm, DTensor):
-        grad_norm = grad_norm.full_tensor()
+    grad_norm = full(get_total_norm([param.grad for param in model.parameters()]))
 
     # Every rank decides from the same three numbers: one small exchange and, but for linear_nll's,
     # the step's only wait for the device. A loss that is not finite on one rank is none in the sum.
@@ -78,6 +75,8 @@ def train_step(
     applied = math.isfinite(total) and math.isfinite(norm)
     layers = {} if applied else gradient_norms(model)
     if applied:
+        if 0 < config.grad_clip < norm:  # else it would be a pass over all gradients for nothing
+            clip_grads_with_norm_(model.parameters(), config.grad_clip, grad_norm)
         optimizer.step()
     optimizer.zero_grad()
     return Step(total / divisor, norm, applied, stops > 0, sums, rows, layers)

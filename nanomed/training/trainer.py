@@ -21,7 +21,8 @@ def fit(config: Run, model: nn.Module, loader: Loader, loss: Loss, run: RunFolde
     checkpoint by validation loss is run.checkpoints/best. Every rank calls it.
 
     Raises SystemExit if a signal asked it to end (it has saved then), and InputError after
-    config.max_bad steps in a row that could not be applied, or if the last save failed."""
+    config.max_bad steps in a row that could not be applied (or if the run has no other), or if the
+    last save failed."""
     optimizer = adamw(model, config.weight_decay)  # before the first forward: see shard()
     checkpoint.check_space(run.checkpoints, model, _most_checkpoints(config, loader))
     saver, start = Saver(config, model, optimizer, run), 0
@@ -53,7 +54,8 @@ def fit(config: Run, model: nn.Module, loader: Loader, loss: Loss, run: RunFolde
             if result.applied and spikes.is_spike(result.loss):
                 note_spike(run, loader, step, result.loss)
 
-            ends = result.stop or n_bad == config.max_bad
+            too_many = n_bad == min(config.max_bad, loader.n_steps)
+            ends = result.stop or too_many
             evaluates = _due(config.eval_every, loader, done) and not ends
             saves = evaluates or ends or _due(config.save_every, loader, done)
             if saves:
@@ -65,7 +67,7 @@ def fit(config: Run, model: nn.Module, loader: Loader, loss: Loss, run: RunFolde
                 meter.restart()
             if ends:
                 saver.wait()
-                _end(config, run, signals, done, saver.saved, n_bad)
+                _end(run, signals, done, saver.saved, n_bad if too_many else 0)
     # All ranks hear it from rank 0, so none of them looks for `best` before that has moved it.
     if from_main(saver.saved is None):
         raise InputError(
@@ -97,12 +99,10 @@ def _log(
     )
 
 
-def _end(
-    config: Run, run: RunFolder, signals: Signals, done: int, saved: Path | None, n_bad: int
-) -> None:
+def _end(run: RunFolder, signals: Signals, done: int, saved: Path | None, n_bad: int) -> None:
     where = f"saved in {saved}" if saved else "NOT saved"
     again = f"go on with the same command and --out {run.path} --resume"
-    if n_bad == config.max_bad:
+    if n_bad:
         raise InputError(
             f"{n_bad} steps in a row (--max_bad), the last of them {done}, had a loss or gradient "
             f"that is not finite; look into {run.path / 'bad_batches'}. The weights before them "

@@ -96,4 +96,13 @@ def test_held_out_files_are_held_out_whole():
     data.source = np.array([[0, 1], [0, 2], [1, 1], [2, 1], [2, 2], [2, 3]])
     train, val = split(data, 0.1, n_train_files=2)
     assert train.tolist() == [0, 1, 2] and val.tolist() == [3, 4, 5]
-    assert len(split(data, 0.0, n_train_files=3)[1]) == 0
+    for n_train_files, sizes in ((3, "0 held out and 6"), (0, "6 held out and 0")):  # all dropped
+        with pytest.raises(InputError, match=f"--val_data of 6 examples leaves {sizes} to train"):
+            split(data, 0.1, n_train_files)
+
+
+def test_training_on_nothing_is_refused():
+    data = ListData([([1, 2, 3], [False] * 3)] * 4 + [([1, 2, 3], [False, True, True])])
+    data.source = np.array([[0, 1], [0, 2], [0, 3], [0, 4], [1, 1]])
+    with pytest.raises(InputError, match="none of the 4 examples to train on has a token to learn"):
+        split(data, 0.1, n_train_files=1)

@@ -2,19 +2,23 @@
 fail: the run survives each of them, on all ranks alike."""
 
 import json
+import math
 import sys
+from functools import partial
 
 import pytest
 import torch
 
 import train_sft
 from nanomed.config import InputError
+from nanomed.distributed import local
 from nanomed.model.decoder import Aquila
 from nanomed.runs import checkpoint, saves
-from nanomed.runs.log import RunFolder
+from nanomed.runs.log import Meter, RunFolder
 from nanomed.tools import replay
 from nanomed.training import step, trainer
 from nanomed.training.faults import Spikes
+from nanomed.training.optim import adamw
 from nanomed.training.step import train_step
 from tests.conftest import ROOT
 from tests.killed import build, digest, loader_of, settings
@@ -114,6 +118,40 @@ def test_five_in_a_row_end_the_run_and_lose_nothing(pool, tmp_path):
     assert checkpoint.newest(tmp_path / "five/checkpoints").name == "step-000010"
     rest = pool(2, train, str(tmp_path / "five"))
     assert [s[0] for s in rest[0]["steps"]] == [10, 11] and rest[0]["outcome"] is None
+
+
+def test_a_run_of_bad_steps_alone_does_not_end_well(pool, tmp_path):
+    """Shorter than --max_bad: no weight has moved."""
+    short = partial(train, epochs=1)
+    outcome = pool(1, short, str(tmp_path / "x"), {0, 1, 2, 3}, 0)[0]["outcome"]
+    assert "4 steps in a row" in outcome
+
+
+def bad_gradient(world, value: float) -> tuple[dict[str, float], float]:
+    """The norms of a step in which one element of one gradient, on the last rank, is `value`."""
+    c, model = settings("x"), build(world)
+    (layer, *_) = model.layers
+    weight = layer.mlp.up_proj.weight
+
+    def spoil(param):
+        if world.rank == world.size - 1:
+            local(param.grad).view(-1)[0] = value
+
+    weight.register_post_accumulate_grad_hook(spoil)
+    meter, loader = Meter(model.config, world.size), loader_of(world, c)
+    result = train_step(c, model, adamw(model, 0.1), loader, next_token_loss, 0, 1e-3, meter)
+    return result.layers, result.grad_norm
+
+
+@pytest.mark.parametrize("n_ranks", [1, 2])
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_one_bad_element_of_a_gradient_is_found_in_its_layer_alone(pool, n_ranks, value):
+    """The others have the norms that they have without it: they are taken before clipping."""
+    wanted, _ = pool(n_ranks, bad_gradient, 1e30)[0]  # not applied either: its square is too much
+    for norms, total in pool(n_ranks, bad_gradient, value):
+        assert not math.isfinite(total) and not math.isfinite(norms.pop("layers.0"))
+        assert norms == {name: norm for name, norm in wanted.items() if name != "layers.0"}
+        assert len(norms) == 4 and min(norms.values()) > 0
 
 
 def test_max_bad_counts_only_steps_in_a_row(pool, tmp_path):
