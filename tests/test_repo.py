@@ -45,7 +45,7 @@ def test_scripts_use_nanomed_nanomed_uses_kernels_kernels_use_torch(path):
 ROOMS = [
     *("config", "arguments", "distributed"),
     *("records", "text", "store", "batches", "model", "runs", "hf", "training", "stages"),
-    *("build", "tools"),
+    *("build", "evals", "tools"),
 ]
 
 

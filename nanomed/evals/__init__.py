@@ -1,0 +1,1 @@
+"""Evaluation: benchmarks by likelihood and by generation, dialogues and their judging, the page."""
