@@ -19,7 +19,7 @@ import kernels
 from nanomed.batches.packing import Row
 from nanomed.config import ModelConfig
 from nanomed.distributed import fill
-from nanomed.model.cache import LayerCache
+from nanomed.model.cache import Cache
 from nanomed.model.recompute import rebuilt_for
 
 
@@ -43,16 +43,14 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(c.d_model, kv_size, bias=c.qkv_bias)
         self.o_proj = nn.Linear(c.n_heads * c.head_size, c.d_model, bias=False)
 
-    def forward(self, x: Tensor, row: Row, cache: LayerCache | None = None) -> Tensor:  # x[T,D]
+    def forward(self, x: Tensor, row: Row, cache: Cache | None = None) -> Tensor:  # x[T,D]
         q, k, v = (
             proj(x).unflatten(-1, (-1, self.head_size))  # [T,H,E], [T,K,E], [T,K,E]
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = kernels.rope(q, k, row.positions, self.theta)
         if cache is not None:
-            cache.store(k, v, row)
-        if cache is not None and row.max_seqlen == 1:  # one new token of each sequence
-            out = cache.attend(q, row.positions)
+            out = cache.attend(q, k, v, row)
         else:
             out = kernels.attention(q, k, v, row.cu_seqlens, row.max_seqlen)  # [T,H,E]
         return self.o_proj(out.flatten(1))
@@ -83,14 +81,14 @@ class Layer(nn.Module):
         self.dropout = c.dropout
         self.recompute = recompute
 
-    def forward(self, x: Tensor, row: Row, cache: LayerCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, row: Row, cache: Cache | None = None) -> Tensor:
         # Recomputing inside forward, not around the module, keeps parameter names as they are
         # and FSDP's gathering of the layer outside.
         if self.recompute == "full" and torch.is_grad_enabled():
             return checkpoint(self._forward, x, row, use_reentrant=False)
         return self._forward(x, row, cache)
 
-    def _forward(self, x: Tensor, row: Row, cache: LayerCache | None = None) -> Tensor:
+    def _forward(self, x: Tensor, row: Row, cache: Cache | None = None) -> Tensor:
         attention = partial(self.self_attn, row=row, cache=cache)
         x = x + self._branch(self.input_layernorm, attention, x)
         return x + self._branch(self.post_attention_layernorm, self.mlp, x)
@@ -134,19 +132,24 @@ class Aquila(nn.Module):
             init_weights(self)
 
     def forward(
-        self, row: Row, logits: bool = False, cache: list[LayerCache] | None = None
+        self,
+        row: Row,
+        logits: bool = False,
+        cache: list[Cache] | None = None,
+        at: Tensor | None = None,
     ) -> Tensor:
         """The negative log-likelihood of each label, nll[T] float32 (0 where the label is -100);
         with logits=True the logits [T, V] instead, for inspection and plain generation.
 
-        With a cache (new_cache) the logits [n, V] of each segment's last token. Segment i is
-        sequence i: first whole prompts, then rows of one token of each, at its position."""
+        `cache` has for each layer what its attention sees besides the row: model/cache.py. `at[n]`
+        are the places in the row that are asked for, [T] of them by default; row.labels then has
+        one label for each, and a place may stand there more than once."""
         x = self.embed_tokens(row.tokens)  # [T,D]
         for i, layer in enumerate(self.layers):
             x = layer(x, row, cache[i] if cache else None)
-        if cache:
-            x = x[row.cu_seqlens[1:] - 1]  # [n,D]
-        return self.lm_head(self.norm(x), None if logits or cache else row.labels)
+        if at is not None:
+            x = x[at]  # [n,D]
+        return self.lm_head(self.norm(x), None if logits else row.labels)
 
 
 def init_weights(model: Aquila, seed: int = 0) -> None:

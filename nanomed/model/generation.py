@@ -9,7 +9,7 @@ from torch import Tensor
 from nanomed.batches.packing import Row, row_from
 from nanomed.config import InputError
 from nanomed.distributed import from_main_tensor
-from nanomed.model.cache import new_cache
+from nanomed.model.cache import Cache, new_cache
 from nanomed.model.decoder import Aquila
 
 
@@ -76,7 +76,7 @@ def stream(
     lengths = [len(prompt) for prompt in prompts]
     seen = _seen(prompts, model.config.vocab_size, device)
     cache = new_cache(model, len(prompts), max(limits))
-    logits = model(row_from(prompts).to(device), cache=cache)  # [B,V]
+    logits = _next(model, row_from(prompts).to(device), cache)  # [B,V]
     done = set()
     while True:
         tokens = agree(choose(logits, seen, sampling, [generators[i] for i in batch]))
@@ -98,7 +98,12 @@ def stream(
                 layer.keep(kept)
         # An idle place goes on over its own last token, unseen.
         positions = [min(lengths[i], limits[i]) - 1 for i in batch]
-        logits = model(_one_each(tokens, positions), cache=cache)
+        logits = _next(model, _one_each(tokens, positions), cache)
+
+
+def _next(model: Aquila, row: Row, cache: list[Cache]) -> Tensor:
+    """[n,V]: the logits of each segment's last token."""
+    return model(row, logits=True, cache=cache, at=row.cu_seqlens[1:] - 1)
 
 
 def limits_of(model: Aquila, prompts: list[list[int]], sampling: Sampling) -> list[int]:

@@ -62,8 +62,9 @@ def test_cached_is_uncached_and_batched_is_alone(n_kv_heads):
 
 def test_a_cache_that_is_one_position_off_is_noticed(model, monkeypatch):
     """The comparison above can fail."""
-    attend = LayerCache.attend
-    monkeypatch.setattr(LayerCache, "attend", lambda self, q, p: attend(self, q, (p - 1).clamp(0)))
+    attend = LayerCache._attend_to_past
+    off = lambda self, q, positions: attend(self, q, (positions - 1).clamp(0))  # noqa: E731
+    monkeypatch.setattr(LayerCache, "_attend_to_past", off)
     prompt = prompts()[1]
     assert generate(model, [prompt], set(), Sampling(max_new=25))[0][0] != uncached(
         model, prompt, 25
@@ -75,10 +76,10 @@ def test_logits_of_the_cache_entry(model):
     """Each sequence's last logits, after the prompts and after one more token of each."""
     rows = prompts(3)
     cache = new_cache(model, 3, 60)
-    after_prompts = model(row_from(rows), cache=cache)
+    after_prompts = g._next(model, row_from(rows), cache)
     more = torch.tensor([5, 6, 7])
     step = g._one_each(more, [len(row) for row in rows])
-    after_step = model(step, cache=cache)
+    after_step = g._next(model, step, cache)
     for i, row in enumerate(rows):
         logits = model(row_from([[*row, int(more[i])]]), logits=True)
         assert torch.allclose(after_prompts[i], logits[-2], atol=1e-5)
