@@ -45,9 +45,9 @@ class LayerCache:
         self.v[sequence, :, row.positions] = v
 
     def _attend_to_past(self, q: Tensor, positions: Tensor) -> Tensor:
-        """q[B,H,E], positions[B] -> [B,H,E]. Each sequence's newest token looks at its own past. Its
-        query heads that share a key/value head stand where SDPA expects successive queries, so
-        nothing is repeated."""
+        """q[B,H,E], positions[B] -> [B,H,E]. Each sequence's newest token looks at its own past.
+        The query heads that share a key/value head stand where SDPA expects successive queries,
+        so nothing is repeated."""
         n = self.longest
         q = q.unflatten(1, (self.k.shape[1], -1))  # [B,K,H/K,E]
         seen = torch.arange(n, device=q.device) <= positions[:, None]  # [B,n]
