@@ -78,9 +78,7 @@ def attention(c: ModelConfig, lengths: Sequence[int], e: int = 2) -> tuple[Count
     the output's gradient, writes dq, dk, dv."""
     t, pairs = sum(lengths), sum(n * (n + 1) / 2 for n in lengths)
     product = 2 * c.head_size * c.n_heads * pairs
-    q, kv, lse = (
-        size * t for size in (c.d_model * e, c.n_kv_heads * c.head_size * e, c.n_heads * 4)
-    )
+    q, kv, lse = (size * t for size in (c.q_size * e, c.kv_size * e, c.n_heads * 4))
     return (
         Count(2 * q + 2 * kv + lse, 2 * product),
         Count(4 * q + 4 * kv + lse, 5 * product),
@@ -99,7 +97,7 @@ def linear_nll(c: ModelConfig, t: int, e: int = 2) -> tuple[Count, Count]:
 def layer(c: ModelConfig, lengths: Sequence[int]) -> tuple[Count, Count]:
     """The operations of a layer of the model: two for each weight of a matmul and token, twice that
     in backward, and attention's."""
-    weights = c.d_model * (2 * c.d_model + 2 * c.n_kv_heads * c.head_size + 3 * c.d_ff)
+    weights = c.d_model * (2 * c.q_size + 2 * c.kv_size + 3 * c.d_ff)
     forward, backward = attention(c, lengths)
     matmuls = 2 * weights * sum(lengths)
     return Count(0, matmuls + forward.flops), Count(0, 2 * matmuls + backward.flops)

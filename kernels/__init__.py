@@ -100,9 +100,9 @@ def rmsnorm(x: Tensor, weight: Tensor, eps: float) -> Tensor:  # x[..., D], weig
 
 
 def rope(
-    q: Tensor, k: Tensor, positions: Tensor, theta: float
+    q: Tensor, k: Tensor, positions: Tensor, theta: float, scaling: tuple[float, ...] = ()
 ) -> tuple[Tensor, Tensor]:  # q[T,H,E], k[T,K,E], positions[T]
-    return _run("rope", q, k, positions, theta)
+    return _run("rope", q, k, positions, theta, scaling)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:  # gate[..., F], up[..., F]

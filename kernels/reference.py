@@ -5,6 +5,7 @@ K key/value heads (H is a multiple of K), E head size, V vocabulary.
 """
 
 import inspect
+import math
 from collections.abc import Container
 
 import torch
@@ -33,14 +34,13 @@ def rmsnorm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rope(
-    q: Tensor, k: Tensor, positions: Tensor, theta: float
+    q: Tensor, k: Tensor, positions: Tensor, theta: float, scaling: tuple[float, ...] = ()
 ) -> tuple[Tensor, Tensor]:  # q[T,H,E], k[T,K,E], positions[T]
     """Rotary position embedding (Su et al. 2021, eq. 34), rotate-half layout: element i turns with
     element i + E/2 by the angle position * theta**(-2i/E). Angles are float32: bfloat16 has lost
     the phase after a few hundred positions."""
     half = q.shape[-1] // 2
-    exponent = torch.arange(half, dtype=torch.float32, device=q.device) / half
-    angle = positions.float()[:, None] / theta**exponent  # [T, E/2]
+    angle = positions.float()[:, None] / wavelengths(half, theta, scaling, q.device)  # [T, E/2]
     cos, sin = angle.cos()[:, None], angle.sin()[:, None]  # [T, 1, E/2]
 
     def turn(x: Tensor) -> Tensor:
@@ -48,6 +48,23 @@ def rope(
         return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
     return turn(q), turn(k)
+
+
+def wavelengths(
+    half: int, theta: float, scaling: tuple[float, ...], device: torch.device
+) -> Tensor:
+    """theta**(2i/E) for i < E/2 [E/2]: positions per radian, float32.
+
+    `scaling`, Llama 3.1's (factor, low, high, original), makes a model of `original` positions one
+    of `factor` times as many: what made fewer than `low` whole turns over these turns `factor`
+    times slower, what made more than `high` turns as before, between the two speeds are mixed."""
+    length = theta ** (torch.arange(half, dtype=torch.float32, device=device) / half)
+    if scaling:
+        factor, low, high, original = scaling
+        turns = original / (2 * math.pi * length)
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        length = length / (kept + (1 - kept) / factor)
+    return length
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kernels.reference import wavelengths
+
 
 @triton.jit
 def _turn(
@@ -54,12 +56,13 @@ def _forward(
 
 
 def _launch(
-    q: Tensor, k: Tensor, positions: Tensor, theta: float, direction: float
+    q: Tensor, k: Tensor, positions: Tensor, turning: tuple, direction: float
 ) -> tuple[Tensor, Tensor]:
-    """q[T,H,E], k[T,K,E], positions[T] -> q and k turned (direction 1) or turned back (-1)."""
+    """q[T,H,E], k[T,K,E], positions[T], (theta, scaling) -> q and k turned (direction 1) or turned
+    back (-1)."""
     q, k = _readable(q), _readable(k)
     q_out, k_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
-    wavelengths = _wavelengths(theta, q.shape[2] // 2, q.device)
+    wavelengths = _wavelengths(q.shape[2] // 2, *turning, q.device)
     strides = *q.stride()[:2], *k.stride()[:2]
     tile = _tile(q.shape[1], k.shape[1], q.shape[2])
     _forward[(len(q),)](
@@ -87,28 +90,26 @@ def _readable(x: Tensor) -> Tensor:
     return x if x.stride(2) == 1 and x.shape[1] * x.stride(1) < 2**31 else x.contiguous()
 
 
-@functools.cache
-def _wavelengths(theta: float, half: int, device: torch.device) -> Tensor:
-    """theta**(2i/E) for i < E/2, tokens per radian: by the definition's own operations, so that
-    both have the same angles. Every layer of a model wants the same few numbers."""
-    return theta ** (torch.arange(half, dtype=torch.float32, device=device) / half)
+# The definition's own, so that both have the same angles. Every layer of a model wants the same few
+# numbers.
+_wavelengths = functools.cache(wavelengths)
 
 
 class _RoPE(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, positions: Tensor, theta: float):
+    def forward(ctx, q: Tensor, k: Tensor, positions: Tensor, *turning):
         ctx.save_for_backward(positions)  # neither q nor k
-        ctx.theta = theta
-        return _launch(q, k, positions, theta, 1.0)
+        ctx.turning = turning
+        return _launch(q, k, positions, turning, 1.0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dq: Tensor, dk: Tensor):
         (positions,) = ctx.saved_tensors
-        return *_launch(dq, dk, positions, ctx.theta, -1.0), None, None
+        return *_launch(dq, dk, positions, ctx.turning, -1.0), None, None, None
 
 
 def rope(
-    q: Tensor, k: Tensor, positions: Tensor, theta: float
+    q: Tensor, k: Tensor, positions: Tensor, theta: float, scaling: tuple[float, ...] = ()
 ) -> tuple[Tensor, Tensor]:  # q[T,H,E], k[T,K,E], positions[T]
-    return _RoPE.apply(q, k, positions, theta)
+    return _RoPE.apply(q, k, positions, theta, scaling)

@@ -24,16 +24,29 @@ class ModelConfig:
     norm_eps: float
     qkv_bias: bool
     dropout: float = 0.0  # on each residual branch, while training
+    head_dim: int = 0  # a head's width, where it is not d_model / n_heads
+    qk_norm: bool = False  # each head of q and k is normalised before RoPE, as in Qwen3
+    o_bias: bool = False  # the attention's last matrix has a bias, too
+    # Llama 3.1's (factor, low_freq_factor, high_freq_factor, original_max_position_embeddings)
+    rope_scaling: tuple[float, ...] = ()
 
     @property
     def head_size(self) -> int:
-        return self.d_model // self.n_heads
+        return self.head_dim or self.d_model // self.n_heads
+
+    @property
+    def q_size(self) -> int:
+        return self.n_heads * self.head_size
+
+    @property
+    def kv_size(self) -> int:
+        return self.n_kv_heads * self.head_size
 
     def n_params(self) -> int:
-        kv_size = self.n_kv_heads * self.head_size
-        attention = 2 * self.d_model * (self.d_model + kv_size)
-        bias = (self.d_model + 2 * kv_size) * self.qkv_bias
-        layer = attention + bias + 3 * self.d_model * self.d_ff + 2 * self.d_model
+        attention = 2 * self.d_model * (self.q_size + self.kv_size)
+        bias = (self.q_size + 2 * self.kv_size) * self.qkv_bias + self.d_model * self.o_bias
+        norms = 2 * self.d_model + 2 * self.head_size * self.qk_norm
+        layer = attention + bias + 3 * self.d_model * self.d_ff + norms
         return 2 * self.vocab_size * self.d_model + self.n_layers * layer + self.d_model
 
 

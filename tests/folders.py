@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from nanomed.batches.packing import row_from
+from nanomed.model.generation import Sampling, generate
 from nanomed.text import tokenizer
 from nanomed.text.tokenizer_files import QWEN_PATTERN, byte_letters
 
@@ -38,6 +40,8 @@ TEXTS = [
     "1234567890 3.14",
     "العربية हिन्दी ไทย",
 ]
+LLAMA31 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0}
+LLAMA31 |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 16}
 SPECIAL_TEXTS = ["<|endoftext|>", "<|im_start|>system\nobey<|im_end|>", "</s>", "[CLS]", "<unk>"]
 
 
@@ -85,7 +89,7 @@ def write_sentencepiece(folder: Path) -> Path:
 
 def write_model(folder: Path, kind: str, vocab_size: int = 900, seed: int = 0, **changes):
     """A model of random weights, biases and norms, saved by transformers; returns it."""
-    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+    import transformers
 
     shape = {
         "vocab_size": vocab_size,
@@ -100,10 +104,11 @@ def write_model(folder: Path, kind: str, vocab_size: int = 900, seed: int = 0, *
         "bos_token_id": None,
         "eos_token_id": None,
     }
-    kinds = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM)}
-    make_config, make_model = kinds[kind]
+    make_config = getattr(transformers, f"{kind.title()}Config")
+    make_model = getattr(transformers, f"{kind.title()}ForCausalLM")
     dtype = changes.pop("dtype", torch.float32)
     save = {"max_shard_size": changes.pop("max_shard_size", "5GB")}
+    o_bias = changes.pop("o_bias", 0.0)  # its standard deviation
     torch.manual_seed(seed)
     model = make_model(make_config(**shape | changes)).to(dtype).eval()
     with torch.no_grad():
@@ -111,7 +116,7 @@ def write_model(folder: Path, kind: str, vocab_size: int = 900, seed: int = 0, *
             if "norm" in name:
                 param.uniform_(0.5, 1.5)
             elif name.endswith(".bias"):
-                param.normal_(std=0.5) if "o_proj" not in name else param.zero_()
+                param.normal_(std=0.5 if "o_proj" not in name else o_bias)
             else:
                 param.normal_(std=0.15)
     model.save_pretrained(folder, **save)
@@ -119,6 +124,26 @@ def write_model(folder: Path, kind: str, vocab_size: int = 900, seed: int = 0, *
 
 
 # ---------------------------------------------------------------- looking into them
+
+
+def transformers_model(folder):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def assert_same_model(theirs, ours, vocab_size: int) -> None:
+    ids = torch.randint(0, vocab_size, (33,), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = theirs(ids[None]).logits[0]
+        got = ours(row_from([ids.tolist()]), logits=True)
+    assert (expected - got).abs().max() < 1e-4
+    new = theirs.generate(
+        ids[None, :9], max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    assert (
+        generate(ours, [ids[:9].tolist()], set(), Sampling(max_new=20))[0][0] == new[0, 9:].tolist()
+    )
 
 
 def all_tensors(folder: Path) -> dict[str, torch.Tensor]:

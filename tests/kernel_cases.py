@@ -41,21 +41,21 @@ def rmsnorm(n: int, d: int = 100) -> Case:
     return Case("rmsnorm", (x, weight), (EPS,), truth)
 
 
-def rope(n: int, h: int = 3, k: int = 1, e: int = 12) -> Case:
+def rope(n: int, h: int = 3, k: int = 1, e: int = 12, scaling: tuple = ()) -> Case:
     """Queries and keys are views of one packed projection; positions restart and go far."""
     q, k, _ = randn(n, h + 2 * k, e).split((h, k, k), 1)
     positions = torch.cat((torch.arange(n // 2), torch.arange(n - n // 2) * 37))
 
-    def truth(q, k, positions, theta):
+    def truth(q, k, positions, theta, scaling):
         half = q.shape[-1] // 2
         # Angles are float32 by definition; what is done with them is exact here.
-        exponent = torch.arange(half, dtype=torch.float32, device=q.device) / half
-        angle = (positions.float()[:, None] / theta**exponent).double()
+        wavelengths = reference.wavelengths(half, theta, scaling, q.device)
+        angle = (positions.float()[:, None] / wavelengths).double()
         spin = torch.polar(torch.ones_like(angle), angle)[:, None]
         turned = [torch.complex(x[..., :half], x[..., half:]) * spin for x in (q, k)]
         return tuple(torch.cat((z.real, z.imag), -1) for z in turned)
 
-    return Case("rope", (q, k), (positions, THETA), truth)
+    return Case("rope", (q, k), (positions, THETA, scaling), truth)
 
 
 def swiglu(n: int, f: int = 70) -> Case:

@@ -6,7 +6,8 @@ and vLLM load with no custom code.
 
 The tensors' names are ours with `model.` before all but lm_head. The architecture follows the
 tokenizer, because transformers builds Qwen's for every qwen2 and another for no llama: Qwen2 where
-the tokenizer is Qwen's and q, k and v have their bias, else Llama.
+the tokenizer is Qwen's and q, k and v alone have a bias, Qwen3 where q and k are normalised, else
+Llama.
 """
 
 from nanomed.hf.reading import load, load_weights, read_config

@@ -44,7 +44,8 @@ def config_of(folder: str | Path) -> ModelConfig:
     if not saved.exists():
         return reading.read_config(folder)
     try:
-        return ModelConfig(**json.loads(saved.read_text()))
+        raw = json.loads(saved.read_text())
+        return ModelConfig(**raw | {"rope_scaling": tuple(raw.get("rope_scaling", ()))})
     except (TypeError, ValueError) as error:
         raise InputError(f"{saved}: {error}") from None
 

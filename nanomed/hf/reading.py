@@ -16,6 +16,7 @@ from nanomed.hf.tensors import Spec, some, stored
 from nanomed.model.decoder import Aquila
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+O_BIAS = "self_attn.o_proj.bias"
 
 
 def hf_name(name: str) -> str:
@@ -32,7 +33,8 @@ def read_config(folder: str | Path) -> ModelConfig:
     # Aquila's configs do not say whether there is a bias: the tensors do.
     said = True if raw.get("model_type") == "qwen2" else raw.get("attention_bias")
     seen = any(name.endswith("q_proj.bias") for name in tensors)
-    config = parse(path, raw, qkv_bias=seen if said is None else bool(said))
+    qkv_bias = seen if said is None else bool(said)
+    config = parse(path, raw, qkv_bias, o_bias=qkv_bias and _any(tensors, O_BIAS))
     _check(path, config, tensors, _is_tied(folder))
     return config
 
@@ -110,9 +112,8 @@ def _check(
     if tied:
         found.setdefault(HEAD, found.get(EMBEDDING, ()))
         _head_is_embedding(path, tensors)
-    for name in [name for name in found if name.endswith("self_attn.o_proj.bias")]:
-        _is_zero(name, tensors[name][0])
-        del found[name]
+    if config.qkv_bias and not config.o_bias:  # zeros, which our own export has, say nothing
+        found = {name: shape for name, shape in found.items() if not name.endswith(O_BIAS)}
     if wrong := {name for name in shapes.keys() & found.keys() if shapes[name] != found[name]}:
         name = min(wrong)
         raise InputError(
@@ -130,10 +131,13 @@ def _is_buffer(name: str) -> bool:
     return name.endswith("rotary_emb.inv_freq")
 
 
-def _is_zero(name: str, path: Path) -> None:
-    with safe_open(path, "pt") as file:
-        if file.get_tensor(name).any():
-            raise InputError(f"{path}: {name} is not zero; the model has no bias there")
+def _any(tensors: dict[str, tuple[Path, Spec]], end: str) -> bool:
+    """Whether one of the tensors whose names end so is not zero."""
+    for name in [name for name in tensors if name.endswith(end)]:
+        with safe_open(tensors[name][0], "pt") as file:
+            if file.get_tensor(name).any():
+                return True
+    return False
 
 
 def _head_is_embedding(path: Path, tensors: dict[str, tuple[Path, Spec]]) -> None:

@@ -20,7 +20,9 @@ from nanomed.config import InputError
 from nanomed.hf.config import read_json
 
 SHARD_BYTES = 5 * 10**9
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16
+}  # fmt: skip
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -61,13 +63,20 @@ def stored(folder: str | Path) -> dict[str, tuple[Path, Spec]]:
 def index_of(folder: Path, name: str) -> tuple[dict[str, Path] | None, list[Path]]:
     """(tensor -> file, or None without an index; the files) of the weights called `name`. Raises
     InputError for a file that is missing or outside the folder."""
-    index = folder / f"{name}.index.json"
+    index, single = folder / f"{name}.index.json", folder / name
     if not index.exists():
-        single = folder / name
         return None, [single] if single.exists() else []
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{index}: no weight_map")
+    if single.exists() and name not in weight_map.values():
+        # transformers reads the single file, and an older save's index may lie beside it.
+        if all((folder / str(file)).is_file() for file in weight_map.values()):
+            raise InputError(
+                f"{folder} holds the weights twice, as {name} and as the files that {index.name} "
+                "names; remove one of the two"
+            )
+        return None, [single]
     for file in sorted(set(map(str, weight_map.values()))):
         if Path(file).name != file or file in ("", ".", ".."):
             raise InputError(f"{index}: {file!r} is not the name of a file in this folder")

@@ -61,15 +61,16 @@ def export(
 
 
 def _is_qwen2(model: Aquila, tokenizer: Tokenizer) -> bool:
-    return is_qwen(tokenizer) and model.config.qkv_bias
+    c = model.config
+    return is_qwen(tokenizer) and c.qkv_bias and not (c.o_bias or c.qk_norm)
 
 
 def _specs(model: Aquila, dtype: torch.dtype, is_qwen2: bool) -> list[Spec]:
-    """What will be written, in the model's order; a Llama with bias has one in o_proj too."""
+    """What will be written, in the model's order; all but a Qwen2 with bias has one in o_proj."""
     specs = []
     for name, param in model.named_parameters():
         specs.append(Spec(hf_name(name), dtype, tuple(param.shape)))
-        if name.endswith("v_proj.bias") and not is_qwen2:
+        if name.endswith("v_proj.bias") and not (is_qwen2 or model.config.o_bias):
             o_bias = hf_name(name).replace("v_proj", "o_proj")
             specs.append(Spec(o_bias, dtype, (model.config.d_model,)))
     return specs

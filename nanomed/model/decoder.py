@@ -36,19 +36,22 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     def __init__(self, c: ModelConfig):
         super().__init__()
-        self.head_size, self.theta = c.head_size, c.rope_theta
-        kv_size = c.n_kv_heads * c.head_size
-        self.q_proj = nn.Linear(c.d_model, c.n_heads * c.head_size, bias=c.qkv_bias)
-        self.k_proj = nn.Linear(c.d_model, kv_size, bias=c.qkv_bias)
-        self.v_proj = nn.Linear(c.d_model, kv_size, bias=c.qkv_bias)
-        self.o_proj = nn.Linear(c.n_heads * c.head_size, c.d_model, bias=False)
+        self.head_size, self.theta, self.scaling = c.head_size, c.rope_theta, c.rope_scaling
+        self.q_proj = nn.Linear(c.d_model, c.q_size, bias=c.qkv_bias)
+        self.k_proj = nn.Linear(c.d_model, c.kv_size, bias=c.qkv_bias)
+        self.v_proj = nn.Linear(c.d_model, c.kv_size, bias=c.qkv_bias)
+        self.o_proj = nn.Linear(c.q_size, c.d_model, bias=c.o_bias)
+        self.q_norm = RMSNorm(c.head_size, c.norm_eps) if c.qk_norm else None
+        self.k_norm = RMSNorm(c.head_size, c.norm_eps) if c.qk_norm else None
 
     def forward(self, x: Tensor, row: Row, cache: Cache | None = None) -> Tensor:  # x[T,D]
         q, k, v = (
             proj(x).unflatten(-1, (-1, self.head_size))  # [T,H,E], [T,K,E], [T,K,E]
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        q, k = kernels.rope(q, k, row.positions, self.theta)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = kernels.rope(q, k, row.positions, self.theta, self.scaling)
         if cache is not None:
             out = cache.attend(q, k, v, row)
         else:

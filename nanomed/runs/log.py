@@ -221,7 +221,7 @@ def flops_of(model: ModelConfig, tokens: float, squares: float) -> float:
     a lookup, the head a matmul), and 6 L H E S per token of a segment of S tokens for attention;
     `squares` is the sum of S**2 over segments."""
     matmul = model.n_params() - model.vocab_size * model.d_model
-    return 6 * matmul * tokens + 6 * model.n_layers * model.d_model * squares
+    return 6 * matmul * tokens + 6 * model.n_layers * model.q_size * squares
 
 
 def _peak_flops() -> float | None:

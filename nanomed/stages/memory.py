@@ -45,17 +45,18 @@ def kept_per_token(model: ModelConfig, c: Run) -> dict[str, float]:
     b, d, f = width(c), model.d_model, model.d_ff
     if c.recompute == "full":
         return {"layer's input": b * d}
-    kv = model.n_kv_heads * model.head_size
-    if is_plain(c, "attention"):
-        kv = d  # heads are repeated
+    q, kv = model.q_size, model.kv_size
     kept = {
         "inputs of both norms": 2 * b * d,
-        "q, k, v": b * (d + 2 * kv),
-        "attention's output": b * d,
+        "q, k, v": b * (q + 2 * (q if is_plain(c, "attention") else kv)),  # plain: heads repeated
+        "attention's output": b * q,
         "its log-sum-exp": 4 * model.n_heads,
         "gate, up": 2 * b * f,
         "dropout masks": 2 * d * (model.dropout > 0),
     }
+    if model.qk_norm:  # plain: their inputs in float32, and their values before the weight
+        size = 4 + b if is_plain(c) else b
+        kept["inside norms of q, k"] = size * (q + kv) + 4 * (model.n_heads + model.n_kv_heads)
     if is_plain(c):
         kept["sines and cosines"] = 4 * model.head_size
     if c.recompute == "none":

@@ -8,16 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from nanomed import hf
-from nanomed.batches.packing import row_from
 from nanomed.config import InputError
 from nanomed.hf import convert as hf_convert
-from nanomed.hf import pretrained, reading, writing
+from nanomed.hf import pretrained, writing
 from nanomed.hf import tensors as hf_tensors
 from nanomed.hf.tokenizer import tokenizer_json
-from nanomed.model.generation import Sampling, generate
 from nanomed.records import Chat
 from nanomed.text import tokenizer
 from nanomed.text.template import Encoder, fitting
@@ -26,8 +24,9 @@ from tests.folders import (
     SPECIAL_TEXTS,
     TEXTS,
     all_tensors,
-    edit_config,
+    assert_same_model,
     random_texts,
+    transformers_model,
     write_model,
     write_rank_file,
     write_sentencepiece,
@@ -70,75 +69,13 @@ def write_tokenizer(folder: Path, kind: str) -> None:
             shutil.copyfile(path, folder / path.name)
 
 
-def transformers_model(folder):
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-
-
 def transformers_of(folder):
     from transformers import AutoTokenizer
 
     return transformers_model(folder), AutoTokenizer.from_pretrained(folder)
 
 
-def assert_same_model(theirs, ours, vocab_size: int) -> None:
-    ids = torch.randint(0, vocab_size, (33,), generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        expected = theirs(ids[None]).logits[0]
-        got = ours(row_from([ids.tolist()]), logits=True)
-    assert (expected - got).abs().max() < 1e-4
-    new = theirs.generate(
-        ids[None, :9], max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0
-    )
-    assert (
-        generate(ours, [ids[:9].tolist()], set(), Sampling(max_new=20))[0][0] == new[0, 9:].tolist()
-    )
-
-
 # ---------------------------------------------------------------- round trips
-
-MODELS = {
-    "qwen2": ("qwen2", {}),
-    "llama": ("llama", {}),
-    "llama-bias": ("llama", {"attention_bias": True}),
-    "llama-tied": ("llama", {"tie_word_embeddings": True}),
-    "llama-mha": ("llama", {"num_key_value_heads": 4}),
-    "qwen2-bf16-sharded": ("qwen2", {"dtype": torch.bfloat16, "max_shard_size": "60KB"}),
-    "llama-fp16": ("llama", {"dtype": torch.float16}),
-}
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_import_is_what_transformers_computes(name, tmp_path):
-    kind, changes = MODELS[name]
-    write_model(tmp_path, kind, **changes)
-    # Loaded again: a model made bfloat16 and back has lost its angles.
-    theirs = transformers_model(tmp_path)
-    ours = hf.load(tmp_path)
-    assert_same_model(theirs, ours, 900)
-    stored = all_tensors(tmp_path)
-    for key, param in ours.named_parameters():
-        key = reading.hf_name(key)
-        key = "model.embed_tokens.weight" if key not in stored else key
-        assert torch.equal(param, stored[key].float()), key
-
-
-@pytest.mark.parametrize("model_type", ["aquila", "aquila3"])
-@pytest.mark.parametrize("spelling", ["old", "new", "both"])
-def test_aquilas_own_types_and_both_spellings(model_type, spelling, tmp_path):
-    kind = "qwen2" if model_type == "aquila3" else "llama"
-    theirs = write_model(tmp_path, kind)
-    old = {"rope_theta": 250_000.0, "torch_dtype": "float32"}
-    new = ("rope_parameters", "dtype") if spelling == "old" else ()
-    edit_config(
-        tmp_path, (*new, "head_dim", "attention_bias"), model_type=model_type,
-        architectures=["AquilaForCausalLM"], **({} if spelling == "new" else old),
-    )  # fmt: skip
-    path = tmp_path / "model.safetensors"
-    angles = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(8) for i in (0, 1)}
-    save_file(load_file(path) | angles, path)
-    assert_same_model(theirs, hf.load(tmp_path), 900)
 
 
 @pytest.mark.parametrize(
@@ -237,29 +174,6 @@ def test_a_wrong_chat_template_is_noticed(tmp_path):
         check_tokenizer(tok, transformers_of(tmp_path / "out")[1], nfc=True)
 
 
-@pytest.mark.parametrize("name", ["qwen2", "qwen2-bf16-sharded"])
-def test_exported_in_its_own_dtype_a_folder_is_equal_to_the_byte(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(hf_tensors, "SHARD_BYTES", 60_000 if "sharded" in name else 5 * 10**9)
-    kind, changes = MODELS[name]
-    source, out = tmp_path / "source", tmp_path / "out"
-    write_model(source, kind, **changes)
-    write_rank_file(source)
-    dtype = pretrained.dtype_of(source)
-    model = pretrained.load(source, torch.device("cpu"), dtype)
-    hf.export(model, tokenizer.load(source), out, dtype)
-    before, after = all_tensors(source), all_tensors(out)
-    assert before.keys() == after.keys() and pretrained.dtype_of(out) == dtype
-    for key in before:
-        assert before[key].dtype == after[key].dtype == dtype
-        assert before[key].view(torch.uint8).equal(after[key].view(torch.uint8)), key
-    if name == "qwen2":  # one file: the same file, so our writer writes what safetensors does
-        a, b = (folder / "model.safetensors" for folder in (source, out))
-        assert a.read_bytes() == b.read_bytes()
-    else:
-        files = sorted(out.glob("*.safetensors"))
-        assert len(files) > 3 and all(path.stat().st_size < 70_000 for path in files[1:-1])
-
-
 def test_the_whole_aquilamed_has_387_tensors():
     from nanomed.config import MODELS as SHAPES
     from nanomed.model.decoder import Aquila
@@ -271,19 +185,6 @@ def test_the_whole_aquilamed_has_387_tensors():
     shards = hf_tensors.plan(specs)
     assert max(sum(s.n_bytes for s in members) for _, members in shards) <= 5 * 10**9
     assert [name for name, _ in shards][-1] == "model-00004-of-00004.safetensors"
-
-
-def test_tied_embeddings_become_two_tensors(tmp_path):
-    source, out = tmp_path / "source", tmp_path / "out"
-    theirs = write_model(source, "llama", tie_word_embeddings=True)
-    write_rank_file(source)
-    assert "lm_head.weight" not in all_tensors(source)
-    hf.export(hf.load(source), tokenizer.load(source), out, torch.float32)
-    tensors = all_tensors(out)
-    assert tensors["lm_head.weight"].equal(tensors["model.embed_tokens.weight"])
-    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
-    assert "two tensors" in (out / "README.md").read_text()
-    assert_same_model(theirs, hf.load(out), 900)
 
 
 def bin_folder(folder: Path, shards: int = 2) -> dict[str, torch.Tensor]:

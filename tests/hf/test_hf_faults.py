@@ -9,10 +9,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nanomed import hf
+from nanomed.batches.packing import row_from
 from nanomed.config import InputError
 from nanomed.hf import pretrained
 from nanomed.text import tokenizer
 from tests.folders import (
+    LLAMA31,
     all_tensors,
     edit_config,
     edit_index,
@@ -81,12 +83,35 @@ FAULTS = {
         "rope_scaling dynamic",
     ),
     "new rope_type": (
-        lambda f: edit_config(f, rope_parameters={"rope_type": "llama3", "rope_theta": 1e4}),
-        "rope_parameters.*llama3",
+        lambda f: edit_config(f, rope_parameters={"rope_type": "longrope", "rope_theta": 1e4}),
+        "rope_parameters.*longrope",
     ),
-    "model_type": (lambda f: edit_config(f, model_type="mistral"), "model_type 'mistral'"),
+    "half of Llama 3.1": (
+        lambda f: edit_config(f, rope_scaling={"rope_type": "llama3", "factor": 8.0}),
+        "low_freq_factor is None",
+    ),
+    "scaled and not": (
+        lambda f: edit_config(f, rope_scaling=LLAMA31),
+        "rope_scaling and rope_parameters differ",
+    ),
+    "sliding window": (
+        lambda f: edit_config(
+            f, ("layer_types",), use_sliding_window=True, sliding_window=32, max_window_layers=1
+        ),
+        "sliding_window 32 is not something",
+    ),
+    "mistral's window": (
+        lambda f: edit_config(f, ("sliding_window", "layer_types"), model_type="mistral"),
+        r"sliding_window \(by default\) is not something",
+    ),
+    "model_type": (lambda f: edit_config(f, model_type="mixtral"), "model_type 'mixtral'"),
     "hidden_act": (lambda f: edit_config(f, hidden_act="gelu"), "hidden_act 'gelu'"),
-    "head_dim": (lambda f: edit_config(f, head_dim=32), "head_dim 32"),
+    "head_dim": (lambda f: edit_config(f, head_dim=32), r"k_proj.bias of shape \(64,\)"),
+    "odd head_dim": (lambda f: edit_config(f, head_dim=15), "head_dim 15 do not divide"),
+    "weights twice": (
+        lambda f: save_file(all_tensors(f), f / "model.safetensors"),
+        r"holds the weights twice, as model\.safetensors and as the files",
+    ),
     "no field": (lambda f: edit_config(f, ("rms_norm_eps",)), "rms_norm_eps is None"),
     "broken config": (lambda f: (f / "config.json").write_text("{"), r"config\.json"),
     "int8": (lambda f: edit_tensor(f, NORM, lambda t: t.to(torch.int8)), "norm.weight is I8"),
@@ -114,14 +139,44 @@ def test_weights_that_are_no_numbers_are_refused(bad, folder):
 
 
 def test_a_bias_that_the_model_has_no_place_for_is_refused(tmp_path):
-    write_model(tmp_path, "llama", attention_bias=True)
-    write_rank_file(tmp_path)
+    """Of o_proj, where q, k and v have none: transformers has no such model."""
+    write_model(tmp_path, "llama")
     path = tmp_path / "model.safetensors"
-    tensors = load_file(path)
-    tensors["model.layers.1.self_attn.o_proj.bias"][3] = 1e-3
-    save_file(tensors, path)
-    with pytest.raises(InputError, match=r"layers\.1\.self_attn\.o_proj\.bias is not zero"):
+    name = "model.layers.1.self_attn.o_proj.bias"
+    save_file(load_file(path) | {name: torch.ones(64)}, path)
+    with pytest.raises(InputError, match=r"no place for, model\.layers\.1\.self_attn\.o_proj"):
         hf.load(tmp_path)
+
+
+def test_an_index_left_behind_is_not_read(tmp_path):
+    """save_pretrained first in shards, then whole: transformers reads the whole file."""
+    write_model(tmp_path, "llama", max_shard_size="60KB")
+    for path in tmp_path.glob("*.safetensors"):
+        path.unlink()
+    theirs = write_model(tmp_path / "whole", "llama", seed=1)
+    shutil.copyfile(tmp_path / "whole/model.safetensors", tmp_path / "model.safetensors")
+    ours = hf.load(tmp_path)
+    assert torch.equal(ours.norm.weight, theirs.model.norm.weight)
+
+
+def test_a_full_optimizer_step_in_transformers_comes_back(folder, tmp_path):
+    """A Llama's attention_bias gives o_proj one too: zeros in our export, trained elsewhere."""
+    from transformers import AutoModelForCausalLM
+
+    sentencepiece = tokenizer.load(write_sentencepiece(tmp_path))
+    source = tmp_path / "source"
+    write_model(source, "qwen2", vocab_size=sentencepiece.vocab_size)
+    hf.export(hf.load(source), sentencepiece, tmp_path / "out", torch.float32)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    ids = torch.arange(10, 40)[None]
+    theirs(input_ids=ids, labels=ids).loss.backward()
+    torch.optim.SGD(theirs.parameters(), 0.1).step()
+    theirs.save_pretrained(tmp_path / "out")
+    ours = hf.load(tmp_path / "out")
+    assert ours.config.o_bias and ours.layers[0].self_attn.o_proj.bias.any()
+    with torch.no_grad():
+        expected, got = theirs(ids).logits[0], ours(row_from([ids[0].tolist()]), logits=True)
+    assert (expected - got).abs().max() < 1e-4
 
 
 def test_tied_embeddings_that_differ_are_refused(folder):

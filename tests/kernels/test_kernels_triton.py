@@ -58,6 +58,7 @@ def test_forward_and_gradients_equal_pytorchs_float64(op, n):
     [
         kernel_cases.rmsnorm(2, d=2051),
         kernel_cases.rope(2, h=5, k=3, e=2),
+        kernel_cases.rope(9, scaling=(8.0, 1.0, 4.0, 128)),
         kernel_cases.swiglu(2, f=2051),
         kernel_cases.linear_nll(5, v=4099),
         kernel_cases.linear_nll(3, v=4096),
@@ -172,7 +173,7 @@ def test_rope_reads_positions_as_they_come():
     case = kernel_cases.rope(7)
     positions = case.others[0]
     for given in (positions.int(), torch.stack((positions, -positions), 1)[:, 0]):
-        case.others = (given, kernel_cases.THETA)
+        case.others = (given, *case.others[1:])
         check(triton_op("rope"), case, tolerance=TOLERANCE)
 
 
@@ -188,7 +189,7 @@ def test_heads_far_apart_are_copied():
 MUTANTS = {
     "rmsnorm dx": ("rmsnorm", "rstd * (g - n *", "rstd * (g + n *"),
     "rmsnorm dweight": ("rmsnorm", "dw += dy * n", "dw -= dy * n"),
-    "rope": ("rope", "ctx.theta, -1.0", "ctx.theta, 1.0"),
+    "rope": ("rope", "ctx.turning, -1.0", "ctx.turning, 1.0"),
     "swiglu dgate": ("swiglu", "(1 + g * (1 - s))", "(1 - g * (1 - s))"),
     "swiglu dup": ("swiglu", "dup_ptr + row * F + f, dy", "dup_ptr + row * F + f, -dy"),
     "linear_nll": ("linear_nll", "- tl.where(v == label", "+ tl.where(v == label"),

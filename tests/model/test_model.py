@@ -58,8 +58,8 @@ def test_a_planted_position_bug_is_seen(model, segments, monkeypatch):
     """Positions that run on through the row. RoPE is relative, so that alone changes nothing but
     rounding; what would be seen is a position that is wrong inside a segment."""
 
-    def rope(q, k, positions, theta, original=kernels.rope):
-        return original(q, k, positions + (positions > 20) * (len(q) > 64), theta)
+    def rope(q, k, positions, *turning, original=kernels.rope):
+        return original(q, k, positions + (positions > 20) * (len(q) > 64), *turning)
 
     monkeypatch.setattr(kernels, "rope", rope)
     with pytest.raises(AssertionError):

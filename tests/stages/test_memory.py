@@ -56,8 +56,8 @@ def tracked(model_config, c, n_gpus, monkeypatch) -> float:
         dist.destroy_process_group()
 
 
-def assert_counted(monkeypatch, n_layers, n_gpus, recompute, micro_tokens, tolerance):
-    model = dataclasses.replace(MODELS["aquilamed-7b"], n_layers=n_layers)
+def assert_counted(monkeypatch, n_layers, n_gpus, recompute, micro_tokens, tolerance, **changes):
+    model = dataclasses.replace(MODELS["aquilamed-7b"], n_layers=n_layers, **changes)
     c = SFT(micro_tokens=micro_tokens, recompute=recompute, dropout=0.0, kernels="reference")
     counted = tracked(model, c, n_gpus, monkeypatch)
     predicted = sum(memory.memory(model, c, n_gpus).values()) - memory.RESERVE
@@ -69,6 +69,13 @@ def test_the_peak_is_what_torchs_tracker_counts(monkeypatch, n_gpus, recompute):
     """AquilaMed with 2 of its layers. The peak is in the head's backward. A lean that keeps what
     it should not is seen: 0.4 GiB of 10."""
     assert_counted(monkeypatch, 2, n_gpus, recompute, 4096, tolerance=0.001)
+
+
+@pytest.mark.parametrize("recompute", ["none", "lean"])
+def test_the_peak_of_other_shapes(monkeypatch, recompute):
+    """Wider heads than d_model / n_heads, norms of q and k, all biases: 5% of the peak."""
+    others = {"head_dim": 192, "qk_norm": True, "o_bias": True}
+    assert_counted(monkeypatch, 2, 8, recompute, 4096, 0.001, **others)
 
 
 @pytest.mark.slow
