@@ -105,13 +105,10 @@ def layer(c: ModelConfig, lengths: Sequence[int]) -> tuple[Count, Count]:
 
 def of(op: str, c: ModelConfig, lengths: Sequence[int], e: int = 2) -> tuple[Count, Count]:
     """(forward, backward) of an op over a row of documents of these lengths."""
-    if op == "attention":
-        return attention(c, lengths, e)
     if op == "layer":
         return layer(c, lengths)
-    return {"rmsnorm": rmsnorm, "rope": rope, "swiglu": swiglu, "linear_nll": linear_nll}[op](
-        c, sum(lengths), e
-    )
+    count = {"rmsnorm": rmsnorm, "rope": rope, "swiglu": swiglu, "linear_nll": linear_nll}.get(op)
+    return count(c, sum(lengths), e) if count else attention(c, lengths, e)
 
 
 OPS = ("rmsnorm", "rope", "swiglu", "attention", "linear_nll")
@@ -190,42 +187,30 @@ def every_logit(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 # ---------------------------------------------------------------- the tables
 
 
-def floors(c: ModelConfig, t: int) -> list[dict[str, object]]:
-    rows = []
+def tables(c: ModelConfig, t: int) -> tuple[list[dict], list[dict]]:
+    """What each op must move and compute, and what its plain version moves."""
+    least, plain = [], []
     for op in OPS:
-        for name, count in zip(("forward", "backward"), of(op, c, [t]), strict=True):
-            rows.append({
+        found = zip(("forward", "backward"), of(op, c, [t]), naive(op, c, t), strict=True)
+        for name, count, moved in found:
+            bound = count.flops / H200.flops > count.bytes / H200.bandwidth
+            least.append({
                 "op": op, "pass": name,
                 "bytes a token": round(count.bytes / t),
                 "MFLOP a token": round(count.flops / t / 1e6) or None,
                 "H200 µs": round(H200.floor(count) * 1e6),
                 "A100-40G µs": round(A100.floor(count) * 1e6),
-                "bound by": "operations" if count.flops / H200.flops > count.bytes / H200.bandwidth
-                else "bytes",
+                "bound by": "operations" if bound else "bytes",
             })  # fmt: skip
-    return rows
-
-
-def plain_traffic(c: ModelConfig, t: int) -> list[dict[str, object]]:
-    rows = []
-    for op in OPS:
-        for name, count, moved in zip(
-            ("forward", "backward"), of(op, c, [t]), naive(op, c, t), strict=True
-        ):
-            rows.append({
+            plain.append({
                 "op": op, "pass": name,
                 "fewest bytes a token": round(count.bytes / t),
                 "plain version's": round(moved / t),
                 "times": round(moved / count.bytes, 1),
                 "H200 µs for them": round(moved / H200.bandwidth * 1e6),
             })  # fmt: skip
-    return rows
-
-
-def main() -> None:
-    c = MODELS["aquilamed-7b"]
-    print(table(floors(c, TOKENS)), table(plain_traffic(c, TOKENS)), sep="\n\n")
+    return least, plain
 
 
 if __name__ == "__main__":
-    main()
+    print(*map(table, tables(MODELS["aquilamed-7b"], TOKENS)), sep="\n\n")

@@ -1,6 +1,6 @@
 """Reading, tokenising and packing documents, beside datasets with transformers.
 
-    python -m bench.data [--quick] [--real FOLDER]
+    python -m bench.data [--quick] [--real FILES]
 
 Both sides read the same JSON lines, tokenise with the same tokenizer (that of samples/, exported
 for transformers), end each document and leave memory-mapped files. Equal ids come first, time
@@ -11,17 +11,15 @@ import argparse
 import json
 import os
 import shutil
-import sys
 import tempfile
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread for each process, on both sides
 
-from bench.generation import hide_our_kernels
-from bench.measure import ROOT, Results, interleaved, quartiles, ratio, shown, table
+from bench.measure import ROOT, Results, against_first, interleaved, quartiles, shown, table
+from bench.theirs import prepare
 from nanomed import store
 from nanomed.batches.loader import Loader
 from nanomed.batches.slices import read
@@ -32,34 +30,18 @@ from nanomed.text.template import CHATML, Encoder
 from nanomed.text.tokenizer import load
 
 SEQ_LEN, MICRO_TOKENS, MFU, GPUS = 4096, 8192, 0.6, 8
-OURS, AGAIN, THEIRS = "nanomed", "nanomed again", "datasets + transformers"
+OURS, THEIRS = "nanomed", "datasets + transformers"
 
 
-def sample_texts() -> list[str]:
-    """Documents of about 2,500 bytes: twelve of the sample world's, one after another."""
-    names = ("cpt_medical", "cpt_general")
-    lines = [x for n in names for x in (ROOT / f"samples/{n}.jsonl").read_text().splitlines()]
-    texts = [json.loads(line)["text"] for line in lines]
-    return ["\n".join(texts[i : i + 12]) for i in range(0, len(texts), 12)]
-
-
-def real_texts(folder: Path) -> list[str]:
-    """Every text of more than 200 characters in a folder's JSON files."""
-
-    def strings(value: object) -> Iterator[str]:
-        if isinstance(value, str) and len(value) > 200:
-            yield value
-        children = value.values() if isinstance(value, dict) else value
-        if isinstance(children, dict | list) or isinstance(value, dict):
-            for child in children:
-                yield from strings(child)
-
-    found: list[str] = []
-    for path in sorted(folder.glob("*.json*")):
-        content = path.read_text("utf-8")
-        lines = content.splitlines() if path.suffix == ".jsonl" else [content]
-        found += [text for line in lines for text in strings(json.loads(line))]
-    return found
+def texts_of(files: list[Path]) -> list[str]:
+    """Documents of about 2,500 bytes: shorter ones one after another."""
+    found = [""]
+    for path in files:
+        for line in path.read_text("utf-8").splitlines():
+            found[-1] += json.loads(line)["text"] + "\n"
+            if len(found[-1].encode()) > 2500:
+                found.append("")
+    return found[:-1]
 
 
 def write(path: Path, texts: list[str], n_bytes: int) -> int:
@@ -122,33 +104,20 @@ class Work:
 def tokenising(work: Work, n_bytes: int, name: str, rounds: int, results: Results) -> list[dict]:
     lines = []
     for n in (1, 2):
-        works = {
-            OURS: lambda n=n: work.nanomed(n),
-            AGAIN: lambda n=n: work.nanomed(n),
-            THEIRS: lambda n=n: work.datasets(n),
-        }
-        samples = interleaved(works, rounds, warmup=0)
-        faster = ratio(samples[THEIRS], samples[OURS], samples[AGAIN])
-        for side in (OURS, THEIRS):
+        works = {OURS: lambda n=n: work.nanomed(n), THEIRS: lambda n=n: work.datasets(n)}
+        samples, faster = against_first(works, rounds, warmup=0)
+        for side in works:
+            rate = n_bytes / 1e6 / quartiles(samples[side])[1]
             lines.append(
                 results.add(
-                    "data", f"tokenising {name}: {side}", samples[side],
+                    "data", f"tokenising {name}: {side}", samples[side], rate=f"{rate:.1f} MB/s",
                     shapes={"processes": n, "MB": round(n_bytes / 1e6, 1)},
                     convention="MB/s are of the texts in UTF-8, with all processes' start; equal "
                     "ids were asserted first",
-                    **{
-                        "rate": f"{n_bytes / 1e6 / quartiles(samples[side])[1]:.1f} MB/s",
-                        "nanomed is faster by": str(faster) if side == OURS else None,
-                    },
+                    nanomed_is_faster_by=faster[side],
                 )
             )  # fmt: skip
     return lines
-
-
-def needed() -> float:
-    """Tokens a second of a node: eight H200 at 60% of 989 TFLOP/s, causal count."""
-    per_token = flops_of(MODELS["aquilamed-7b"], SEQ_LEN, SEQ_LEN**2) / SEQ_LEN
-    return GPUS * MFU * PEAK_FLOPS["H200"] / per_token
 
 
 def loading(folder: Path, encoder: Encoder, n_steps: int, results: Results) -> dict:
@@ -167,41 +136,36 @@ def loading(folder: Path, encoder: Encoder, n_steps: int, results: Results) -> d
     n_tokens = step()
     samples = interleaved({OURS: step}, n_steps, warmup=1)[OURS]
     rate = n_tokens / quartiles(samples)[1]
+    per_token = flops_of(MODELS["aquilamed-7b"], SEQ_LEN, SEQ_LEN**2) / SEQ_LEN
+    needed = GPUS * MFU * PEAK_FLOPS["H200"] / per_token
     return results.add(
         "data", "rows of one process", samples, shapes={"tokens": n_tokens},
         convention=f"A node of {GPUS} H200 at {MFU:.0%} of {PEAK_FLOPS['H200'] / 1e12:.0f} "
-        f"TFLOP/s eats {needed():,.0f} tokens/s of AquilaMed at {SEQ_LEN} tokens, "
-        f"{needed() / SEQ_LEN:.1f} slices; each of its {GPUS} processes builds an eighth",
-        rate=f"{rate / 1e3:,.0f} thousand tokens/s",
-        **{
-            "rows/s": f"{rate / MICRO_TOKENS:,.0f}",
-            "of what a node eats": f"{rate / needed():.1f} x",
-        },
+        f"TFLOP/s eats {needed:,.0f} tokens/s of AquilaMed at {SEQ_LEN} tokens; each of its {GPUS} "
+        "processes builds an eighth",
+        rate=f"{rate / 1e3:,.0f} thousand tokens/s", of_what_a_node_eats=f"{rate / needed:.1f} x",
     )  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few rounds of little: does it run?")
-    parser.add_argument("--real", type=Path, default=ROOT.parent / "shared/data")
+    parser.add_argument("--real", type=Path, nargs="*", help="JSON lines with a field `text`")
     parser.add_argument("--results", default="runs/bench.jsonl", help="JSON lines to append to")
     given = parser.parse_args()
-    hide_our_kernels()
-    import datasets
-
-    datasets.disable_progress_bars()
+    prepare()
     n_bytes, rounds, n_steps = (2_000_000, 3, 20) if given.quick else (10_000_000, 5, 100)
     results = Results(given.results)
     encoder = Encoder(CHATML, load(ROOT / "samples/tokenizer.model"))
-    corpora = {"samples": sample_texts()}
-    if given.real.exists():
-        corpora["real texts"] = real_texts(given.real)
+    corpora = {"samples": [ROOT / f"samples/cpt_{name}.jsonl" for name in ("medical", "general")]}
+    if given.real:
+        corpora["real texts"] = given.real
     lines = []
     with tempfile.TemporaryDirectory() as name:
-        for corpus, texts in corpora.items():
+        for corpus, files in corpora.items():
             folder = Path(name) / corpus.replace(" ", "-")
             folder.mkdir()
-            size = write(folder / "texts.jsonl", texts, n_bytes)
+            size = write(folder / "texts.jsonl", texts_of(files), n_bytes)
             work = Work(folder, folder / "texts.jsonl", encoder)
             print(f"{corpus}: {work.check():,} equal ids from {size / 1e6:.1f} MB", flush=True)
             lines += tokenising(work, size, corpus, rounds, results)
@@ -212,4 +176,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

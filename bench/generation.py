@@ -6,41 +6,20 @@ Same weights, same prompts of different lengths, same tokens out, in one process
 """
 
 import argparse
-import tempfile
 
 import torch
 
-from bench.measure import interleaved, quartiles, ratio
-from nanomed.hf import pretrained
+from bench.measure import against_first, quartiles
+from bench.theirs import prepare, qwen2
+from nanomed.config import ModelConfig
+from nanomed.model.decoder import Aquila
 from nanomed.model.generation import Sampling, generate
 
-SHAPE = {
-    "vocab_size": 20_000, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8,
-    "num_attention_heads": 8, "num_key_value_heads": 2, "max_position_embeddings": 2048,
-}  # fmt: skip
-
-
-def write_model(folder: str) -> None:
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    Qwen2ForCausalLM(Qwen2Config(**SHAPE)).save_pretrained(folder)
-
-
-def transformers_model(folder: str, dtype: torch.dtype):
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-
-
-def hide_our_kernels() -> None:
-    """transformers looks for a published package of the name of our folder kernels/."""
-    from transformers import utils
-
-    utils.is_kernels_available = utils.import_utils.is_kernels_available = lambda *a, **k: False
+CONFIG = ModelConfig(20_000, 8, 512, 8, 2, 1408, 2048, 1e6, 1e-6, True)
 
 
 def main() -> None:
-    hide_our_kernels()
+    prepare()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=7)
@@ -50,12 +29,11 @@ def main() -> None:
     device = torch.device(c.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     torch.manual_seed(0)
-    with tempfile.TemporaryDirectory() as folder:
-        write_model(folder)
-        theirs = transformers_model(folder, dtype).to(device)
-        ours = pretrained.load(folder, device, dtype)
+    ours = Aquila(CONFIG)
+    theirs = qwen2(CONFIG, ours, device).to(dtype).eval()
+    ours = ours.to(device, dtype).eval()
     lengths = torch.randint(16, 129, (c.batch,)).tolist()
-    prompts = [torch.randint(0, SHAPE["vocab_size"], (n,)).tolist() for n in lengths]
+    prompts = [torch.randint(0, CONFIG.vocab_size, (n,)).tolist() for n in lengths]
 
     def run_ours() -> list[list[int]]:
         return [ids for ids, _ in generate(ours, prompts, set(), Sampling(max_new=c.new))]
@@ -71,13 +49,12 @@ def main() -> None:
         return out[:, longest:].tolist()
 
     same = sum(a == b for a, b in zip(run_ours(), run_theirs(), strict=True))  # also the warm-up
-    works = {"nanomed": run_ours, "nanomed again": run_ours, "transformers": run_theirs}
-    samples = interleaved(works, c.rounds, warmup=0, device=device, flush=False)
+    works = {"nanomed": run_ours, "transformers": run_theirs}
+    samples, faster = against_first(works, c.rounds, 0, device, flush=False)
     print(f"answers equal: {same} of {c.batch} ({dtype})")
     for name, seconds in samples.items():
         print(f"{name}: median {c.batch * c.new / quartiles(seconds)[1]:,.0f} tokens/s")
-    faster = ratio(samples["transformers"], samples["nanomed"], samples["nanomed again"])
-    print(f"nanomed is faster by {faster} over {c.rounds} rounds")
+    print(f"nanomed is faster by {faster['transformers']} over {c.rounds} rounds")
 
 
 if __name__ == "__main__":

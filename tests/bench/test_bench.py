@@ -140,8 +140,8 @@ def test_traffic_counts_what_operations_read_and_write():
 
 def test_the_docs_show_what_the_formulas_give():
     text = (ROOT / "docs/kernels.md").read_text("utf-8")
-    for rows in (counts.floors, counts.plain_traffic):
-        assert measure.table(rows(AQUILAMED, counts.TOKENS)) in text
+    for rows in counts.tables(AQUILAMED, counts.TOKENS):
+        assert measure.table(rows) in text
     c, t, head = AQUILAMED, counts.TOKENS, AQUILAMED.vocab_size * counts.TOKENS
     for figure in (
         f"{counts.H200.flops / counts.H200.bandwidth:.0f} operations for each byte",
