@@ -20,6 +20,7 @@ from nanomed.batches import slices
 from nanomed.batches.loader import Loader
 from nanomed.batches.packing import Row
 from nanomed.distributed import launch, pick_device, start
+from nanomed.model.decoder import Scores
 from nanomed.runs.log import RunFolder
 from nanomed.stages import dry_run, stage
 from nanomed.training.step import Loss
@@ -27,12 +28,13 @@ from nanomed.training.trainer import fit
 
 
 def next_token_loss(data: slices.Slices, n_bytes: Tensor) -> Loss:
-    """The loss of a row, for fit(): its sum; and of each source nats per token and bits per byte,
-    which other tokenizers' models can be compared with. n_bytes[vocab]: what each id stands for."""
+    """The loss of a row, for fit(): its sum; the share of tokens that were the likeliest one; and
+    of each source nats per token and bits per byte, which other tokenizers' models can be compared
+    with. n_bytes[vocab]: what each id stands for."""
     first, source_of_span = (torch.from_numpy(x).to(n_bytes) for x in (data.first, data.source))
 
-    def loss(nll: Tensor, row: Row) -> tuple[Tensor, dict]:
-        is_label = row.labels >= 0
+    def loss(scores: Scores, row: Row) -> tuple[Tensor, dict]:
+        nll, is_label = scores.nll, row.labels >= 0
         label_bytes = n_bytes[row.labels.clamp(min=0)] * is_label
         source = source_of_span[torch.bucketize(row.examples, first, right=True) - 1]  # [segments]
         source = torch.where(row.examples < 0, -1, source)  # a filler has none
@@ -44,7 +46,7 @@ def next_token_loss(data: slices.Slices, n_bytes: Tensor) -> Loss:
             total = (nll.detach() * of_source).sum()
             nats[f"loss/{name}"] = total, (is_label & of_source).sum()
             bits[f"bits_per_byte/{name}"] = total / math.log(2), (label_bytes * of_source).sum()
-        return nll.sum(), nats | bits
+        return nll.sum(), {"accuracy": scores.right.sum(), **nats, **bits}
 
     return loss
 

@@ -19,6 +19,7 @@ from nanomed import arguments, config, store
 from nanomed.batches.loader import Loader
 from nanomed.batches.packing import Row
 from nanomed.distributed import launch, pick_device, start
+from nanomed.model.decoder import Scores
 from nanomed.runs.log import RunFolder
 from nanomed.stages import dry_run, stage
 from nanomed.stages.answers import show_answers
@@ -31,11 +32,11 @@ from nanomed.training.trainer import fit
 def preference_loss(reference: Tensor, kinds: Tensor, names: list[str], c: config.DPO) -> Loss:
     """The loss of a row, for fit(). reference[pairs,2], kinds[pairs] index names."""
 
-    def loss(nll: Tensor, row: Row) -> tuple[Tensor, dict]:
+    def loss(scores: Scores, row: Row) -> tuple[Tensor, dict]:
         pairs = row.examples[::2]
         real = (pairs >= 0).float()  # a rank without work runs a filler
-        logps, counts = segment_logps(nll, row).view(-1, 2), segment_counts(row).view(-1, 2)
-        counts = counts.clamp(min=1)  # of a filler 0
+        logps = segment_logps(scores.nll, row).view(-1, 2)
+        counts = segment_counts(row).view(-1, 2).clamp(min=1)  # of a filler 0
         losses, chosen, rejected = dpo_loss(
             *logps.unbind(1), *reference[pairs].unbind(1), c.beta, c.label_smoothing
         )

@@ -15,6 +15,7 @@ from nanomed import arguments, config, store
 from nanomed.batches.loader import Loader
 from nanomed.batches.packing import Row
 from nanomed.distributed import launch, pick_device, start
+from nanomed.model.decoder import Scores
 from nanomed.runs.log import RunFolder
 from nanomed.stages import dry_run, stage
 from nanomed.stages.answers import show_answers, show_example
@@ -22,9 +23,9 @@ from nanomed.stages.exam import show_exam
 from nanomed.training.trainer import fit
 
 
-def next_token_loss(nll: Tensor, row: Row) -> tuple[Tensor, dict[str, Tensor]]:
-    """The row's sum; fit() divides it by the trained tokens of the whole step, on all ranks."""
-    return nll.sum(), {}
+def next_token_loss(scores: Scores, row: Row) -> tuple[Tensor, dict[str, Tensor]]:
+    """The row's sums; fit() divides them by the trained tokens of the whole step, on all ranks."""
+    return scores.nll.sum(), {"accuracy": scores.right.sum()}
 
 
 def main() -> None:

@@ -88,10 +88,11 @@ def attention(c: ModelConfig, lengths: Sequence[int], e: int = 2) -> tuple[Count
 def linear_nll(c: ModelConfig, t: int, e: int = 2) -> tuple[Count, Count]:
     """t counts tokens that have a label. Forward is one product (logits), backward two (dhidden,
     dweight); logits that are computed again in backward are not counted, and neither are logits
-    that visit memory. Labels and nll: 12 bytes a token each way."""
+    that visit memory. A token's label, nll, lse and whether it is right: 17 bytes; backward its
+    label, lse and the gradients of nll and lse: 20."""
     hidden, weight, product = t * c.d_model * e, c.vocab_size * c.d_model * e, 2 * c.vocab_size
-    forward = Count(hidden + weight + 12 * t, product * c.d_model * t)
-    return forward, Count(2 * hidden + 2 * weight + 12 * t, 2 * product * c.d_model * t)
+    forward = Count(hidden + weight + 17 * t, product * c.d_model * t)
+    return forward, Count(2 * hidden + 2 * weight + 20 * t, 2 * product * c.d_model * t)
 
 
 def layer(c: ModelConfig, lengths: Sequence[int]) -> tuple[Count, Count]:

@@ -49,7 +49,7 @@ def segments_of(batch: dict[str, torch.Tensor]) -> list[Segment]:
 
 def next_token_loss(b, segments: list[Segment]) -> torch.Tensor:
     row = row_from(*zip(*segments, strict=True))
-    return b.plain(row).sum() / (row.labels >= 0).sum()
+    return b.plain(row).nll.sum() / (row.labels >= 0).sum()
 
 
 def plain_gate(b, name: str, model, batch: dict[str, torch.Tensor]) -> None:
@@ -84,7 +84,7 @@ def _dpo_loss(b, batch: dict, ids: torch.Tensor) -> torch.Tensor:
          learned[i, side][: masks[i, side].sum()].bool().numpy())
         for i in range(len(ids)) for side in (0, 1)
     ]  # fmt: skip
-    nll = b.plain(row := row_from(*zip(*segments, strict=True)))
+    nll = b.plain(row := row_from(*zip(*segments, strict=True))).nll
     logps = torch.stack([-part.sum() for part in nll.split(row.cu_seqlens.diff().tolist())])
     ratios = (logps - logps.detach()).view(-1, 2)
     margins = DPO.__dataclass_fields__["beta"].default * (ratios[:, 0] - ratios[:, 1])

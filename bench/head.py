@@ -66,9 +66,9 @@ def _triton_chunk(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) ->
 
     def step(h: Tensor, weight: Tensor, labels: Tensor, part: Tensor) -> tuple[Tensor, Tensor]:
         logits = torch.mm(h, weight.T, out=triton._logits(workspace, h, weight))
-        nll, lse = torch.zeros_like(ones), torch.empty(len(part), device=h.device)
-        triton._launch_forward(logits, part, labels, nll, lse)
-        triton._launch_backward(logits, part, labels, ones, lse)
+        nll, lse, right = (torch.zeros_like(x) for x in (ones, ones, labels.bool()))
+        triton._launch_forward(logits, part, labels, nll, lse, right)
+        triton._launch_backward(logits, part, labels, ones, ones, lse)
         return nll.sum(), logits
 
     return step
@@ -89,7 +89,7 @@ def measure(s: Setting, t: int, chunk: int) -> None:
     weight = (s.randn(v, d) * 2 * d**-0.5).requires_grad_()
     labels = torch.randint(v, (t,), device=s.device)
     works = {
-        OURS: lambda: kernels.linear_nll(hidden, weight, labels).sum(),
+        OURS: lambda: kernels.linear_nll(hidden, weight, labels)[0].sum(),
         OTHER: lambda: SumOfNLL.apply(hidden, weight, labels, chunk),
     }
     calls = {n: lambda f=f: torch.autograd.grad(f(), (hidden, weight)) for n, f in works.items()}

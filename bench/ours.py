@@ -98,7 +98,7 @@ class Ours:
             world_size=world.size,
         )  # fmt: skip
         self.meter = Meter(config, world.size)
-        self.loss = lambda nll, row: (nll.sum(), {})
+        self.loss = lambda scores, row: (scores.nll.sum(), {})
         if isinstance(c, DPO):
             self.loss = self._preference_loss(world)
 
@@ -147,8 +147,8 @@ class Split:
         ours, self.before = self.ours, (self.ours.loss, step.get_total_norm)
         self.hook = ours.model.register_forward_pre_hook(lambda *_: self.mark("forward"))
 
-        def loss(nll, row):
-            value = self.before[0](nll, row)
+        def loss(scores, row):
+            value = self.before[0](scores, row)
             self.mark("backward")
             return value
 

@@ -115,6 +115,8 @@ def attention(
     return _run("attention", q, k, v, cu_seqlens, max_seqlen)
 
 
-def linear_nll(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """hidden[T,D], weight[V,D], labels[T] -> nll[T] float32."""
+def linear_nll(
+    hidden: Tensor, weight: Tensor, labels: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:  # hidden[T,D], weight[V,D], labels[T] -> [T] each
+    """(nll, lse, right): float32, float32, bool; 0 and False where the label is -100."""
     return _run("linear_nll", hidden, weight, labels)

@@ -22,14 +22,16 @@ from kernels.chunk import chunk_tokens
 BLOCK = 4096  # logits that a program holds at once
 
 
-# Lists of tokens begin where a chunk does: whether that is aligned must not compile a kernel again.
-@triton.jit(do_not_specialize_on_alignment=["rows_ptr", "labels_ptr", "nll_ptr", "lse_ptr"])
+# A chunk's tokens begin anywhere in their list: whether that is aligned must not compile a kernel
+# again. The same of labels and gradients, which come from outside.
+@triton.jit(do_not_specialize_on_alignment=["tokens_ptr", "labels_ptr"])
 def _forward(
-    logits_ptr, rows_ptr, labels_ptr, nll_ptr, lse_ptr,
+    logits_ptr, tokens_ptr, labels_ptr, nll_ptr, lse_ptr, right_ptr,
     V: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One token: lse = log(sum(exp(z))), nll = lse - z[label]. The sum is relative to the largest
-    logit m so far; when a larger one comes, what was summed shrinks by exp(m_old - m)."""
+    """One token: lse = log(sum(exp(z))), nll = lse - z[label], right = (z[label] is the largest).
+    The sum is relative to the largest logit m so far; when a larger one comes, what was summed
+    shrinks by exp(m_old - m)."""
     i = tl.program_id(0).to(tl.int64)  # i * STRIDE passes 2^31 from 14 thousand tokens
     logits_ptr += i * STRIDE
     m, total = -float("inf"), 0.0
@@ -41,32 +43,34 @@ def _forward(
         m_old, m = m, tl.maximum(m, tl.max(z))
         total = total * tl.exp(m_old - m) + tl.sum(tl.exp(z - m))
     lse = m + tl.log(total)
-    token = tl.load(rows_ptr + i)
+    token = tl.load(tokens_ptr + i)
     label = tl.load(labels_ptr + token)
     # A label outside the vocabulary becomes nan, which stops a run; it reads nobody's memory.
     z = tl.load(logits_ptr + label, mask=label < V, other=float("nan")).to(tl.float32)
     tl.store(nll_ptr + token, lse - z)
-    tl.store(lse_ptr + i, lse)
+    tl.store(lse_ptr + token, lse)
+    tl.store(right_ptr + token, z == m)
 
 
-@triton.jit(do_not_specialize_on_alignment=["rows_ptr", "labels_ptr", "dnll_ptr", "lse_ptr"])
+@triton.jit(do_not_specialize_on_alignment=["tokens_ptr", "labels_ptr", "dnll_ptr", "dboth_ptr"])
 def _backward(
-    logits_ptr, rows_ptr, labels_ptr, dnll_ptr, lse_ptr,
+    logits_ptr, tokens_ptr, labels_ptr, dnll_ptr, dboth_ptr, lse_ptr,
     V: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A block of one token's logits z becomes their gradient, in place:
 
-    dz = (p - onehot(label)) dnll with p = softmax(z) = exp(z - lse)"""
+    dz = p dboth - onehot(label) dnll with p = softmax(z) = exp(z - lse), dboth = dlse + dnll"""
     i = tl.program_id(0).to(tl.int64)
     v = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    token = tl.load(rows_ptr + i)
+    token = tl.load(tokens_ptr + i)
     label = tl.load(labels_ptr + token)
     dnll = tl.load(dnll_ptr + token)
-    lse = tl.load(lse_ptr + i)
+    dboth = tl.load(dboth_ptr + token)
+    lse = tl.load(lse_ptr + token)
     logits_ptr += i * STRIDE
     z = tl.load(logits_ptr + v, mask=v < STRIDE, other=0).to(tl.float32)
     z = tl.where(v < V, z, -float("inf"))
-    dz = (tl.exp(z - lse) - tl.where(v == label, 1.0, 0.0)) * dnll
+    dz = tl.exp(z - lse) * dboth - tl.where(v == label, dnll, 0.0)
     tl.store(logits_ptr + v, dz, mask=v < STRIDE)  # zeros into the padding
 
 
@@ -86,16 +90,17 @@ def _logits(workspace: Tensor, h: Tensor, weight: Tensor) -> Tensor:
     return workspace[: len(h), : len(weight)]
 
 
-def _launch_forward(logits: Tensor, rows: Tensor, labels: Tensor, nll: Tensor, lse: Tensor):
-    """logits[C,V] of the tokens rows[C]: writes these places of nll[T], and lse[C]."""
-    _forward[(len(rows),)](logits, rows, labels, nll, lse, **_tile(logits.shape[1]))
+def _launch_forward(logits: Tensor, tokens: Tensor, *of_tokens: Tensor) -> None:
+    """logits[C,V] of the tokens[C]; labels, nll, lse, right, each [T]: writes the tokens' places
+    of the last three."""
+    _forward[(len(tokens),)](logits, tokens, *of_tokens, **_tile(logits.shape[1]))
 
 
-def _launch_backward(logits: Tensor, rows: Tensor, labels: Tensor, dnll: Tensor, lse: Tensor):
-    """logits[C,V] of the tokens rows[C] become their gradient; dnll[T], lse[C]."""
+def _launch_backward(logits: Tensor, tokens: Tensor, *of_tokens: Tensor) -> None:
+    """logits[C,V] of the tokens[C] become their gradient; labels, dnll, dboth, lse, each [T]."""
     tile = _tile(logits.shape[1])
-    grid = len(rows), triton.cdiv(tile["STRIDE"], tile["BLOCK"])
-    _backward[grid](logits, rows, labels, dnll, lse, **tile)
+    grid = len(tokens), triton.cdiv(tile["STRIDE"], tile["BLOCK"])
+    _backward[grid](logits, tokens, *of_tokens, **tile)
 
 
 def _tile(v: int) -> dict[str, int]:
@@ -113,58 +118,60 @@ def _add_matmul(out: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 class _LinearNLL(torch.autograd.Function):
-    """With dz from _backward: d nll / d h = W^T dz and d nll / d W = dz h^T."""
+    """With dz from _backward: dh = W^T dz and dW = dz h^T."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        # The trained tokens. Their number decides shapes, so the host waits here for the GPU.
-        rows = (labels >= 0).nonzero()[:, 0]
+    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor):
+        # The tokens that have a label. Their number decides shapes: the host waits for the GPU.
+        trained = (labels >= 0).nonzero()[:, 0]
         labels = labels.contiguous()
         nll = torch.zeros(labels.shape, dtype=torch.float32, device=hidden.device)
-        lse = torch.empty(rows.shape, dtype=torch.float32, device=hidden.device)
-        workspace = _workspace(len(rows), hidden, weight)
-        for part, lse_part in _chunks(workspace, rows, lse):
+        lse, right = torch.zeros_like(nll), torch.zeros_like(labels, dtype=torch.bool)
+        workspace = _workspace(len(trained), hidden, weight)
+        for part in _chunks(trained, workspace):
             h = hidden[part]
             logits = torch.mm(h, weight.T, out=_logits(workspace, h, weight))
-            _launch_forward(logits, part, labels, nll, lse_part)
-        ctx.save_for_backward(hidden, weight, labels, rows, lse)
+            _launch_forward(logits, part, labels, nll, lse, right)
+        ctx.save_for_backward(hidden, weight, labels, trained, lse)
         # At the peak of memory, the beginning of backward, it has its place anyway.
         ctx.workspace = workspace
-        return nll
+        ctx.mark_non_differentiable(right)
+        ctx.set_materialize_grads(False)  # what no loss used has None
+        return nll, lse, right
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dnll: Tensor):
-        hidden, weight, labels, rows, lse = ctx.saved_tensors
-        dnll = dnll.contiguous()
+    def backward(ctx, dnll: Tensor | None, dlse: Tensor | None, _):
+        hidden, weight, labels, trained, lse = ctx.saved_tensors
+        dnll = torch.zeros_like(lse) if dnll is None else dnll.contiguous()
+        dboth = dnll if dlse is None else dnll + dlse
         # The kernel overwrites the logits, so they serve one backward pass.
         workspace, ctx.workspace = ctx.workspace, None
         has_logits = workspace is not None
         if not has_logits:
-            workspace = _workspace(len(rows), hidden, weight)
+            workspace = _workspace(len(trained), hidden, weight)
         dhidden = torch.zeros_like(hidden)
         # float32 whatever the weight's dtype: bfloat16 sums over chunks lose small gradients.
         dweight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-        for part, lse_part in reversed(_chunks(workspace, rows, lse)):
+        for part in reversed(_chunks(trained, workspace)):
             h = hidden[part]
             dlogits = _logits(workspace, h, weight)
             if not has_logits:
                 torch.mm(h, weight.T, out=dlogits)
             has_logits = False  # of the chunks before it
-            _launch_backward(dlogits, part, labels, dnll, lse_part)
+            _launch_backward(dlogits, part, labels, dnll, dboth, lse)
             dhidden[part] = dlogits @ weight
             _add_matmul(dweight, dlogits.T, h)
         workspace = dlogits = h = None  # before the cast takes memory
         return dhidden, dweight.to(weight.dtype), None
 
 
-def _chunks(workspace: Tensor, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
-    """The tensors' first dimensions in parts that fit the workspace; none if they are empty."""
-    if not len(tensors[0]):
-        return []
-    return list(zip(*(t.split(len(workspace)) for t in tensors), strict=True))
+def _chunks(tokens: Tensor, workspace: Tensor) -> list[Tensor]:
+    """The tokens in parts that fit the workspace; none if there are none."""
+    return list(tokens.split(len(workspace))) if len(tokens) else []
 
 
-def linear_nll(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """hidden[T,D], weight[V,D], labels[T] -> nll[T] float32; exactly 0 where the label is -100."""
+def linear_nll(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """hidden[T,D], weight[V,D], labels[T] -> nll[T], lse[T] float32, right[T] bool; 0 and False
+    where the label is -100."""
     return _LinearNLL.apply(hidden, weight, labels)

@@ -112,26 +112,28 @@ def causal_flag(flags: Container[str]) -> dict[str, object]:
     return {"window_size": (-1, 0)} if "window_size" in flags else {"is_causal": True}
 
 
-def linear_nll(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """-log softmax(hidden @ weight.T)[label] per token: hidden[T,D], weight[V,D], labels[T] -> [T].
+def linear_nll(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each token's logits z = weight @ hidden: (nll, lse, right), from hidden[T,D], weight[V,D],
+    labels[T]. nll[T] float32 is -log softmax(z)[label], lse[T] float32 log(sum(exp(z))), right[T]
+    bool whether no logit is larger than the label's; 0 and False where the label is -100.
 
-    float32; exactly 0 where the label is -100. Tokens without a label are skipped before the
-    matmul, and logits exist one chunk at a time. Backward begins with the last chunk, whose
-    softmax is still there, and computes the logits of the others again.
+    nll and lse have gradients. Tokens without a label are skipped before the matmul, and logits
+    exist one chunk at a time. Backward begins with the last chunk, whose softmax is still there,
+    and computes the logits of the others again.
     """
     return _LinearNLL.apply(hidden, weight, labels)
 
 
 class _LinearNLL(torch.autograd.Function):
-    """With p = softmax(z), z = W h: d nll / d z = p - onehot(label), hence
-    d nll / d h = W^T (p - onehot) and d nll / d W = (p - onehot) h^T."""
+    """With p = softmax(z), z = W h: d lse / d z = p and d nll / d z = p - onehot(label), so
+    dz = p (dlse + dnll) - onehot(label) dnll; then dh = W^T dz and dW = dz h^T."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        rows = (labels >= 0).nonzero()[:, 0]  # the trained tokens
+    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor):
+        trained = (labels >= 0).nonzero()[:, 0]  # the tokens that have a label
         nll = hidden.new_zeros(labels.shape, dtype=torch.float32)
-        lse = torch.zeros_like(nll)
-        for part in rows.split(_chunk(len(rows), weight)):
+        lse, right = torch.zeros_like(nll), torch.zeros_like(labels, dtype=torch.bool)
+        for part in trained.split(_chunk(len(trained), weight)):
             logits = (hidden[part] @ weight.T).float()
             target = logits.gather(1, labels[part, None])[:, 0]
             # In place: on a CPU, fresh memory of this size costs more than the arithmetic.
@@ -139,25 +141,31 @@ class _LinearNLL(torch.autograd.Function):
             total = logits.sub_(top).exp_().sum(1, keepdim=True)
             lse[part] = (total.log() + top)[:, 0]
             nll[part] = lse[part] - target
-        ctx.save_for_backward(hidden, weight, labels, rows, lse)
+            right[part] = target == top[:, 0]
+        ctx.save_for_backward(hidden, weight, labels, trained, lse)
         # At the peak of memory, the beginning of backward, a chunk has its place anyway.
-        ctx.softmax = logits.div_(total) if len(rows) else None
-        return nll
+        ctx.softmax = logits.div_(total) if len(trained) else None
+        ctx.mark_non_differentiable(right)
+        ctx.set_materialize_grads(False)  # what no loss used has None
+        return nll, lse, right
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dnll: Tensor):
-        hidden, weight, labels, rows, lse = ctx.saved_tensors
+    def backward(ctx, dnll: Tensor | None, dlse: Tensor | None, _):
+        hidden, weight, labels, trained, lse = ctx.saved_tensors
+        dnll = torch.zeros_like(lse) if dnll is None else dnll
+        dboth = dnll if dlse is None else dnll + dlse
         dhidden = torch.zeros_like(hidden)
         # float32 whatever the weight's dtype: bfloat16 sums over chunks lose small gradients.
         dweight = torch.zeros_like(weight, dtype=torch.float32)
-        for part in reversed(rows.split(_chunk(len(rows), weight))):
+        for part in reversed(trained.split(_chunk(len(trained), weight))):
             h = hidden[part]
             dlogits, ctx.softmax = ctx.softmax, None  # changed in place: it serves once
             if dlogits is None:
                 dlogits = (h @ weight.T).float().sub_(lse[part, None]).exp_()  # softmax
-            dlogits[torch.arange(len(part), device=h.device), labels[part]] -= 1
-            dlogits = dlogits.mul_(dnll[part, None]).to(h.dtype)
+            dlogits.mul_(dboth[part, None])
+            dlogits[torch.arange(len(part), device=h.device), labels[part]] -= dnll[part]
+            dlogits = dlogits.to(h.dtype)
             dhidden[part] = dlogits @ weight
             _add_matmul(dweight, dlogits.T, h)
         return dhidden, dweight.to(weight.dtype), None

@@ -65,16 +65,21 @@ def swiglu(n: int, f: int = 70) -> Case:
 
 
 def linear_nll(n: int, d: int = 20, v: int = 97, trained: float = 0.7) -> Case:
-    """A share of the labels is -100, so is the last."""
+    """A share of the labels is -100, so is the last. Every fourth token points where its label's
+    row of the weight does, so that this label is right."""
     generator = torch.Generator().manual_seed(n + v)
+    hidden, weight = randn(n, d), randn(v, d)
     labels = torch.randint(v, (n,), generator=generator)
+    hidden[1::4] = weight[labels[1::4]]
     labels[torch.rand(n, generator=generator) >= trained] = -100
     labels[-1] = -100
 
     def truth(hidden, weight, labels):
-        return F.cross_entropy(hidden @ weight.T, labels, ignore_index=-100, reduction="none")
+        logits, learned = hidden @ weight.T, labels >= 0
+        nll = F.cross_entropy(logits, labels, ignore_index=-100, reduction="none")
+        return nll, logits.logsumexp(-1) * learned, logits.argmax(-1) == labels
 
-    return Case("linear_nll", (randn(n, d), randn(v, d)), (labels,), truth)
+    return Case("linear_nll", (hidden, weight), (labels,), truth)
 
 
 CASES = {"rmsnorm": rmsnorm, "rope": rope, "swiglu": swiglu, "linear_nll": linear_nll}
@@ -95,18 +100,21 @@ def poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def run(op: Callable, inputs: tuple, others: tuple, douts: tuple | None = None):
-    """(outputs, gradients of the inputs, incoming gradients); these are random, drawn once."""
+    """(outputs, gradients of the inputs, incoming gradients); these are random, drawn once, and
+    there is none for an output of booleans."""
     leaves = [x.detach().requires_grad_() for x in inputs]  # with the strides of the views
     outputs = op(*leaves, *others)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    numbers = [y for y in outputs if y.dtype != torch.bool]
     if douts is None:
-        douts = tuple(randn(*y.shape, seed=i + 1).to(y) for i, y in enumerate(outputs))
-    given = tuple(d.to(y) for d, y in zip(douts, outputs, strict=True))
-    return [y.detach() for y in outputs], torch.autograd.grad(outputs, leaves, given), given
+        douts = tuple(randn(*y.shape, seed=i + 1).to(y) for i, y in enumerate(numbers))
+    given = tuple(d.to(y) for d, y in zip(douts, numbers, strict=True))
+    return [y.detach() for y in outputs], torch.autograd.grad(numbers, leaves, given), given
 
 
 def error(ours: Tensor, truth: Tensor) -> float:
     """Relative, of the whole tensor; a single nan makes it nan."""
+    truth = truth.double()
     return ((ours.double() - truth).norm() / truth.norm().clamp(min=1e-30)).item()
 
 
@@ -172,9 +180,11 @@ def check_untrained_tokens_meet_no_matmul(op: Callable) -> None:
     labels = torch.full((30,), -100, device=DEVICE)
     labels[[4, 5, 28]] = 7
     with Matmuls() as seen:
-        nll = op(hidden, weight, labels)
+        nll, lse, right = op(hidden, weight, labels)
     assert (seen.n, seen.rows) == (1, 3)
-    assert nll[[4, 5, 28]].all() and nll.count_nonzero() == 3
+    for scores in (nll, lse):
+        assert scores[[4, 5, 28]].all() and scores.count_nonzero() == 3
+    assert not right[labels < 0].any()
 
 
 def check_the_last_chunk_serves_once(op: Callable, n_chunks: int) -> None:
@@ -184,7 +194,7 @@ def check_the_last_chunk_serves_once(op: Callable, n_chunks: int) -> None:
     hidden, weight = (like(x, torch.float32).requires_grad_() for x in case.inputs)
     labels = case.others[0].to(DEVICE)
     with Matmuls() as forward:
-        nll = op(hidden, weight, labels)
+        nll = op(hidden, weight, labels)[0]
     with Matmuls() as first:
         wanted = torch.autograd.grad(nll.sum(), (hidden, weight), retain_graph=True)
     with Matmuls() as second:

@@ -53,7 +53,7 @@ def loader_of(world, c: SFT) -> Loader:
 
 def _sft(world, given: dict):
     c = settings(**given)
-    return c, loader_of(world, c), lambda nll, row: (nll.sum(), {})
+    return c, loader_of(world, c), lambda scores, row: (scores.nll.sum(), {})
 
 
 def _dpo(world, given: dict):

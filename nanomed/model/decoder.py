@@ -9,6 +9,7 @@ Module names are the Hugging Face names without the `model.` prefix, so weights 
 
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,14 @@ from nanomed.config import ModelConfig
 from nanomed.distributed import fill
 from nanomed.model.cache import Cache
 from nanomed.model.recompute import rebuilt_for
+
+
+class Scores(NamedTuple):
+    """What the model says of each label; 0 and False where the label is -100."""
+
+    nll: Tensor  # [T] float32, the label's negative log-likelihood
+    lse: Tensor  # [T] float32, log(sum(exp(logits))); it has a gradient, as nll has
+    right: Tensor  # [T] bool, whether no logit is larger than the label's
 
 
 class RMSNorm(nn.Module):
@@ -112,10 +121,10 @@ class Head(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(c.vocab_size, c.d_model))
 
-    def forward(self, hidden: Tensor, labels: Tensor | None) -> Tensor:
+    def forward(self, hidden: Tensor, labels: Tensor | None) -> Scores | Tensor:
         if labels is None:
             return hidden @ self.weight.T  # [T,V]
-        return kernels.linear_nll(hidden, self.weight, labels)  # [T] float32
+        return Scores(*kernels.linear_nll(hidden, self.weight, labels))
 
 
 class Aquila(nn.Module):
@@ -140,9 +149,9 @@ class Aquila(nn.Module):
         logits: bool = False,
         cache: list[Cache] | None = None,
         at: Tensor | None = None,
-    ) -> Tensor:
-        """The negative log-likelihood of each label, nll[T] float32 (0 where the label is -100);
-        with logits=True the logits [T, V] instead, for inspection and plain generation.
+    ) -> Scores | Tensor:
+        """The scores of the row's labels; with logits=True the logits [T, V] instead, for
+        inspection and plain generation.
 
         `cache` has for each layer what its attention sees besides the row: model/cache.py. `at[n]`
         are the places in the row that are asked for, [T] of them by default; row.labels then has

@@ -71,7 +71,7 @@ def replay(path: Path, world: World, show_text: bool = False) -> list[int]:
 def run_alone(model: nn.Module, segments: list, device: torch.device) -> tuple[float, float]:
     """(next-token loss per trained token, gradient norm) of one example."""
     row = row_from(*zip(*segments, strict=True)).to(device)
-    loss = model(row).sum() / (row.labels >= 0).sum()
+    loss = model(row).nll.sum() / (row.labels >= 0).sum()
     loss.backward()
     squares = sum(full(param.grad.norm() ** 2).item() for param in model.parameters())
     model.zero_grad()

@@ -171,7 +171,7 @@ def _view(
 ) -> RowView | str:
     if row is None:
         return name
-    nll = None if model is None else model(row.to(next(model.parameters()).device)).cpu()
+    nll = None if model is None else model(row.to(next(model.parameters()).device)).nll.cpu()
     return view(row, encoder, chats, nll, name)
 
 

@@ -52,7 +52,7 @@ def answer_logps(model: nn.Module, loader: Loader, world: World) -> Tensor:
     hidden = not (world.is_main and is_terminal())
     for row in tqdm(rows, desc="reference", unit="row", disable=hidden):
         row = row.to(world.device)
-        pairs = segment_logps(model(row), row).view(-1, 2)
+        pairs = segment_logps(model(row).nll, row).view(-1, 2)
         examples = row.examples[::2]
         logps[examples[examples >= 0]] = pairs[examples >= 0]
     return sum_over_ranks(logps)  # each pair is in one row of one rank, and 0 elsewhere

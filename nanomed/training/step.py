@@ -12,12 +12,13 @@ from nanomed.batches.loader import Loader
 from nanomed.batches.packing import Row
 from nanomed.config import Run
 from nanomed.distributed import full, sum_over_ranks
+from nanomed.model.decoder import Scores
 from nanomed.runs.log import Meter, RunFolder
 
 # A metric's sum over a row, to be divided as the loss is; or (sum, what to divide it by).
 Metric = Tensor | tuple[Tensor, Tensor]
-# (nll[T], row) -> (this row's summed loss, metrics); fit() divides by the step's divisor.
-Loss = Callable[[Tensor, Row], tuple[Tensor, dict[str, Metric]]]
+# (scores, row) -> (this row's summed loss, metrics); fit() divides by the step's divisor.
+Loss = Callable[[Scores, Row], tuple[Tensor, dict[str, Metric]]]
 COUNT = " count"  # ends the name of a sum that another one is divided by
 
 

@@ -20,7 +20,10 @@ def randn(*shape: int, dtype=torch.float64) -> torch.Tensor:
 
 def gradients(output: torch.Tensor, *inputs: torch.Tensor) -> list[torch.Tensor]:
     weights = torch.linspace(-1, 2, output.numel(), dtype=output.dtype).view(output.shape)
-    return [output.detach(), *torch.autograd.grad((output * weights).sum(), inputs)]
+    return [
+        output.detach(),
+        *torch.autograd.grad((output * weights).sum(), inputs, retain_graph=True),
+    ]
 
 
 def assert_same(ours, theirs, tolerance=1e-6):
@@ -82,16 +85,26 @@ def test_attention_within_segments():
 
 @pytest.mark.parametrize("chunk", [3, 1024])
 def test_linear_nll_equals_dense_log_softmax(monkeypatch, chunk):
-    """pitfalls 22: chunked loss and gradients equal dense ones, at any chunk."""
+    """pitfalls 22: chunked scores and gradients equal dense ones, at any chunk."""
     monkeypatch.setattr(reference, "LOGITS_CPU", chunk * 29)
     hidden, weight = randn(11, 6, dtype=torch.float32), randn(29, 6, dtype=torch.float32)
     labels = torch.tensor([3, -100, 28, 0, -100, 7, 7, 7, 1, 2, -100])
-    ours = kernels.linear_nll(hidden, weight, labels)
-    assert ours.dtype == torch.float32 and (ours[labels < 0] == 0).all()
     h, w = (x.detach().double().requires_grad_() for x in (hidden, weight))
-    logp = (h @ w.T).log_softmax(-1)
-    dense = -logp.gather(1, labels.clamp(min=0)[:, None])[:, 0] * (labels >= 0)
-    assert_same(gradients(ours, hidden, weight), gradients(dense, h, w), tolerance=1e-6)
+    logits, learned = h @ w.T, labels >= 0
+    labels[0] = logits[0].argmax()
+    dense_nll = -logits.log_softmax(-1).gather(1, labels.clamp(min=0)[:, None])[:, 0] * learned
+    dense_lse = logits.logsumexp(-1) * learned
+    for loss in (lambda nll, lse: nll, lambda nll, lse: lse, lambda nll, lse: nll + lse**2):
+        nll, lse, right = kernels.linear_nll(hidden, weight, labels)
+        assert nll.dtype == lse.dtype == torch.float32 and not (nll + lse)[~learned].any()
+        assert torch.equal(right, logits.argmax(-1) == labels) and right[0]
+        wanted = gradients(loss(dense_nll, dense_lse), h, w)
+        assert_same(gradients(loss(nll, lse), hidden, weight), wanted, tolerance=1e-6)
+
+
+def test_a_label_that_shares_the_largest_logit_is_right():
+    hidden, weight = torch.ones(3, 2), torch.tensor([[1.0, 1.0], [2.0, 0.0], [0.0, 1.0]])
+    assert kernels.linear_nll(hidden, weight, torch.arange(3))[2].tolist() == [True, True, False]
 
 
 @pytest.mark.parametrize("n_chunks", [1, 4])
@@ -103,8 +116,9 @@ def test_linear_nll_computes_the_last_chunks_logits_once(monkeypatch, n_chunks):
 def test_linear_nll_without_any_label_has_a_graph_and_zero_gradients():
     """A rank's filler row: it must take part in the backward pass of a sharded head."""
     hidden, weight = randn(4, 6), randn(29, 6)
-    nll = kernels.linear_nll(hidden, weight, torch.full((4,), -100))
-    nll.sum().backward()
+    nll, lse, right = kernels.linear_nll(hidden, weight, torch.full((4,), -100))
+    (nll + lse).sum().backward()
+    assert not nll.any() and not lse.any() and not right.any()
     assert not hidden.grad.any() and not weight.grad.any()
 
 
@@ -117,7 +131,8 @@ def test_linear_nll_never_holds_all_logits(monkeypatch):
     monkeypatch.setattr(reference, "LOGITS_CPU", 16 * 100)
     hidden, weight = randn(400, 4), randn(100, 4)
     with Largest() as seen:
-        kernels.linear_nll(hidden, weight, torch.zeros(400, dtype=torch.int64)).sum().backward()
+        labels = torch.zeros(400, dtype=torch.int64)
+        kernels.linear_nll(hidden, weight, labels)[0].sum().backward()
     assert seen.bytes == 8 * max(16 * 100, 400 * 4)
     with Largest() as seen:  # the counter sees what a dense head would make
         (hidden @ weight.T).log_softmax(-1)
@@ -128,7 +143,7 @@ def test_backward_changes_nothing_it_was_given():
     hidden, weight, labels = randn(5, 6), randn(9, 6), torch.arange(5)
     before = hidden.detach().clone(), weight.detach().clone()
     dnll = torch.ones(5)
-    kernels.linear_nll(hidden, weight, labels).backward(dnll)
+    kernels.linear_nll(hidden, weight, labels)[0].backward(dnll)
     assert torch.equal(hidden, before[0]) and torch.equal(weight, before[1])
     assert (dnll == 1).all()
 

@@ -105,32 +105,35 @@ def test_head_never_holds_all_logits(monkeypatch):
     case = kernel_cases.linear_nll(100, d=4, v=100, trained=1.0)
     hidden, weight = (x.float().to(DEVICE).requires_grad_() for x in case.inputs)
     with kernel_cases.Largest() as seen:
-        triton_op("linear_nll")(hidden, weight, case.others[0].to(DEVICE)).sum().backward()
+        triton_op("linear_nll")(hidden, weight, case.others[0].to(DEVICE))[0].sum().backward()
     assert seen.bytes == 4 * 16 * 128
 
 
 def test_head_without_any_label_has_a_graph_and_zero_gradients():
     hidden, weight = (torch.randn(*s, device=DEVICE).requires_grad_() for s in ((5, 6), (29, 6)))
     labels = torch.full((5,), -100, device=DEVICE)
-    nll = triton_op("linear_nll")(hidden, weight, labels)
-    nll.sum().backward()
-    assert not nll.any() and not hidden.grad.any() and not weight.grad.any()
+    nll, lse, right = triton_op("linear_nll")(hidden, weight, labels)
+    (nll + lse).sum().backward()
+    assert not nll.any() and not lse.any() and not right.any()
+    assert not hidden.grad.any() and not weight.grad.any()
 
 
 def test_a_label_outside_the_vocabulary_is_nan():
     hidden, weight = torch.randn(2, 6, device=DEVICE), torch.randn(29, 6, device=DEVICE)
-    nll = triton_op("linear_nll")(hidden, weight, torch.tensor([28, 29], device=DEVICE))
-    assert nll[0].isfinite() and nll[1].isnan()
+    labels = torch.tensor([28, 29], device=DEVICE)
+    nll, _, right = triton_op("linear_nll")(hidden, weight, labels)
+    assert nll[0].isfinite() and nll[1].isnan() and not right[1]
 
 
 def test_logits_far_from_zero():
     """exp would overflow, or the sum of exps be zero, without the running maximum. It changes: the
-    largest logits are in the second block."""
+    largest logits are in the second block. In float32 a log-sum-exp near 50 is rounded by 2e-6, and
+    so is the softmax that it makes."""
     case = kernel_cases.linear_nll(9, v=4500)
     case.inputs[1][4200:] *= 2
-    check(triton_op("linear_nll"), case, tolerance=TOLERANCE)
+    check(triton_op("linear_nll"), case, tolerance=3 * TOLERANCE)
     case.inputs = (200 * case.inputs[0], case.inputs[1])
-    check(triton_op("linear_nll"), case, tolerance=TOLERANCE)
+    check(triton_op("linear_nll"), case, tolerance=3 * TOLERANCE)
 
 
 @pytest.mark.parametrize("op", MODULES)
@@ -146,7 +149,7 @@ def test_layouts_that_autograd_hands_over(op):
         leaves = [x.to(dtype).requires_grad_() for x in inputs]
         outputs = op(*leaves, *others)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        return torch.autograd.grad(sum(y.sum() for y in outputs), leaves)
+        return torch.autograd.grad(sum(y.sum() for y in outputs if y.requires_grad), leaves)
 
     ours, truth = gradients(triton_op(op), torch.float32), gradients(case.truth, torch.float64)
     assert all(kernel_cases.error(a, b) <= TOLERANCE for a, b in zip(ours, truth, strict=True))
@@ -193,6 +196,8 @@ MUTANTS = {
     "swiglu dgate": ("swiglu", "(1 + g * (1 - s))", "(1 - g * (1 - s))"),
     "swiglu dup": ("swiglu", "dup_ptr + row * F + f, dy", "dup_ptr + row * F + f, -dy"),
     "linear_nll": ("linear_nll", "- tl.where(v == label", "+ tl.where(v == label"),
+    "linear_nll dlse": ("linear_nll", "else dnll + dlse", "else dnll"),
+    "linear_nll right": ("linear_nll", "right_ptr + token, z == m", "right_ptr + token, z < m"),
     # And one store that stops short.
     "unwritten": ("swiglu", "sigmoid(g) * u, mask=f < F", "sigmoid(g) * u, mask=f < F - 1"),
 }  # fmt: skip
@@ -246,7 +251,7 @@ def check_compiled(reports: dict[str, dict]) -> None:
 
 def nll_and_gradients(model, row) -> list[torch.Tensor]:
     model.zero_grad()
-    nll = model(row)
+    nll = model(row).nll
     nll.sum().backward()
     return [nll.detach(), *(p.grad.clone() for p in model.parameters())]
 

@@ -42,7 +42,7 @@ def losses(world, config, dtype: str) -> tuple[list[float], set[torch.dtype]]:
         ListData.of_lengths([20, 41, 9, 33, 17, 50, 28, 60]), np.arange(8), np.arange(0),
         batch_size=8, micro_tokens=128, epochs=STEPS, rank=world.rank, world_size=world.size,
     )  # fmt: skip
-    loss = lambda nll, row: (nll.sum(), {})  # noqa: E731
+    loss = lambda scores, row: (scores.nll.sum(), {})  # noqa: E731
     for k in range(STEPS):
         found.append(train_step(c, model, Seen(), loader, loss, k, 1e-2, meter).loss)
     assert all(full(p).isfinite().all() for p in model.parameters())

@@ -34,7 +34,7 @@ def nll_and_gradients(model: Aquila, segments: list[list[int]], only: int):
     row = row_from(segments)
     start, end = row.cu_seqlens[only : only + 2].tolist()
     model.zero_grad()
-    nll = model(row)[start:end]
+    nll = model(row).nll[start:end]
     nll.sum().backward()
     return [nll.detach(), *(p.grad.clone() for p in model.parameters())]
 
@@ -82,7 +82,7 @@ def test_changing_a_segment_changes_no_other_number(model, segments):
     changed = [list(s) for s in segments]
     changed[2] = [(i + 1) % 97 for i in changed[2]]
     with torch.no_grad():
-        before, after = model(row), model(row_from(changed))
+        before, after = model(row).nll, model(row_from(changed)).nll
     start, end = row.cu_seqlens[2:4].tolist()
     others = [*range(start), *range(end, len(before))]
     assert torch.equal(before[others], after[others])
@@ -121,12 +121,19 @@ def test_equals_transformers(model, small, segments, name):
             assert (ours - theirs(torch.tensor([segment])).logits[0]).abs().max() < 1e-4
 
 
-def test_nll_is_the_logits_own(model, segments):
+def test_scores_are_the_logits_own(model, segments):
     row = row_from(segments)
     with torch.no_grad():
-        logp = model(row, logits=True).double().log_softmax(-1)
-        picked = -logp.gather(1, row.labels.clamp(min=0)[:, None])[:, 0] * (row.labels >= 0)
-        assert (model(row) - picked).abs().max() < 1e-5
+        logits = model(row, logits=True).double()
+        learned = row.labels >= 0
+        labels = torch.where(learned, logits.argmax(-1), -100)
+        labels[:5] = row.labels[:5]
+        row = dataclasses.replace(row, labels=labels)
+        picked = -logits.log_softmax(-1).gather(1, labels.clamp(min=0)[:, None])[:, 0]
+        scores = model(row)
+        assert (scores.nll - picked * learned).abs().max() < 1e-5
+        assert (scores.lse - logits.logsumexp(-1) * learned).abs().max() < 1e-5
+        assert torch.equal(scores.right, logits.argmax(-1) == labels) and scores.right.any()
 
 
 def test_recompute_changes_no_gradient(model, segments):
@@ -137,7 +144,7 @@ def test_recompute_changes_no_gradient(model, segments):
         copy = Aquila(dropped, recompute)
         copy.load_state_dict(model.state_dict())
         torch.manual_seed(5)
-        copy(row_from(segments)).sum().backward()
+        copy(row_from(segments)).nll.sum().backward()
         results.append([p.grad for p in copy.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
@@ -147,8 +154,8 @@ def test_dropout_only_in_training(model, segments):
     copy.load_state_dict(model.state_dict())
     row = row_from(segments)
     with torch.no_grad():
-        assert torch.equal(copy.eval()(row), model(row))
-        assert not torch.equal(copy.train()(row), model(row))
+        assert torch.equal(copy.eval()(row).nll, model(row).nll)
+        assert not torch.equal(copy.train()(row).nll, model(row).nll)
 
 
 def test_initial_weights_depend_on_the_seed_alone(small):

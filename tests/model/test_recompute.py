@@ -26,7 +26,7 @@ def gradients(world, config, policy, dtype=torch.float32):
     model.to_empty(device=world.device)
     init_weights(model)
     torch.manual_seed(5 + world.rank)
-    model(row_from(ROW)).sum().backward()
+    model(row_from(ROW)).nll.sum().backward()
     return {name: full(p.grad).clone() for name, p in model.named_parameters()}
 
 
@@ -53,11 +53,11 @@ def test_a_function_that_changes_between_its_runs_is_seen(pool, small, monkeypat
         return torch.nn.functional.silu(gate) * up * (1 + (len(runs) > small.n_layers))
 
     row, model = row_from(ROW), Aquila(small, "lean")
-    model(row).sum().backward()
+    model(row).nll.sum().backward()
     wanted = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
     monkeypatch.setattr(kernels, "swiglu", swiglu)
-    model(row).sum().backward()
+    model(row).nll.sum().backward()
     assert not all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), wanted, strict=True))
 
 

@@ -34,7 +34,7 @@ def train(world, out: str, hooks: tuple = (), **changes) -> dict:
         setattr(owner, name, lambda *a, f=function, o=original: f(o, *a))
     ending = None
     try:
-        trainer.fit(c, model, loader_of(world, c), lambda nll, row: (nll.sum(), {}), run)
+        trainer.fit(c, model, loader_of(world, c), lambda scores, row: (scores.nll.sum(), {}), run)
     except (RuntimeError, InputError) as error:
         ending = str(error)
     finally:

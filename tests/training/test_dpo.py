@@ -20,7 +20,7 @@ from nanomed.arguments import parse
 from nanomed.batches.packing import filler, row_from
 from nanomed.config import DPO, InputError
 from nanomed.distributed import full
-from nanomed.model.decoder import Aquila, init_weights
+from nanomed.model.decoder import Aquila, Scores, init_weights
 from nanomed.records import PreferencePair
 from nanomed.runs.log import Meter, RunFolder
 from nanomed.text.segment import Segment
@@ -131,7 +131,7 @@ def test_what_the_model_prefers_needs_no_reference():
     of_segment = torch.tensor([1, 2, 1, 2, 1, 2, 2, 1]) / row.cu_seqlens.diff()
     nll = of_segment.repeat_interleave(row.cu_seqlens.diff())
     for reference in (torch.zeros(4, 2), random_reference(4)):
-        _, metrics = loss_of(reference, C)(nll, row)
+        _, metrics = loss_of(reference, C)(Scores(nll, nll, nll > 0), row)
         assert metrics["logps/accuracies"] == 3
         assert metrics["logps/accuracies/subjective"] == (2, 2)
         assert metrics["logps/accuracies/objective"] == (1, 2)
@@ -197,7 +197,7 @@ def test_the_reference_is_the_models_own(world, small, tmp_path):
     for i in range(30):
         row = row_from(*zip(*loader.data[i], strict=True))
         with torch.no_grad():
-            assert torch.allclose(segment_logps(plain(row), row), reference[i], rtol=1e-5)
+            assert torch.allclose(segment_logps(plain(row).nll, row), reference[i], rtol=1e-5)
     run.close()
 
 

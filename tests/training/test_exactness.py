@@ -29,8 +29,8 @@ from tests.data import ListData
 ALONE = World(0, 1, torch.device("cpu"), mesh=None)
 
 
-def next_token_loss(nll, row):
-    return nll.sum(), {}
+def next_token_loss(scores, row):
+    return scores.nll.sum(), {}
 
 
 def settings(**changes) -> SFT:
@@ -150,7 +150,7 @@ def test_a_mean_of_means_is_seen(pool, small, monkeypatch):
         data = loader_of(ALONE, n, c)
         rows = data.step(0)
         for row in rows:
-            (model(row).sum() / (row.labels >= 0).sum() / len(rows)).backward()
+            (model(row).nll.sum() / (row.labels >= 0).sum() / len(rows)).backward()
         return [p.grad for p in model.parameters()]
 
     wanted, _ = reference_gradients(small, 64, range(64))
@@ -194,7 +194,7 @@ def test_validation_counts_each_example_once_on_any_number_of_ranks(pool, small)
     data = chats_of(9)
     row = row_from(*zip(*[data[i][0] for i in range(9, 16)], strict=True))
     with torch.no_grad():
-        nll = model(row)
+        nll = model(row).nll
     assert alone[-1][0] == pytest.approx((nll.sum() / (row.labels >= 0).sum()).item(), rel=1e-6)
 
 
@@ -231,7 +231,7 @@ def weights_in_use(model) -> dict[str, torch.Tensor]:
     plain.load_state_dict(weights)
     row = row_from([[1, 2, 3, 4]])
     with torch.no_grad():
-        assert torch.allclose(model(row), plain(row), atol=1e-6)
+        assert torch.allclose(model(row).nll, plain(row).nll, atol=1e-6)
     return weights
 
 

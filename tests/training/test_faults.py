@@ -25,8 +25,8 @@ from tests.killed import build, digest, loader_of, settings
 from tests.training.test_exactness import metrics_of
 
 
-def next_token_loss(nll, row):
-    return nll.sum(), {}
+def next_token_loss(scores, row):
+    return scores.nll.sum(), {}
 
 
 def train(world, out: str, bad_steps=(), rank=1, on_step=None, **changes) -> dict:
@@ -46,10 +46,10 @@ def train(world, out: str, bad_steps=(), rank=1, on_step=None, **changes) -> dic
         seen.append((step, lr, result.applied, still))
         return result
 
-    def loss(nll, row):
+    def loss(scores, row):
         at["row"] += 1
         bad = at["step"] in bad_steps and world.rank == rank and at["row"] == 1
-        return nll.sum() * (float("nan") if bad else 1.0), {}
+        return scores.nll.sum() * (float("nan") if bad else 1.0), {}
 
     trainer.train_step = noted
     outcome = None
@@ -181,12 +181,12 @@ def spiking(world, out: str) -> None:
         c = settings(out, lr=1e-5)
         run, loader, calls = RunFolder(c, world), loader_of(world, c), []
 
-        def loss(nll, row):
+        def loss(scores, row):
             if torch.is_grad_enabled():
                 calls.append(row)
             spike = len(calls) > sum(len(loader.step(k)) for k in range(8))
             late = len(calls) > sum(len(loader.step(k)) for k in range(9))
-            return nll.sum() * (5.0 if spike and not late else 1.0), {}
+            return scores.nll.sum() * (5.0 if spike and not late else 1.0), {}
 
         trainer.fit(c, build(world), loader, loss, run)
         run.close()
@@ -213,7 +213,8 @@ def test_a_bad_batch_replays(tmp_path, monkeypatch, capsys, world):
             tokens = [set(s.tolist()) for s in row.tokens.tensor_split(row.cu_seqlens[1:-1].long())]
             poison.append(min(tokens[0] - set.union(*tokens[1:])))
         broken = poison and not logits and (row.tokens == poison[0]).any()
-        return forward(self, row, logits, *cache, **named) * (float("nan") if broken else 1.0)
+        out = forward(self, row, logits, *cache, **named)
+        return out._replace(nll=out.nll * float("nan")) if broken else out
 
     steps = []
     monkeypatch.setattr(Aquila, "forward", breaks)

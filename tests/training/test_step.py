@@ -138,10 +138,10 @@ def test_only_sums_leave_the_loop_and_one_row_is_in_it(world, stage):
     loader.val = np.tile(np.asarray(loader.val), 20)
     rows, there = [], []
 
-    def noted(nll, row):
+    def noted(scores, row):
         rows.append(weakref.ref(row.tokens))
         there.append(sum(row() is not None for row in rows))
-        total, metrics = loss(nll, row)
+        total, metrics = loss(scores, row)
         for value in (total, *metrics.values()):
             assert all(x.ndim == 0 for x in (value if isinstance(value, tuple) else [value]))
         return total, metrics
