@@ -11,7 +11,7 @@ import pytest
 from tests.conftest import ROOT
 
 CORE = {"torch", "sentencepiece", "numpy", "safetensors", "tqdm"}
-OPTIONAL = {"tiktoken", "tokenizers", "triton", "matplotlib"}  # imported where used
+OPTIONAL = {"tiktoken", "tokenizers", "triton", "matplotlib", "jinja2"}  # imported where used
 SOURCES = sorted([*ROOT.glob("*.py"), *ROOT.glob("nanomed/**/*.py"), *ROOT.glob("kernels/*.py")])
 
 

@@ -1,5 +1,5 @@
 """The model card that goes with an export: where it comes from, how it was trained, what it is
-not for, and under which licence BAAI's weights stand."""
+not for, and the licence of the model it started from, if that folder says it."""
 
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,6 @@ library_name: transformers
 pipeline_tag: text-generation
 language: [zh, en]
 tags: [medical, nanomed]
-license: other
-license_name: baai-aquila-model-license
----
 """
 LIMITS = """\
 ## Limits
@@ -38,9 +35,16 @@ LIMITS = """\
 
 ## Licence
 
-Weights that descend from BAAI's Aquila models stand under the BAAI Aquila Model Licence Agreement,
-whose text comes with the original model: read it before use, keep it with copies, and name the
-source. Training data have licences of their own.
+"""
+STARTED = """\
+The weights that it started from stand under the licence that the head of this page names, as their
+own card does: read it before use, keep its text with copies, and name the source. Training data
+have licences of their own.
+"""
+UNKNOWN = """\
+Not known: FILL IN `license:` at the head of this page before you publish. Weights stand under the
+licence of the model that they started from, if there is one; training data have licences of their
+own.
 """
 
 
@@ -50,9 +54,10 @@ def model_card(
     """README.md of an export. Of paths only the last part is told."""
     files = [Path(path).name for name in ("data", "val_data") for path in about.get(name, ())]
     settings = [f"- {name}: {_told(name, about[name])}" for name in SHOWN if about.get(name)]
+    licence = licence_of(about.get("init", ""))
     return "\n".join(
         [
-            HEAD,
+            HEAD + "".join(licence) + "---\n",
             "# A medical language model trained with nanomed\n",
             f"{config.n_params():,} parameters in {str(dtype).removeprefix('torch.')}, loaded as "
             f"{architecture}: {config.n_layers} layers, width {config.d_model}, "
@@ -64,9 +69,20 @@ def model_card(
             "\n## Recipe\n",
             *(settings or ["- not recorded"]),
             "",
-            LIMITS,
+            LIMITS + (STARTED if licence else UNKNOWN),
         ]
     )
+
+
+def licence_of(folder: str) -> list[str]:
+    """The lines of a model card's head that name its licence: of a Hugging Face folder, or of a
+    run's export. None where there is no such card, or where it does not say."""
+    for path in (Path(folder, "README.md"), Path(folder, "export/README.md")):
+        if folder and path.is_file():
+            parts = path.read_text(encoding="utf-8", errors="replace").split("---\n", 2)
+            head = parts[1].splitlines(keepends=True) if len(parts) == 3 and not parts[0] else []
+            return [line for line in head if line.startswith("license")]
+    return []
 
 
 def _told(name: str, value: Any) -> str:

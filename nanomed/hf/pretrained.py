@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from nanomed.config import InputError, ModelConfig
-from nanomed.hf import reading
+from nanomed.distributed import rank_from_env
+from nanomed.hf import chat_template, reading
 from nanomed.model.decoder import Aquila
 from nanomed.runs import checkpoint
 from nanomed.text import template, tokenizer
@@ -31,12 +32,29 @@ def describe(
             f"the tokenizer {tok.path} has {tok.vocab_size} ids, the model's embedding only "
             f"{config.vocab_size} rows: they do not belong together"
         )
-    stored = _home(folder) / "template.json"
-    if template_name or stored.exists():
-        chosen = template.load(template_name or str(stored))
+    return config, template.Encoder(_template_of(folder, tok, template_name), tok)
+
+
+def _template_of(folder: str | Path, tok: tokenizer.Tokenizer, named: str) -> template.Template:
+    """The one named, the one stored with a run or export, one that renders as the folder's own
+    chat template does, or one that fits the tokenizer. Says so if the folder's renders otherwise.
+    """
+    if named:
+        return template.load(named)
+    home = _home(folder)
+    render = chat_template.renderer(home)
+    if (stored := home / "template.json").exists():
+        chosen = template.load(str(stored))
     else:
-        chosen = template.fitting(tok)
-    return config, template.Encoder(chosen, tok)
+        chosen = (render and chat_template.like(render, tok)) or template.fitting(tok)
+    if render and (other := chat_template.difference(render, chosen)) and rank_from_env()[0] == 0:
+        print(
+            f"WARNING: {folder}: its own chat template is not followed: {other}. Give --template a "
+            "JSON file that renders as it does (docs/aquilamed.md shows one), or one of "
+            f"{', '.join(template.TEMPLATES)} to say that this is meant",
+            flush=True,
+        )
+    return chosen
 
 
 def config_of(folder: str | Path) -> ModelConfig:

@@ -1,10 +1,10 @@
 """Our tokenizers as the files that transformers' AutoTokenizer loads with no custom code."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from nanomed.config import InputError
+from nanomed.hf.chat_template import jinja
 from nanomed.hf.tensors import write_json
 from nanomed.text.template import Template
 from nanomed.text.tokenizer import (
@@ -14,7 +14,13 @@ from nanomed.text.tokenizer import (
     Tokenizer,
     copy,
 )
-from nanomed.text.tokenizer_files import byte_letters, byte_pair_json, cuts_as_qwen, merges_of
+from nanomed.text.tokenizer_files import (
+    added_json,
+    byte_letters,
+    byte_pair_json,
+    cuts_as_qwen,
+    merges_of,
+)
 
 SPACE = "\u2581"  # how SentencePiece writes a space in a piece
 
@@ -35,6 +41,7 @@ def write_tokenizer(
         copy(tokenizer, folder)  # nanomed itself reads these with fewer packages
     content = tokenizer_json(tokenizer)
     write_json(folder / "tokenizer.json", content)
+    added, unk = content["added_tokens"], content["model"].get("unk_token")
     write_json(
         folder / "tokenizer_config.json",
         {
@@ -42,12 +49,15 @@ def write_tokenizer(
             "add_prefix_space": False,
             "eos_token": template.turn_end,
             "pad_token": template.document_end,
-            "unk_token": content["model"]["unk_token"],
+            # Named here, it would become a special token that text can spell.
+            "unk_token": unk if unk in [token["content"] for token in added] else None,
+            # llama.cpp's converter takes what it is not told for true.
+            "add_bos_token": False,
+            "add_eos_token": False,
             "clean_up_tokenization_spaces": False,
             "model_max_length": max_seq_len,
             "added_tokens_decoder": {
-                str(token["id"]): {k: v for k, v in token.items() if k != "id"}
-                for token in content["added_tokens"]
+                str(token["id"]): {k: v for k, v in token.items() if k != "id"} for token in added
             },
             "chat_template": jinja(template),
         },
@@ -61,7 +71,7 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
         return sentencepiece_json(tokenizer)
     content = _rank_json(tokenizer) if isinstance(tokenizer, RankTokenizer) else tokenizer.json
     model = content["model"] | {"vocab": content["model"]["vocab"] | tokenizer.special}
-    added = content["added_tokens"] + _added(tokenizer.special)
+    added = content["added_tokens"] + added_json(tokenizer.special)
     added.sort(key=lambda token: token["id"])
     return content | {"added_tokens": added, "model": model}
 
@@ -75,12 +85,6 @@ def _rank_json(tokenizer: RankTokenizer) -> dict[str, Any]:
     vocab = {spell(token): rank for token, rank in tokenizer.ranks.items()}
     merges = [(spell(a), spell(b)) for a, b in merges_of(tokenizer.ranks, tokenizer.path)]
     return byte_pair_json(vocab, merges, qwen=True)
-
-
-def _added(special: dict[str, int]) -> list[dict[str, Any]]:
-    how = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    by_id = sorted(special.items(), key=lambda item: item[1])
-    return [{"id": i, "content": name, **how, "special": True} for name, i in by_id]
 
 
 def sentencepiece_json(tokenizer: SentencePieceTokenizer) -> dict:
@@ -99,7 +103,7 @@ def sentencepiece_json(tokenizer: SentencePieceTokenizer) -> dict:
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": _added({"<unk>": model.unk_id()} | tokenizer.special),
+        "added_tokens": added_json(tokenizer.special),  # <unk> is none: typed, it stays text
         "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
         "pre_tokenizer": None,
         "post_processor": None,
@@ -136,34 +140,3 @@ def _merges(pieces: list[str]) -> list[list[str]]:
         for cut in range(1, len(piece))
         if piece[:cut] in known and piece[cut:] in known
     ]
-
-
-def jinja(template: Template) -> str:
-    """The chat template that transformers and vLLM render, byte for byte what template.py builds.
-    Like there, a system text can only be the first, and an empty one counts as none."""
-
-    def turn(role: str, content: str) -> str:
-        return (
-            f"{{{{ {_quoted(template.before[role])} + {content} + "
-            f"{_quoted(template.after[role])} }}}}"
-        )
-
-    stated = "messages and messages[0]['role'] == 'system' and messages[0]['content']"
-    lines = [f"{{% if {stated} %}}", turn("system", "messages[0]['content']")]
-    if template.system:
-        lines += ["{% else %}", turn("system", _quoted(template.system))]
-    lines.append("{% endif %}{% for message in messages %}")
-    for role in ("user", "assistant"):
-        keyword = "if" if role == "user" else "elif"
-        lines.append(f"{{% {keyword} message['role'] == '{role}' %}}")
-        lines.append(turn(role, "message['content']"))
-    lines.append("{% elif message['role'] != 'system' or not loop.first %}")
-    lines.append("{{ raise_exception('a ' + message['role'] + ' turn cannot stand here') }}")
-    lines.append("{% endif %}{% endfor %}{% if add_generation_prompt %}")
-    lines.append(f"{{{{ {_quoted(template.before['assistant'])} }}}}{{% endif %}}")
-    return "".join(lines)
-
-
-def _quoted(text: str) -> str:
-    """A string in Jinja, which reads the same escapes as JSON but no surrogate pairs."""
-    return json.dumps(text, ensure_ascii=False)

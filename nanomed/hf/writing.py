@@ -16,6 +16,7 @@ from nanomed.hf.reading import hf_name
 from nanomed.hf.tensors import Spec, plan, write_file, write_index, write_json
 from nanomed.hf.tokenizer import is_qwen, write_tokenizer
 from nanomed.model.decoder import Aquila
+from nanomed.model.generation import CHAT
 from nanomed.text.template import Template, fitting
 from nanomed.text.tokenizer import Tokenizer
 
@@ -134,7 +135,9 @@ def _write_small_files(
     is_qwen2 = _is_qwen2(model, tokenizer)
     config = render(model.config, dtype, is_qwen2, stop, document_end)
     write_json(folder / "config.json", config)
-    generation = {"eos_token_id": stop, "pad_token_id": document_end}
+    # Without the penalty on repetition: greedy answers, an evaluation's too, would have it as well.
+    sampling = {"do_sample": True, "temperature": CHAT.temperature, "top_p": CHAT.top_p}
+    generation = {"eos_token_id": stop, "pad_token_id": document_end} | sampling
     write_json(folder / "generation_config.json", generation)
     write_tokenizer(folder, tokenizer, template, model.config.max_seq_len, is_qwen2)
     card = model_card(model.config, dtype, config["architectures"][0], about or {})

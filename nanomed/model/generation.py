@@ -37,6 +37,10 @@ class Sampling:
                 raise InputError(f"--{name} is {getattr(self, name)}; it must be {rule}")
 
 
+# How chats are answered: nanomed.tools.chat's default, and what an export tells servers.
+CHAT = Sampling(temperature=0.7, top_p=0.9, repetition_penalty=1.05)
+
+
 def generate(
     model: Aquila,
     prompts: list[list[int]],

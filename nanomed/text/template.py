@@ -1,8 +1,9 @@
 """Chats to token ids, and which of them are trained on. The only place that knows special tokens.
 
-A template is data: what stands before and after each role's text. Ids are built piece by piece and
-never by tokenising the whole text again, so a mask cannot slip; and since only a template's own
-pieces are searched for special tokens, what a user types stays text.
+A template is data: what stands before and after each role's text. Ids are built turn by turn, and
+since only a template's own pieces are searched for special tokens, what a user types stays text.
+What stands between two special tokens of a turn is tokenised as one text, as whoever renders a chat
+first and tokenises then does: a line break of the template and one of the message may be one token.
 """
 
 import dataclasses
@@ -106,8 +107,15 @@ class Encoder:
             )
         self.turn_end = tokenizer.special[template.turn_end]
         self.document_end = tokenizer.special[template.document_end]
-        self._before = {role: self._piece(text) for role, text in template.before.items()}
-        self._after = {role: self._piece(text) for role, text in template.after.items()}
+        before = {role: self._cut(text) for role, text in template.before.items()}
+        after = {role: self._cut(text) for role, text in template.after.items()}
+        # Ids up to the last special token, the text after it and its ids; the text before the first
+        # special token, ids from there on.
+        self._before = {
+            role: (self._ids(parts[:-1]), parts[-1], tokenizer.encode(parts[-1]))
+            for role, parts in before.items()
+        }
+        self._after = {role: (parts[0], self._ids(parts[1:])) for role, parts in after.items()}
 
     def chat(self, chat: Chat, max_tokens: int) -> tuple[list[int], list[bool], int]:
         """(ids, trained, turns dropped): the whole chat, or without its oldest turns, as many as
@@ -133,7 +141,7 @@ class Encoder:
             return self._raw_pair(pair, max_tokens)
         head = self._system(pair)[0]
         turns = [self._turn(role, text) for role, text in pair.turns]
-        answers = [self._turn("assistant", text) for text in (pair.chosen, pair.rejected)]
+        answers = [self._turn("assistant", text, True) for text in (pair.chosen, pair.rejected)]
         longest = max(len(ids) for ids, _ in answers)
         first = self._first_kept(pair.turns, turns, max_tokens - len(head) - longest)
         if first == len(turns):
@@ -165,7 +173,8 @@ class Encoder:
     def prompt(self, chat: Chat) -> list[int]:
         """The ids up to where the assistant's next answer starts; chat.turns ends with a user."""
         turns = [self._turn(role, text)[0] for role, text in chat.turns]
-        return [*chain(self._system(chat)[0], *turns, self._before["assistant"])]
+        head, _, opening = self._before["assistant"]
+        return [*chain(self._system(chat)[0], *turns, head, opening)]
 
     def borders(self, chat: Chat, first: int) -> list[tuple[str, int]]:
         """(role, tokens) of each turn that chat() renders when it drops the first `first` ones."""
@@ -188,17 +197,26 @@ class Encoder:
         text = chat.system or self.template.system
         return self._turn("system", text) if text else ([], [])
 
-    def _turn(self, role: str, text: str) -> tuple[list[int], list[bool]]:
-        """An assistant's text and its end token are trained on, nothing else is."""
-        before, body, after = self._before[role], self.tokenizer.encode(text), self._after[role]
-        n_trained = len(body) + after.index(self.turn_end) + 1 if role == "assistant" else 0
-        n_rest = len(body) + len(after) - n_trained
-        flags = [False] * len(before) + [True] * n_trained + [False] * n_rest
-        return before + body + after, flags
+    def _turn(self, role: str, text: str, apart: bool = False) -> tuple[list[int], list[bool]]:
+        """An assistant's text and its end token are trained on, nothing else is; a token that holds
+        the text's beginning and something before it belongs to the text. `apart`: there is none."""
+        (head, tail, opening), (lead, rest) = self._before[role], self._after[role]
+        encode = self.tokenizer.encode
+        body = opening + encode(text + lead) if apart else encode(tail + text + lead)
+        ids = head + body + rest
+        if role != "assistant":
+            return ids, [False] * len(ids)
+        pairs = enumerate(zip(opening, body, strict=False))
+        start = len(head) + next((i for i, (a, b) in pairs if a != b), min(len(opening), len(body)))
+        end = len(head) + len(body) + rest.index(self.turn_end) + 1
+        return ids, [start <= i < end for i in range(len(ids))]
 
-    def _piece(self, text: str) -> list[int]:
+    def _cut(self, text: str) -> list[str]:
+        """Text, special token, text, ..., text."""
+        return re.split(f"({'|'.join(map(re.escape, self.template.special))})", text)
+
+    def _ids(self, parts: list[str]) -> list[int]:
         """The only place where text becomes special tokens: the template's own strings."""
-        parts = re.split(f"({'|'.join(map(re.escape, self.template.special))})", text)
         special = {name: self.tokenizer.special[name] for name in self.template.special}
         return [
             i

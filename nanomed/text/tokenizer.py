@@ -139,6 +139,9 @@ class JsonTokenizer:
             self.model = tokenizers.Tokenizer.from_str(json.dumps(self.json))
         except Exception as error:  # the package raises bare Exception
             raise InputError(f"{path}: {error}") from None
+        for token in self.json["added_tokens"]:
+            if (i := self.model.token_to_id(token["content"])) != token["id"]:
+                raise InputError(f"{path}: its added token {token} gets the id {i} when it is read")
         ids = (*self.special.values(), *self.model.get_vocab().values())
         self.vocab_size = max(ids) + 1
 

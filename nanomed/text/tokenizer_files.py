@@ -56,10 +56,18 @@ def read_tokenizer_json(path: Path) -> Parts:
         if name != model.get("unk_token"):
             model["vocab"].pop(name, None)
     spaces = [token for token in added if not token["content"].strip()]
-    content |= {"added_tokens": spaces, "post_processor": None, "truncation": None, "padding": None}
+    _keep(content, spaces)
+    content |= {"post_processor": None, "truncation": None, "padding": None}
     for part in ("normalizer", "pre_tokenizer"):
         _no_space_in_front(path, part, content.get(part))
     return content, special, {"tokenizer.json": path}
+
+
+def _keep(content: dict[str, Any], added: list[dict]) -> None:
+    """Added tokens that text may become: in the vocabulary too, since the tokenizers package gives
+    an added token that is not there an id of its own, whatever its file says."""
+    content["added_tokens"] = added
+    content["model"]["vocab"] |= {token["content"]: token["id"] for token in added}
 
 
 def _no_space_in_front(path: Path, part: str, step: dict | None) -> None:
@@ -102,7 +110,10 @@ def read_vocab_and_merges(path: Path) -> Parts:
             f"{settings}: how a {name!r} cuts text into words is unknown here; save a "
             "tokenizer.json beside it (transformers does)"
         )
-    return byte_pair_json(vocab, pairs, qwen=name in QWEN_CLASSES), special, files
+    content = byte_pair_json(vocab, pairs, qwen=name in QWEN_CLASSES)
+    spaces = {name: special.pop(name) for name in list(special) if not name.strip()}
+    _keep(content, added_json(spaces, special=False))
+    return content, special, files
 
 
 def _add_named_specials(folder: Path, vocab: dict, special: dict, files: dict[str, Path]) -> None:
@@ -180,6 +191,13 @@ def byte_pair_json(vocab: dict[str, int], merges: list, qwen: bool) -> dict[str,
             "merges": [list(pair) for pair in merges],
         },
     }
+
+
+def added_json(tokens: dict[str, int], special: bool = True) -> list[dict[str, Any]]:
+    """The added tokens of a tokenizer.json, by id."""
+    how = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    by_id = sorted(tokens.items(), key=lambda item: item[1])
+    return [{"id": i, "content": name, **how, "special": special} for name, i in by_id]
 
 
 def cuts_as_qwen(content: dict[str, Any]) -> bool:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from nanomed.distributed import launch
 from nanomed.model.decoder import Aquila
-from nanomed.model.generation import Sampling, stream
+from nanomed.model.generation import CHAT, Sampling, stream
 from nanomed.records import Chat
 from nanomed.text.template import Encoder
 from nanomed.tools.generate import add_arguments, open_model
@@ -26,7 +26,6 @@ SAFETY = (
     "回答可能有误，不能代替医生；如遇紧急情况请立即就医。"
 )
 HELP = "/reset  /system TEXT  /save FILE  /help  /quit; Ctrl-C ends an answer"
-DEFAULTS = Sampling(temperature=0.7, top_p=0.9, repetition_penalty=1.05)
 
 
 def talk(
@@ -160,7 +159,7 @@ def typed_lines() -> Iterator[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="nanomed.tools.chat", description=__doc__.split("\n")[0])
-    add_arguments(parser, DEFAULTS)
+    add_arguments(parser, CHAT)
     model, encoder, sampling = open_model(parser.parse_args())
     talk(model, encoder, sampling, typed_lines(), lambda text: print(text, end="", flush=True))
 

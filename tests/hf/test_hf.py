@@ -116,16 +116,18 @@ def test_export_loads_in_transformers_with_no_custom_code(kind, bias, tmp_path):
     check_generation_config(out, theirs, theirs_tok)
     assert tokenizer.same(tokenizer.load(out), tok)  # and nanomed reads its own export
     card = (out / "README.md").read_text()
-    assert "Licence Agreement" in card and "not a medical device" in card.lower()
+    assert "FILL IN" in card and "not a medical device" in card.lower()
 
 
 def check_tokenizer(tok, theirs, nfc: bool) -> None:
     for text in [*TEXTS, *random_texts(1000)]:
         assert theirs.encode(text, add_special_tokens=False) == tok.encode(text), text
         assert theirs.encode(text) == tok.encode(text), "something is put around every text"
+    for text in ("<unk>", "a <unk>b", "<0x41>"):  # no template's tokens: typed, they stay text
+        assert theirs.encode(text) == tok.encode(text)
     encoder = Encoder(fitting(tok), tok)
     for chat in random_chats(200):
-        ids = encoder.chat(chat, 100_000)[0]
+        ids, trained, _ = encoder.chat(chat, 100_000)
         prompt_ids = encoder.prompt(Chat(chat.turns[:-1], chat.system))
         for wanted, turns, add in [(ids, chat.turns, False), (prompt_ids, chat.turns[:-1], True)]:
             messages = [{"role": role, "content": text} for role, text in turns]
@@ -138,6 +140,12 @@ def check_tokenizer(tok, theirs, nfc: bool) -> None:
             assert rendered_nfc == tok.decode(wanted)
             if not any(name in text for name in SPECIAL_TEXTS for _, text in chat.turns):
                 assert theirs.encode(rendered, add_special_tokens=False) == wanted
+                if not add:
+                    found = theirs.apply_chat_template(
+                        messages, return_dict=True, return_assistant_tokens_mask=True
+                    )
+                    assert found["input_ids"] == ids
+                    assert found["assistant_masks"] == [int(flag) for flag in trained]
 
 
 def random_chats(n: int) -> list[Chat]:
@@ -145,6 +153,7 @@ def random_chats(n: int) -> list[Chat]:
     texts = [t for t in TEXTS + random_texts(100) if t.strip()] + [
         '{{ "quoted" }} {% if %}',
         "\\n'",
+        *("\n你好", "\n\n\nx", " \n y", "\r\nz\n"),  # a line break of the template's comes before
     ]
     chats = []
     for i in range(n):
@@ -161,6 +170,10 @@ def check_generation_config(out: Path, model, tok) -> None:
     assert generation["eos_token_id"] == [tok.convert_tokens_to_ids(name) for name in names]
     assert model.generation_config.eos_token_id == generation["eos_token_id"]
     assert all(tok.decode([i]) in names for i in generation["eos_token_id"])
+    sampled = {name: generation[name] for name in ("do_sample", "temperature", "top_p")}
+    assert sampled == {"do_sample": True, "temperature": 0.7, "top_p": 0.9}
+    # Nothing that changes a greedy answer.
+    assert generation.keys() - sampled.keys() == {"eos_token_id", "pad_token_id"}
 
 
 def test_a_wrong_chat_template_is_noticed(tmp_path):

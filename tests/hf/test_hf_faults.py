@@ -210,6 +210,32 @@ def test_export_refuses_before_it_writes(folder, tmp_path, monkeypatch):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize(
+    "head, wanted",
+    [
+        ("---\nlicense: other\nlicense_name: baai-aquila-model-license\ntags: [x]\n---\n# A\n", 2),
+        ("---\nlicense: apache-2.0\n---\n", 1),
+        ("# A\n\n---\nlicense: not a head\n---\n", 0),
+        ("---\ntags: [x]\n---\nlicense: in the text\n", 0),
+        (None, 0),
+    ],
+)
+def test_a_card_names_the_licence_of_the_start_and_no_other(head, wanted, folder, tmp_path):
+    if head:
+        (folder / "README.md").write_text(head)
+    model, tok = hf.load(folder), tokenizer.load(folder)
+    run = tmp_path / "run"
+    hf.export(model, tok, run / "export", torch.float32, about={"init": str(folder)})
+    # And so does the card of what starts from that run.
+    hf.export(model, tok, tmp_path / "next", torch.float32, about={"init": str(run)})
+    for out in (run / "export", tmp_path / "next"):
+        card = (out / "README.md").read_text()
+        lines = card.split("---\n")[1].splitlines()
+        licence = [line for line in lines if line.startswith("license")]
+        assert licence == (head or "").splitlines()[1 : 1 + wanted]
+        assert ("FILL IN" in card) == (not wanted) and card.startswith("---\nlibrary_name")
+
+
 def test_an_older_export_of_the_run_is_replaced(folder, tmp_path):
     model, tok = hf.load(folder), tokenizer.load(folder)
     hf.export(model, tok, tmp_path / "out", torch.float32)

@@ -10,7 +10,7 @@ import pytest
 
 from nanomed.config import InputError
 from nanomed.records import Chat
-from nanomed.text import tokenizer
+from nanomed.text import tokenizer, tokenizer_files
 from nanomed.text.template import AQUILA_V1, CHATML, Encoder, fitting
 from nanomed.text.template import load as load_template
 from tests.folders import (
@@ -210,6 +210,62 @@ def test_vocabulary_entries_that_no_merge_makes_are_special(tmp_path):
     tok = small_vocab(tmp_path, added_tokens_decoder={"7": {"content": "<x>"}})
     assert tok.special == {"<end>": 3, "<x>": 7} and tok.vocab_size == 8
     assert tok.encode("ab") == [2]
+
+
+RUNS = (" " * 8, " " * 4, "\t\t", "  ")
+CODE = ["def f():\n        return 1", "a    b  c\t\td", " " * 31, "\n    \n  x<|im_end|>"]
+
+
+@pytest.mark.parametrize("special_first", [True, False])
+def test_added_runs_of_white_space_keep_the_ids_of_their_file(special_first, made, tmp_path):
+    """As GPT-NeoX and CodeGen have them: every id, and every text's ids, here and in an export."""
+    from tokenizers import AddedToken, Tokenizer
+
+    from nanomed.hf.tokenizer import tokenizer_json
+
+    names = list(made["ranks"].special)[:3]
+    content = tokenizer_json(made["ranks"])
+    content["added_tokens"] = []
+    vocab = content["model"]["vocab"]
+    for name in made["ranks"].special:
+        del vocab[name]
+    theirs = Tokenizer.from_str(json.dumps(content))
+    for what in (names, RUNS) if special_first else (RUNS, names):
+        theirs.add_tokens([AddedToken(x, normalized=False, special=x in names) for x in what])
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    ours = tokenizer.load(tmp_path)
+    ids = {name: theirs.token_to_id(name) for name in (*names, *RUNS)}
+    assert {name: ours.special[name] for name in names} == {name: ids[name] for name in names}
+    assert ours.vocab_size == theirs.get_vocab_size()
+    export = Tokenizer.from_str(json.dumps(tokenizer_json(ours)))
+    assert export.get_vocab() == theirs.get_vocab()
+    for text in [*CODE, *ALL_TEXTS, *(f"{run}x{run}" for run in RUNS)]:
+        wanted = ours.encode(text)
+        assert ours.decode(wanted) == unicodedata.normalize("NFC", text)
+        if not any(name in text for name in names):
+            assert wanted == theirs.encode(text).ids == export.encode(text).ids
+
+
+def test_added_tokens_beside_a_vocabulary_keep_their_ids(tmp_path):
+    """The same runs where only vocab.json, merges.txt and added_tokens.json are there."""
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<x>": 9, "  ": 7, "    ": 8}))
+    tok = small_vocab(tmp_path)
+    assert tok.special == {"<end>": 3, "<x>": 9}
+    assert tok.encode("a    b  a") == [0, 8, 1, 7, 0]
+
+
+def test_an_added_token_that_gets_another_id_is_an_error(made, tmp_path, monkeypatch):
+    content = json.loads((made["json"].path).read_text())
+    token = {"id": content["model"]["vocab"]["a"], "content": "  "} | dict.fromkeys(
+        ("single_word", "lstrip", "rstrip", "normalized", "special"), False
+    )
+    monkeypatch.setattr(
+        tokenizer_files, "_keep", lambda content, added: content.update(added_tokens=added)
+    )
+    content["added_tokens"].append(token)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match=r"its added token .* gets the id"):
+        tokenizer.load(tmp_path)
 
 
 def test_contradictions_between_tokenizer_files_are_errors(tmp_path):
