@@ -91,7 +91,7 @@ def main() -> None:
     model_config, encoder = stage.model_and_encoder(c)
 
     # Before the processes join: one of them tokenises, however long it takes, the others wait.
-    read = partial(store.pairs, [*c.data, *c.val_data], encoder, c.seq_len, c.allow_drop)
+    read = partial(store.pairs, [*c.data, *c.val_data], encoder, c.seq_len, c.allow_drop, c.fields)
     if c.dry_run:
         return dry_run.show(c, model_config, read)
     data = read()

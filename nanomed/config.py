@@ -88,6 +88,11 @@ class Run:
     template: str = _flag("", "name or JSON file; default: the --init folder's, else chatml")
     data: list[str] = _flag(("samples/sft.jsonl",), "training files: JSON, JSONL, CSV; also .gz")
     val_data: list[str] = _flag((), "held-out files; default: a part of --data")
+    fields: list[str] = _flag(
+        (),
+        "KNOWN=THEIRS, a field or role of these files under a name that docs/formats.md has, as\n"
+        "question=query; default: the names that are known",
+    )
     val_fraction: float = _flag(
         0.1, "share of --data held out, by question", (UNPUBLISHED, UNPUBLISHED, "0.1", UNPUBLISHED)
     )

@@ -5,6 +5,7 @@ import json
 
 U, A = "user", "assistant"
 QA = [(U, "问"), (A, "答")]
+RAW = "text continued without a template"
 
 
 def turns(*texts: str) -> list[tuple[str, str]]:
@@ -75,7 +76,7 @@ CHATS = {
                     {"from": "observation", "value": "42"},
                     {"from": "gpt", "value": "答"},
                 ],
-                "tools": "[...]",
+                "tools": "[{name}]",
             },
             {"conversations": [*gpt("问", "答"), {"from": "system", "value": "医"}]},
         ),
@@ -97,8 +98,8 @@ CHATS = {
                     "notes": [
                         "function_call turn read as the assistant's",
                         "observation turn read as the user's",
-                        "list of tools left out",
-                    ]
+                    ],
+                    "unread": ["tools"],
                 },
             ),
             (QA, {"dropped": "system turn in the middle"}),
@@ -117,7 +118,7 @@ CHATS = {
             {
                 "messages": [
                     {"role": U, "content": "问"},
-                    {"role": A, "content": None, "tool_calls": [{"id": "1"}]},
+                    {"role": A, "content": None, "tool_calls": [{"name": "search"}]},
                     {"role": "tool", "content": "42"},
                     {"role": A, "content": "答"},
                 ]
@@ -130,7 +131,8 @@ CHATS = {
                 turns("问", "", "42", "答"),
                 {
                     "dropped": "empty answer",
-                    "notes": ["tool_calls of a turn left out", "tool turn read as the user's"],
+                    "notes": ["tool turn read as the user's"],
+                    "unread": ["messages[].tool_calls"],
                 },
             ),
         ],
@@ -143,9 +145,15 @@ CHATS = {
             {"prompt": [{"role": A, "content": "迎"}, *openai("问")], "completion": "答"},
         ),
         [
-            (turns("天是", "蓝的"), {"raw": True}),
-            (turns("一", "二", "问", "答"), {"context": 3}),
-            (QA, {"context": 1, "notes": ["assistant turn before the first question dropped"]}),
+            (turns("天是", "蓝的"), {"raw": True, "notes": [RAW]}),
+            (turns("一", "二", "问", "答"), {"untrained": {0, 1, 2}}),
+            (
+                QA,
+                {
+                    "untrained": {0},
+                    "notes": ["assistant turn before the first question dropped"],
+                },
+            ),
         ],
     ),
     "Aquila2 / FlagAI": (
@@ -251,7 +259,7 @@ PAIRS = {
     "TRL texts": (
         "a.jsonl",
         jsonl({"prompt": "天是", "chosen": "蓝的", "rejected": "绿的"}),
-        [([(U, "天是")], "蓝的", "绿的", {"raw": True})],
+        [([(U, "天是")], "蓝的", "绿的", {"raw": True, "notes": [RAW]})],
     ),
     "TRL lists": (
         "a.jsonl",
@@ -290,8 +298,8 @@ DOCUMENTS = {
         ("糖尿病 diabetes", "zh", {}),
         ("[1] gout", "en", {}),
     ]),
-    "plain text in GB18030": ("a.txt.gz", gzip.compress("糖尿病\n".encode("gb18030")), [
-        ("糖尿病", "zh", {}),
+    "plain text in GB18030": ("a.txt.gz", gzip.compress("糖尿病是什么？\n".encode("gb18030")), [
+        ("糖尿病是什么？", "zh", {}),
     ]),
     "IndustryCorpus": (
         "rank_0.jsonl.gz",

@@ -11,7 +11,8 @@ import pytest
 from tests.conftest import ROOT
 
 CORE = {"torch", "sentencepiece", "numpy", "safetensors", "tqdm"}
-OPTIONAL = {"tiktoken", "tokenizers", "triton", "matplotlib", "jinja2"}  # imported where used
+# Imported where used.
+OPTIONAL = {"tiktoken", "tokenizers", "triton", "matplotlib", "jinja2", "pyarrow", "zstandard"}
 SOURCES = sorted([*ROOT.glob("*.py"), *ROOT.glob("nanomed/**/*.py"), *ROOT.glob("kernels/*.py")])
 
 
@@ -101,13 +102,13 @@ def test_every_file_is_short_and_has_its_reason_on_top():
 def test_importing_does_nothing():
     """It prints nothing, touches no process group and no thread setting, and needs no optional
     package; and our `kernels` has no __version__ that others would take for theirs, and leaves
-    its Triton files alone."""
+    its Triton files alone. torch itself imports triton and zstandard."""
     code = (
         "import sys, torch; n = torch.get_num_threads(); import train_sft, kernels;"
         "assert n == torch.get_num_threads() and not torch.distributed.is_initialized();"
         "assert not hasattr(kernels, '__version__');"
         "assert not [name for name in sys.modules if name.endswith('_triton')];"
-        f"assert not {OPTIONAL | {'transformers'}!r} & set(sys.modules) - {{'triton'}}"
+        f"assert not {OPTIONAL | {'transformers'}!r} & set(sys.modules) - {{'triton', 'zstandard'}}"
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")

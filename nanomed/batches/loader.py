@@ -5,7 +5,7 @@ another number. The order of examples depends on (seed, epoch) alone: on another
 processes a step has the same examples, in other rows. Nothing here grows with the data.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
@@ -47,13 +47,34 @@ def split(
         asked = "--val_data" if by_file else f"--val_fraction {fraction}"
         raise InputError(
             f"{asked} of {len(data)} examples leaves {held_out.sum()} held out and "
-            f"{(~held_out).sum()} to train on; give more data, another fraction, or a file of its "
-            "own with --val_data"
+            f"{(~held_out).sum()} to train on{largest_group(data.keys, data.where)}; give more "
+            "data, another fraction, or a file of its own with --val_data"
         )
     train = np.flatnonzero(~held_out)
     if not data.divisors_of(train).any():
         raise InputError(f"none of the {len(train)} examples to train on has a token to learn")
     return train, np.flatnonzero(held_out)
+
+
+def split_remark(
+    name: str, n: int, n_held_out: int, fraction: float, largest: Callable[[], str]
+) -> list[str]:
+    """A warning where the share of n that is held out is more than 1.5 times off."""
+    if fraction * n / 1.5 <= n_held_out <= fraction * n * 1.5:
+        return []
+    return [
+        f"warning: of {n:,} {name} {fraction * n:,.0f} were to be held out, and {n_held_out:,} "
+        f"are{largest()}"
+    ]
+
+
+def largest_group(keys: np.ndarray, where: Callable[[int], tuple[str, int]]) -> str:
+    _, first, counts = np.unique(keys, return_index=True, return_counts=True)
+    file, record = where(int(first[counts.argmax()]))
+    return (
+        ": what has the same questions or the same `group` stays together, and the largest such "
+        f"group has {counts.max():,} of them, the first in {file}, record {record}"
+    )
 
 
 def is_held_out(keys: np.ndarray, fraction: float) -> np.ndarray:

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from nanomed import store
-from nanomed.batches.loader import Loader
+from nanomed.batches.loader import Loader, largest_group, split_remark
 from nanomed.batches.mixture import Mixture, check_weights, path_and_weight
 from nanomed.config import CPT, InputError
 from nanomed.store import Documents, Part
@@ -48,7 +48,7 @@ def read(c: CPT, encoder: Encoder) -> "Slices":
     paths = [*(path for path, _ in trained), *c.val_data]
     sources = []
     for name, path in zip(names_of(paths), paths, strict=True):
-        documents = store.documents([path], encoder)
+        documents = store.documents([path], encoder, c.fields)
         train, val = documents.split(0.0 if c.val_data else c.val_fraction)
         if len(sources) >= len(trained):  # held out whole
             source = Source(name, path, documents, train=val, val=train)
@@ -169,6 +169,17 @@ def report(loader: Loader) -> dict:
             for source, times, n_train, n_val in sources
         },
     }
+
+
+def split_remarks(data: Slices, fraction: float) -> list[str]:
+    """Of each source, the warning of split_remark() if there is one."""
+    remarks = []
+    for source in data.sources:
+        n_val = source.val.n_documents
+        name, n = f"documents of {source.name}", source.train.n_documents + n_val
+        largest = lambda d=source.documents: largest_group(d.keys(), d.where_is)  # noqa: E731
+        remarks += split_remark(name, n, n_val, fraction, largest)
+    return remarks
 
 
 def _counts(part: Part, n_slices: int) -> dict[str, int]:

@@ -4,49 +4,75 @@ A format is recognised record by record, by its fields, in the order of FORMATS.
 line there and a function in chats.py or pairs.py that turns the record into its shape.
 """
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 from nanomed.config import InputError, nearest
-from nanomed.records import chats, pairs
-from nanomed.records.files import holds_json, read_json, read_lines, read_records
+from nanomed.records import chats, exams, files, pairs
+from nanomed.records.fields import (
+    LABELS,
+    by_known_names,
+    filled,
+    given,
+    holds_text,
+    naming,
+    renamed,
+    unread,
+)
+from nanomed.records.files import holds_json, kind_of, read_json, read_lines
 from nanomed.records.shapes import (
     BadField,
     Chat,
     Document,
     PreferencePair,
     Turns,
+    blank,
     excerpt,
     group_of,
     language,
     source_of,
     text_of,
 )
+from nanomed.records.turns import MARKS, NO, OPENING, QUESTION, ROLES, TURN, YES, main_question
 
 __all__ = [
-    "BadField", "Chat", "Document", "PreferencePair", "Turns",
-    "chats_of", "document_of",
-    "is_pair", "pair_of", "read_chats", "read_documents", "read_json", "read_pairs", "read_records",
-    "read_texts", "texts_in",
+    "BadField",
+    "Chat",
+    "Document",
+    "PreferencePair",
+    "Turns",
+    "chats_of",
+    "document_of",
+    "is_pair",
+    "names_of",
+    "pair_of",
+    "read_chats",
+    "read_documents",
+    "read_json",
+    "read_pairs",
+    "read_records",
+    "read_texts",
+    "texts_in",
 ]  # fmt: skip
 
-CHAT, PAIR, DOCUMENT, UNPAIRED, EXAM = "chat", "pair", "document", "unpaired", "exam question"
+CHAT, PAIR, DOCUMENT = "chat", "pair", "document"
 DESCRIBED = {
     CHAT: "a chat; train_sft.py reads those",
     PAIR: "a preference pair; train_dpo.py reads those",
     DOCUMENT: "a document; train_cpt.py reads those",
-    UNPAIRED: "an unpaired preference; nanomed needs a chosen and a rejected answer to each prompt",
-    EXAM: "an exam question; it is for evaluation, not for training",
 }
+CHECKED = {CHAT: chats.checked, PAIR: pairs.checked, DOCUMENT: lambda document, record: document}
 
 
 @dataclass(frozen=True)
 class Format:
     shape: str
-    fields: str  # names of which a record has all; `a|b` is either
-    convert: Callable[[dict], Any] | None = None
+    fields: str  # names of which a record has all; of `a|b` the first that is filled is read
+    convert: Callable[[dict], Any]
+    besides: Iterable[str] = ()  # names of what is read where it is there
     fits: Callable[[dict], bool] = lambda record: True  # what the names alone do not tell
 
     @cached_property
@@ -55,160 +81,235 @@ class Format:
 
     def matches(self, record: dict) -> bool:
         for names in self.groups:
-            if all(record.get(name) is None for name in names):
+            if not any(filled(record.get(name)) for name in names):
                 return False
         return self.fits(record)
+
+    def n_filled(self, record: dict) -> int:
+        """How many of the fields it needs hold something; -1 if one is not even there."""
+        names = self.needed_in(record)
+        return sum(filled(record[n]) for n in names) if all(names) and self.fits(record) else -1
+
+    def needed_in(self, record: dict) -> list[str]:
+        return [given(record, names) for names in self.groups]
 
 
 def _is_pair(record: dict) -> bool:
     """Not so in Huatuo, where the questions are a list too."""
-    return isinstance(record["output"], list) and not isinstance(record.get("instruction"), list)
+    is_list = isinstance(record.get("output"), list)
+    return is_list and not isinstance(record.get("instruction"), list)
 
 
-def _is_unpaired(record: dict) -> bool:
-    return record.get("label") in (0, 1)  # also False and True
+def _document(record: dict) -> list[Document]:
+    text, named = text_of(record["text"], "text"), record.get("lang")
+    plain = {k: v for k, v in record.items() if isinstance(v, str | int | float) and k != "text"}
+    return [
+        Document(
+            text,
+            source_of(record),
+            named if isinstance(named, str) else language(text),
+            group_of(record, text),
+            labels=plain,
+            dropped="empty text" if blank(text) else "",
+        )
+    ]
 
 
+ITEM = (*OPENING, *QUESTION, *exams.KEYS, "explanation")
 FORMATS = [
-    Format(CHAT, "messages", chats.messages),
-    Format(CHAT, "conversations", chats.sharegpt),
-    Format(PAIR, "chosen rejected", pairs.chosen_rejected),
-    Format(PAIR, "response_chosen response_rejected", pairs.response_pair),
-    Format(PAIR, "instruction|input output", pairs.output_pair, _is_pair),
-    Format(CHAT, "instruction output", chats.alpaca, lambda r: not _is_pair(r)),
-    Format(EXAM, "question options answer"),
-    Format(
-        CHAT,
-        "questions|question|问 answers|answer|答",
-        chats.question_answer,
-        lambda r: r.get("options") is None,
-    ),
-    Format(CHAT, "ask answer", chats.toyhom),
-    Format(CHAT, "data", chats.question_list, lambda r: isinstance(r["data"], list)),
-    Format(UNPAIRED, "prompt completion label", fits=_is_unpaired),
-    Format(CHAT, "prompt completion", chats.prompt_completion, lambda r: not _is_unpaired(r)),
-    Format(DOCUMENT, "text", lambda r: _document(r, "text")),
-    Format(DOCUMENT, "content", lambda r: _document(r, "content")),
-]
+    Format(CHAT, "messages", chats.dialogue, (*OPENING, "instruction")),
+    Format(PAIR, "chosen rejected", pairs.chosen_rejected, (*OPENING, *pairs.PROMPTS)),
+    Format(PAIR, "messages|answer rejected", pairs.rejected_beside, (*OPENING, *pairs.PROMPTS)),
+    Format(PAIR, "instruction|input output", pairs.output_pair, (*OPENING, *QUESTION), _is_pair),
+    Format(CHAT, "question|instruction answer_idx|answer|output options", chats.exam, ITEM),
+    Format(CHAT, "question|instruction answer_idx|answer|output A B", chats.exam,
+           (*ITEM, *exams.LETTERS), exams.in_columns),
+    Format(CHAT, "question|prompt|instruction|input answer|output", chats.question_answer,
+           (*OPENING, "instruction", "context", "input"), lambda record: not _is_pair(record)),
+    Format(CHAT, "ask answer", chats.toyhom, (*OPENING, "title")),
+    Format(CHAT, "data", chats.question_list, OPENING, lambda r: isinstance(r["data"], list)),
+    Format(CHAT, "prompt completion", chats.prompt_completion, OPENING),
+    Format(DOCUMENT, "text", _document),
+]  # fmt: skip
+KNOWN = {n for f in FORMATS for n in (*re.split("[ |]", f.fields), *f.besides)}
+
+
+def names_of(fields: Iterable[str]) -> dict[str, str]:
+    """--fields as the readers take it: a file's name -> the known one. Raises InputError."""
+    return naming(fields, {*KNOWN, *LABELS, *ROLES, *TURN, *MARKS})
 
 
 # ---------------------------------------------------------------- readers
 
+Names = dict[str, str]  # of names_of()
+AS_THEY_ARE: Names = {}
 
-def read_chats(path: str) -> Iterator[tuple[int, Chat, int]]:
+
+def read_records(path: str, names: Names = AS_THEY_ARE) -> Iterator[tuple[int, Any, int]]:
+    """(number from 1, record, bytes read so far) for every record in a file of any kind, its fields
+    under the names that they are known by. Raises InputError."""
+    return _named(files.read_records(path), names)
+
+
+def read_chats(path: str, names: Names = AS_THEY_ARE) -> Iterator[tuple[int, Chat, int]]:
     """(record number from 1, chat, bytes read so far) for every chat in a file. A record with
     several wordings of a question gives one chat for each.
 
     Raises InputError naming file, record and field at the first record that cannot be read.
     """
-    for number, record, n_bytes in read_records(path):
+    for number, record, n_bytes in read_records(path, names):
         for chat in _naming_record(path, number, chats_of, record):
             yield number, chat, n_bytes
 
 
-def read_pairs(path: str) -> Iterator[tuple[int, PreferencePair, int]]:
+def read_pairs(path: str, names: Names = AS_THEY_ARE) -> Iterator[tuple[int, PreferencePair, int]]:
     """(record number from 1, pair, bytes read so far) for every preference pair in a file; raises
     as read_chats does."""
-    for number, record, n_bytes in read_records(path):
+    for number, record, n_bytes in read_records(path, names):
         yield number, _naming_record(path, number, pair_of, record), n_bytes
 
 
-def read_documents(path: str, text_key: str = "") -> Iterator[tuple[int, Document, int]]:
-    """(record number from 1, document, bytes read so far) for every document in a file. `text_key`
-    names the field with the text ("": `text`, else `content`). Raises as read_chats does."""
-    for number, record, n_bytes in read_texts(path, text_key):
-        yield number, _naming_record(path, number, document_of, record, text_key), n_bytes
+def read_documents(path: str, names: Names = AS_THEY_ARE) -> Iterator[tuple[int, Document, int]]:
+    """(record number from 1, document, bytes read so far) for every document in a file. Raises as
+    read_chats does."""
+    for number, record, n_bytes in read_texts(path, names):
+        yield number, _naming_record(path, number, document_of, record), n_bytes
 
 
-def read_texts(path: str, text_key: str = "") -> Iterator[tuple[int, Any, int]]:
+def read_texts(path: str, names: Names = AS_THEY_ARE) -> Iterator[tuple[int, Any, int]]:
     """The same with each record as it stands in the file, for texts_in() to read. A .txt file has
     one document on each line, unless it holds JSON."""
-    if path.removesuffix(".gz").endswith(".txt") and not holds_json(path):
-        return ((n, {text_key or "text": line}, n_bytes) for n, line, n_bytes in read_lines(path))
-    return read_records(path)
+    if kind_of(path) == ".txt" and not holds_json(path):
+        return ((n, {"text": line}, n_bytes) for n, line, n_bytes in read_lines(path))
+    return read_records(path, names)
 
 
-def texts_in(
-    path: str, number: int, record: Any, text_key: str = ""
-) -> list[Document] | list[Chat]:
+def texts_in(path: str, number: int, record: Any) -> list[Document] | list[Chat]:
     """What a record gives to continued pre-training: its document; a chat's record, which has no
     document's field, its chats. Raises InputError naming file, record and field."""
-    named = text_key or not isinstance(record, dict) or _first(record, DOCUMENT)
-    if not named and _first(record, CHAT):
-        return _naming_record(path, number, chats_of, record)
-    return [_naming_record(path, number, document_of, record, text_key)]
+    if isinstance(record, dict):
+        known = _first(by_known_names(record)[0], DOCUMENT, CHAT)
+        if known and known.shape == CHAT:
+            return _naming_record(path, number, chats_of, record)
+    return [_naming_record(path, number, document_of, record)]
 
 
-def _naming_record(path: str, number: int, convert: Callable, *arguments: Any) -> Any:
+def _named(records: files.Numbered, names: Names) -> files.Numbered:
+    if not names:
+        return records
+    return ((number, renamed(record, names), n_bytes) for number, record, n_bytes in records)
+
+
+def _naming_record(path: str, number: int, convert: Callable, record: Any) -> Any:
     try:
-        return convert(*arguments)
+        return convert(record)
     except BadField as bad:
         raise InputError(f"{path}, record {number}: {bad}") from None
 
 
 def chats_of(record: Any) -> list[Chat]:
     """The chats in one record of any format. Raises BadField."""
-    return [chats.checked(chat, record) for chat in _format_of(record, CHAT).convert(record)]
+    return _read(record, CHAT)
 
 
 def pair_of(record: Any) -> PreferencePair:
     """The preference pair in one record of any format. Raises BadField."""
-    return pairs.checked(_format_of(record, PAIR).convert(record), record)
+    return _read(record, PAIR)[0]
+
+
+def document_of(record: Any) -> Document:
+    """The document in one record. Raises BadField."""
+    return _read(record, DOCUMENT)[0]
 
 
 def is_pair(record: dict) -> bool:
-    return any(known.shape == PAIR and known.matches(record) for known in FORMATS)
+    return _first(by_known_names(record)[0], PAIR) is not None
 
 
-def document_of(record: Any, text_key: str = "") -> Document:
-    """The document in one record. Raises BadField."""
-    if not text_key:
-        return _format_of(record, DOCUMENT).convert(record)
-    if not isinstance(record, dict) or text_key not in record:
-        raise BadField(text_key, f"not in this record, which is {excerpt(record)}")
-    return _document(record, text_key)
-
-
-def _document(record: dict, key: str) -> Document:
-    text = text_of(record[key], key)
-    named = record.get("lang")
-    plain = {k: v for k, v in record.items() if isinstance(v, str | int | float) and k != key}
-    return Document(
-        text,
-        source_of(record),
-        named if isinstance(named, str) else language(text),
-        group_of(record, text),
-        labels=plain,
-        dropped="" if text.strip() else "empty text",
-    )
-
-
-# ---------------------------------------------------------------- recognising
-
-
-def _format_of(record: Any, wanted: str) -> Format:
-    """The first format of the wanted shape. Raises BadField, saying what the record is instead."""
+def _read(record: Any, wanted: str) -> list[Any]:
+    """What a record holds; with the first of it goes the ledger of what was not read."""
     if not isinstance(record, dict):
         raise BadField("(record)", f"expected an object, found {excerpt(record)}")
-    if known := _first(record, wanted):
-        return known
-    if found := _first(record):
-        raise BadField("(record)", f"no {wanted}, this is {DESCRIBED[found.shape]}")
-    raise BadField("(record)", _unknown_format(record, wanted))
+    fields, own = by_known_names(record)
+    known = _first(fields, wanted)
+    try:
+        if wanted == CHAT or not known:
+            _refuse_unpaired(fields)
+        if not known:
+            _refuse(record, fields, wanted)
+        found = [CHECKED[wanted](one, fields) for one in known.convert(fields)]
+    except BadField as bad:
+        raise BadField(_own_name(bad.name, own), bad.problem) from None
+    left = found[0].unread + unread(fields, {*known.needed_in(fields), *known.besides})
+    found[0].unread = [_own_name(name, own) for name in left]
+    return found
 
 
-def _first(record: dict, shape: str = "") -> Format | None:
-    """The first format that a record has; of one shape, if one is named."""
-    asked = (known for known in FORMATS if shape in ("", known.shape))
-    return next((known for known in asked if known.matches(record)), None)
+def _own_name(place: str, own: dict[str, str]) -> str:
+    """`answer[2]` as the file calls it: `response[2]`."""
+    name = re.match(r"[^\[.]*", place)[0]
+    return own.get(name, name) + place[len(name) :]
 
 
-def _unknown_format(record: dict, wanted: str) -> str:
+def _first(record: dict, *shapes: str) -> Format | None:
+    """The first format whose fields a record fills; of these shapes, if any are named. If there is
+    none, the one that it fills best: null is an empty text, and its record is dropped as such."""
+    asked = _formats(*shapes)
+    for known in asked:
+        if known.matches(record):
+            return known
+    best = max(asked, key=lambda known: known.n_filled(record))
+    return best if best.n_filled(record) >= 0 else None
+
+
+@cache
+def _formats(*shapes: str) -> list[Format]:
+    return [known for shape in shapes or DESCRIBED for known in FORMATS if known.shape == shape]
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def _refuse_unpaired(record: dict) -> None:
+    """Raises BadField for an answer that is marked as good or bad (KTO): a bad one would be learned
+    like a good one."""
+    for name in ("kto_tag", "label"):
+        if str(record.get(name)).lower() in NO | YES and _first(record, CHAT):
+            raise BadField(
+                name,
+                f"{excerpt(record[name])} makes this an unpaired preference; nanomed needs a "
+                "chosen and a rejected answer to each prompt. If it says something else: "
+                f"--fields kind={name}",
+            )
+
+
+def _refuse(record: dict, fields: dict, wanted: str) -> None:
+    """Raises BadField, saying what the record is instead."""
+    if other := _first(fields):
+        raise BadField("(record)", f"no {wanted}, this is {DESCRIBED[other.shape]}")
     names = [name[:40] for name in record]
     found = ", ".join(map(repr, names[:12])) or "none"
     if len(names) > 12:
         found += f" and {len(names) - 12} more"
-    fields = [known.fields for known in FORMATS if known.shape == wanted]
-    fields.sort(key=lambda f: -sum(bool(nearest(n, names[:50])) for n in f.split()))
-    known = "; ".join(f.replace(" ", " + ") for f in fields)
-    return f"unknown fields; found {found}; known, the nearest first: {known}"
+    formats = [known.fields for known in FORMATS if known.shape == wanted]
+    formats.sort(key=lambda f: -sum(bool(nearest(n, names[:50])) for n in re.split("[ |]", f)))
+    known = "; ".join(f.replace(" ", " + ") for f in formats)
+    raise BadField(
+        "(record)",
+        f"unknown fields; found {found}; known, the nearest first: {known}. To read them under "
+        f"these names: {_flag(fields, wanted)}",
+    )
+
+
+def _flag(fields: dict, wanted: str) -> str:
+    """The flag that would read the record, as far as its fields let us guess."""
+    there = {"question": main_question(fields), "answer": given(fields, ("answer", "output"))}
+    needed = {CHAT: ["question", "answer"], PAIR: ["question", "chosen", "rejected"]}
+    missing = [n for n in needed.get(wanted, ["text"]) if not there.get(n, n in fields)]
+    left = [n for n, v in fields.items() if n not in LABELS and n not in KNOWN and holds_text(v)]
+    turns = [n for n in left if isinstance(fields[n], list) and isinstance(fields[n][0], dict)]
+    if turns and wanted == CHAT:
+        keys = [key for key, value in fields[turns[0]][0].items() if isinstance(value, str)]
+        missing, left = ["messages", "role", "content"], [turns[0], *keys]
+    pairs = [f"{ours}={theirs}" for ours, theirs in zip(missing, left, strict=False)]
+    return "--fields " + (" ".join(pairs) or "KNOWN=THEIRS ...")

@@ -1,78 +1,76 @@
 """Records of the chat formats, each turned into a Chat. Adding a format is a function here and a
 line in nanomed/records/__init__.py."""
 
-from itertools import cycle
+import re
 from typing import Any
 
-from nanomed.config import nearest
+from nanomed.records.exams import BARE, exam_of, render
+from nanomed.records.fields import given
 from nanomed.records.shapes import (
     BadField,
     Chat,
-    Turns,
+    blank,
     excerpt,
     group_of,
+    json_of,
     source_of,
     text_of,
     texts_of,
 )
+from nanomed.records.turns import add_system, add_turns, as_turns, main_question, opening, user_text
 
-# A tool's result is read by the model like a user's turn; calling the tool is the model's turn.
-ROLES = {
-    "user": "user",
-    "human": "user",
-    "observation": "user",
-    "tool": "user",
-    "function": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-    "function_call": "assistant",
-    "system": "system",
-    "developer": "system",
-}
-TOOL_ROLES = ("observation", "tool", "function", "function_call")
+ADDRESS = re.compile(r"\s*(https?://|www\.)\S+\s*")
+ADDRESS_NOTE = "answer is a web address alone, kept"
 NO_TEXT = ("", "无", "無")  # what Toyhom's forms hold where a patient wrote nothing
+ANSWER_FIRST = "assistant turn before the first question dropped"
 
 
-def messages(record: dict) -> list[Chat]:
-    """OpenAI: {"messages": [{"role": ..., "content": text or parts}, ...]}."""
-    return [_whole(record, "messages", "system")]
-
-
-def sharegpt(record: dict) -> list[Chat]:
-    """ShareGPT: {"conversations": [{"from": "human", "value": ...}, ...], "system": ...}; in
-    Aquila2's own files the system text is called `instruction`."""
-    return [_whole(record, "conversations", "system" if record.get("system") else "instruction")]
-
-
-def alpaca(record: dict) -> list[Chat]:
-    """Alpaca with optional history; question and answer may be lists (Huatuo): every wording of
-    the question with the first answer."""
-    before = history(record)
-    extra = text_of(record.get("input") or "", "input")
-    answer = texts_of(record["output"], "output")[0]
-    system = text_of(record.get("system") or "", "system")
-    return [
-        Chat([*before, ("user", joined(question, extra)), ("assistant", answer)], system)
-        for question in texts_of(record["instruction"], "instruction")
-    ]
+def dialogue(record: dict) -> list[Chat]:
+    """OpenAI, ShareGPT, DISC-MedLLM, Firefly: a list of turns. In Aquila2's own files the system
+    text is called `instruction`."""
+    chat = opening(record)
+    add_system(chat, text_of(record.get("instruction"), "instruction"))
+    add_turns(chat, record["messages"], "messages")
+    return [chat]
 
 
 def question_answer(record: dict) -> list[Chat]:
-    """Huatuo and its relatives: one text or a list under any of the names of QUESTION and ANSWER;
-    every wording of the question with the first answer."""
-    question, answer = (
-        next(name for name in names if record.get(name) is not None) for names in (QUESTION, ANSWER)
-    )
-    first = texts_of(record[answer], answer)[0]
-    wordings = texts_of(record[question], question)
-    return [Chat([("user", wording), ("assistant", first)]) for wording in wordings]
+    """Alpaca, Huatuo and their relatives. Question and answer may be lists: a chat for each
+    wording of the question."""
+    main, answer = main_question(record), given(record, ("answer", "output"))
+    pairs, n_left = _paired(record[main], record[answer], (main, answer))
+    chats = []
+    for wording, text in pairs:
+        chats.append(opening(record))
+        chats[-1].turns += [("user", user_text(record, main, wording)), ("assistant", text)]
+        if "options" in record and BARE.fullmatch(text):
+            chats[-1].dropped = "exam question without options"
+    chats[0].notes += ["further answer to the same question left out"] * n_left
+    return chats
 
 
-QUESTION, ANSWER = ("questions", "question", "问"), ("answers", "answer", "答")
+def _paired(
+    questions: Any, answers: Any, names: tuple[str, str], depth: int = 0
+) -> tuple[list[tuple[str, str]], int]:
+    """(question, answer) of each wording, and how many answers are left out. Lists of one length
+    belong together; else every wording has the first answer. Several letters are one answer: those
+    of a question with several right options."""
+    both = depth < 2 and isinstance(questions, list) and isinstance(answers, list)
+    if both and questions and len(questions) == len(answers):
+        parts = [_paired(*two, names, depth + 1) for two in zip(questions, answers, strict=True)]
+        return [pair for pairs, _ in parts for pair in pairs], sum(left for _, left in parts)
+    wordings, texts = texts_of(questions, names[0]), texts_of(answers, names[1])
+    if all(re.fullmatch("[A-J]", text) for text in texts):
+        texts = ["、".join(texts)]
+    return [(wording, texts[0]) for wording in wordings], len(texts) - 1
+
+
+def exam(record: dict) -> list[Chat]:
+    """CMB, C-Eval, CMExam, MMLU and others: the options are asked with the question."""
+    item, chat = exam_of(record), opening(record)
+    chat.turns += render(item).turns
+    chat.group = item.question  # the options may stand in another order
+    return [chat]
 
 
 def toyhom(record: dict) -> list[Chat]:
@@ -82,106 +80,47 @@ def toyhom(record: dict) -> list[Chat]:
     parts = [part for part in (title, ask) if part not in NO_TEXT]
     if len(parts) == 2 and title in ask:
         parts = [ask]
-    answer = text_of(record["answer"], "answer")
-    return [Chat([("user", "\n".join(parts)), ("assistant", answer)])]
+    chat = opening(record)
+    chat.turns += [("user", "\n".join(parts)), ("assistant", text_of(record["answer"], "answer"))]
+    return [chat]
 
 
 def question_list(record: dict) -> list[Chat]:
     """HuatuoGPT: {"data": ["问：...", "答：...", ...]}; the marks are its roles, not its text."""
-    turns = []
-    for i, text in enumerate(texts_of(record["data"], "data")):
-        role = {"问": "user", "答": "assistant"}.get(text[:1])
-        if role is None or text[1:2] not in ("：", ":"):
-            raise BadField(f"data[{i}]", f"expected 问：... or 答：..., found {excerpt(text)}")
-        turns.append((role, text[2:]))
-    return [Chat(turns)]
+    chat = opening(record)
+    for i, entry in enumerate(record["data"]):
+        if isinstance(entry, dict):
+            raise BadField(
+                "data", "a list of records; jq -c '.data[]' FILE writes one on each line"
+            )
+        for text in texts_of(entry, f"data[{i}]"):
+            role = {"问": "user", "答": "assistant"}.get(text[:1])
+            if role is None or text[1:2] not in ("：", ":"):
+                raise BadField(f"data[{i}]", f"expected 问：... or 答：..., found {excerpt(text)}")
+            chat.turns.append((role, text[2:]))
+    return [chat]
 
 
 def prompt_completion(record: dict) -> list[Chat]:
-    """TRL: texts are continued as they stand; lists of turns go through the template. Only the
-    completion is learned."""
-    prompt, completion = record["prompt"], record["completion"]
-    if isinstance(prompt, str) and isinstance(completion, str):
-        answer = text_of(completion, "completion")
-        return [Chat([("user", text_of(prompt, "prompt")), ("assistant", answer)], raw=True)]
-    chat = Chat([])
+    """TRL: two texts are continued as they stand; lists of turns, and what has a system text or
+    a history, go through the template. Only the completion is learned."""
+    chat = opening(record)
+    prompt, completion = (json_of(record[name]) for name in ("prompt", "completion"))
+    if all(isinstance(text, str) for text in (prompt, completion)) and chat == Chat([]):
+        texts = text_of(prompt, "prompt"), text_of(completion, "completion")
+        chat.turns = list(zip(("user", "assistant"), texts, strict=True))
+        chat.raw, chat.notes = True, ["text continued without a template"]
+        return [chat]
     add_turns(chat, as_turns(prompt, "user"), "prompt")
-    chat.context = len(chat.turns)
+    n_given = len(chat.turns)
     add_turns(chat, as_turns(completion, "assistant"), "completion")
-    if not any(role == "assistant" for role, _ in chat.turns[chat.context :]):
+    chat.untrained |= {*range(n_given)}
+    if not any(role == "assistant" for role, _ in chat.turns[n_given:]):
         raise BadField("completion", "no assistant turn, so there is nothing to train on")
     return [chat]
 
 
-# ---------------------------------------------------------------- turns
-
-
-def history(record: dict) -> Turns:
-    """Alpaca's `history`: [[question, answer], ...], null, empty or absent."""
-    pairs = record.get("history") or []
-    if not isinstance(pairs, list):
-        raise BadField("history", f"expected a list of pairs, found {excerpt(pairs)}")
-    for i, pair in enumerate(pairs):
-        if not isinstance(pair, list) or len(pair) != 2:
-            raise BadField(f"history[{i}]", f"expected [question, answer], found {excerpt(pair)}")
-    texts = [text_of(text, f"history[{i}]") for i, pair in enumerate(pairs) for text in pair]
-    return list(zip(cycle(("user", "assistant")), texts, strict=False))
-
-
-def joined(question: str, extra: str) -> str:
-    return f"{question}\n{extra}" if question and extra else question or extra
-
-
-def as_turns(value: Any, role: str) -> Any:
-    """A list of turns as it is; one turn or one text as a list of it."""
-    if isinstance(value, str):
-        return [{"role": role, "content": value}]
-    return [value] if isinstance(value, dict) else value
-
-
-def _whole(record: dict, name: str, system: str) -> Chat:
-    chat = Chat([], text_of(record.get(system) or "", system))
-    add_turns(chat, record[name], name)
-    if record.get("tools"):
-        chat.notes.append("list of tools left out")
-    return chat
-
-
-def add_turns(chat: Chat, entries: Any, name: str) -> None:
-    """Appends a list of {role, content} or {from, value} to a chat. Raises BadField."""
-    if not isinstance(entries, list):
-        raise BadField(name, f"expected a list of turns, found {excerpt(entries)}")
-    for i, entry in enumerate(entries):
-        role_key, text_key = ("from", "value") if _has(entry, "from") else ("role", "content")
-        where = f"{name}[{i}]"
-        calls = _has(entry, "tool_calls")
-        if not _has(entry, role_key) or not (calls or _has(entry, text_key)):
-            raise BadField(where, f"expected {role_key!r} and {text_key!r}, found {excerpt(entry)}")
-        role = _role(entry[role_key], f"{where}.{role_key}")
-        text = text_of(entry.get(text_key), f"{where}.{text_key}")
-        if entry[role_key] in TOOL_ROLES:
-            chat.notes.append(f"{entry[role_key]} turn read as the {role}'s")
-        if calls and entry["tool_calls"]:
-            chat.notes.append("tool_calls of a turn left out")
-        if role != "system":
-            chat.turns.append((role, text))
-        elif not chat.turns:
-            chat.system = text
-        else:
-            chat.dropped = "system turn in the middle"
-
-
-def _has(entry: Any, name: str) -> bool:
-    return isinstance(entry, dict) and name in entry
-
-
-def _role(value: Any, where: str) -> str:
-    if not isinstance(value, str) or value not in ROLES:
-        raise BadField(
-            where,
-            f"unknown role {excerpt(value)}; known: {', '.join(ROLES)}" + nearest(value, ROLES),
-        )
-    return ROLES[value]
+# ---------------------------------------------------------------- checks
 
 
 def checked(chat: Chat, record: dict) -> Chat:
@@ -194,22 +133,30 @@ def checked(chat: Chat, record: dict) -> Chat:
         chat.turns.pop()
         chat.notes.append("user turn after the last answer dropped")
         if not chat.turns:
-            raise BadField("(turns)", "no answer follows a question")
-    empty = {role for role, text in chat.turns if not text.strip()}
-    if not chat.dropped:
-        chat.dropped = "empty answer" if "assistant" in empty else "empty question" * bool(empty)
+            swapped = ", as if the roles were swapped" if ANSWER_FIRST in chat.notes else ""
+            raise BadField("(turns)", "no answer follows a question" + swapped)
+    answers = [i for i, (role, _) in enumerate(chat.turns) if role == "assistant"]
+    empty = {role for role, text in chat.turns if blank(text)}
+    if not chat.dropped and empty:
+        chat.dropped = "empty answer" if "assistant" in empty else "empty question"
+    elif not chat.dropped and chat.untrained.issuperset(answers):
+        chat.dropped = "no turn is to be learned"
     question, answer = chat.turns[0][1], chat.turns[-1][1]
     if question.startswith(("问：", "问:")) or answer.startswith(("答：", "答:")):
         chat.notes.append("text begins with 问： or 答：, kept")
-    chat.group = group_of(record, question)
-    chat.source = source_of(record)
+    if any(ADDRESS.fullmatch(chat.turns[i][1]) for i in answers):
+        chat.notes.append(ADDRESS_NOTE)
+    questions = chat.group or "\n".join(text for role, text in chat.turns if role == "user")
+    chat.group, chat.source = group_of(record, questions), source_of(record)
     return chat
 
 
 def drop_leading_answers(chat: Chat) -> None:
+    note = ANSWER_FIRST
     while chat.turns[0][0] == "assistant":
         chat.turns.pop(0)
-        chat.context = max(0, chat.context - 1)
-        chat.notes.append("assistant turn before the first question dropped")
+        chat.untrained = {i - 1 for i in chat.untrained if i}
+        chat.notes.append(note)
+        note = "another " + ANSWER_FIRST
         if not chat.turns:
             raise BadField("(turns)", "no user turn, so there is nothing to answer")

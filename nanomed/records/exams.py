@@ -8,7 +8,9 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from nanomed.records.fields import KNOWN_AS, by_known_names, filled, given
 from nanomed.records.shapes import BadField, Chat, excerpt, language, text_of
+from nanomed.records.turns import main_question, user_text
 
 
 @dataclass(frozen=True)
@@ -70,31 +72,22 @@ def wording_for(exam: Exam) -> Wording:
 
 # ---------------------------------------------------------------- reading
 
-OPTIONS = ("options", "option", "choices")
-# A column of one option: A, opa, option_a, optionA.
-COLUMN = re.compile("([A-J])|(?:op|option_?)([a-jA-J])")
-MARK = re.compile(r"\(?([A-J])\s*[.．、:：)）]\s*")
 LETTERS = "ABCDEFGHIJ"
-ASKED = ("question", "Question", "instruction", "query")
-KEYS = ("answer_idx", "answer_key", "answerKey", "cop", "answer", "Answer", "output", "response")
-EXPLANATIONS = ("explanation", "Explanation", "exp")
+MARK = re.compile(r"\(?([A-J])\s*[.．、:：)）]\s*")
+BARE = re.compile(r"\W*[a-j]\W*|[\W_]*[A-J](?:[\W_]*[A-J])*[\W_]*")  # "c", "(C)", "ABD", "A、B"
+KEYS = ("answer_idx", "answer", "output")  # what says which option is right
 
 
 def options_of(record: dict) -> dict[str, str] | None:
     """letter -> text of the options in a record: in one field (an object, a list or marked lines)
     or in a column each. None if there are none. Raises BadField where they are there and it is not
     certain which letter is whose."""
-    for name in OPTIONS:
-        if record.get(name):
-            found = _listed(record[name])
-            if not found:
-                raise BadField(name, f"not clear as options A, B, ...: {excerpt(record[name])}")
-            return found
-    columns = {}
-    for name, value in record.items():
-        if (match := COLUMN.fullmatch(name)) and value not in (None, ""):
-            columns[(match[1] or match[2]).upper()] = value
-    return _in_order(columns)
+    record, _ = by_known_names(record)
+    if not filled(record.get("options")):
+        return _in_order({letter: record.get(letter) for letter in LETTERS})
+    if found := _listed(record["options"]):
+        return found
+    raise BadField("options", f"not clear as options A, B, ...: {excerpt(record['options'])}")
 
 
 def _listed(value: Any) -> dict[str, str] | None:
@@ -139,28 +132,33 @@ def _in_order(options: dict[Any, Any]) -> dict[str, str] | None:
     return given if plain and len(given) > 1 and LETTERS.startswith("".join(given)) else None
 
 
+def in_columns(record: dict) -> bool:
+    """Whether columns A, B, ... are options: the answer can name one of them."""
+    options, answer = options_of(record), record[given(record, KEYS)]
+    bare = BARE.fullmatch(str(answer)) or str(answer).strip().isdigit()
+    return bool(options) and bool(bare or letters_of(answer, options))
+
+
 def exam_of(record: dict) -> Exam | None:
     """The exam question in a record of any of these layouts; None if it has no options. Raises
-    BadField where it has some and it is not certain how they or the answer are meant."""
+    BadField where it is not certain how they or the answer are meant."""
+    record, _ = by_known_names(record)
     if not (options := options_of(record)):
         return None
-    question, name = (
-        next((n for n in names if record.get(n) not in (None, "")), "") for names in (ASKED, KEYS)
-    )
-    if not question or not name:
-        raise BadField("answer", "an exam question needs `question`, options and `answer`")
-    if not (letters := letters_of(record[name], options)):
+    readings = {key: letters_of(record[key], options) for key in KEYS if filled(record.get(key))}
+    if len({*readings.values()}) != 1 or "" in readings.values():
         raise BadField(
-            name, f"{excerpt(record[name])} names none of the options {', '.join(options)}"
+            next(iter(readings), "answer"),
+            f"an exam question, and {excerpt([record[key] for key in readings])} does not say "
+            f"which of its options {', '.join(options)} is right: write the letter",
         )
-    explanation = next((record[n] for n in EXPLANATIONS if record.get(n)), "")
+    main = main_question(record)
+    alone = {name: value for name, value in record.items() if name != "context"}
     return Exam(
-        text_of(record[question], question),
+        user_text(alone, main, text_of(record.get(main), main)),
         options,
-        letters,
-        text_of(explanation, "explanation"),
-        text_of(record.get("context"), "context"),
-        text_of(record.get("system"), "system"),
+        readings.popitem()[1],
+        *(text_of(record.get(name), name) for name in ("explanation", "context", "system")),
     )
 
 
@@ -175,22 +173,12 @@ def letters_of(answer: Any, options: dict[str, str]) -> str:
     if not isinstance(answer, str) or answer.strip().isdigit():
         return ""
     text = answer.strip()
-    readings = {_bare(text, options)}
-    readings |= {k for k, option in options.items() if option.strip().lower() == text.lower()}
+    readings = {k for k, option in options.items() if option.strip().lower() == text.lower()}
     if (match := MARK.match(text)) and options.get(match[1], "").strip() == text[match.end() :]:
         readings.add(match[1])
-    readings -= {""}
+    if text in KNOWN_AS or BARE.fullmatch(text):
+        readings.add(_sorted(KNOWN_AS.get(text) or re.sub(r"[\W_]", "", text).upper(), options))
     return readings.pop() if len(readings) == 1 else ""
-
-
-def _bare(text: str, options: dict[str, str]) -> str:
-    if match := COLUMN.fullmatch(text):
-        return _sorted((match[1] or match[2]).upper(), options)
-    if re.fullmatch(r"\W*[a-j]\W*", text):
-        text = text.upper()
-    if not re.fullmatch(r"[\W_]*[A-J](?:[\W_]*[A-J])*[\W_]*", text):
-        return ""
-    return _sorted(re.sub(r"[\W_]", "", text), options)
 
 
 def _sorted(letters: str, options: dict[str, str]) -> str:

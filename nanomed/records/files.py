@@ -1,4 +1,4 @@
-"""Files as streams of values: JSON arrays, JSON lines, CSV and plain text, each also as .gz.
+"""Files as streams of values: JSON arrays, JSON lines, CSV, Parquet and plain text, compressed too.
 
 Nothing is held whole or unpacked to disk. All readers yield (number from 1, value, bytes of the
 file read so far) and raise InputError naming the file and the record.
@@ -10,47 +10,54 @@ import io
 import json
 import re
 import zlib
-from codecs import getincrementaldecoder
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, TextIO
 
 from nanomed.config import InputError
+from nanomed.records.encodings import HEAD, encoding_of, unpacked
 
 CHUNK = 1 << 20  # characters read at a time
 MAX_RECORD = 64 << 20  # characters; a larger record is a broken file
-PARQUET_TO_JSONL = (
-    "import sys, json, pyarrow.parquet as p; "
-    "[print(json.dumps(r, default=str)) for b in p.ParquetFile(sys.argv[1]).iter_batches() "
-    "for r in b.to_pylist()]"
-)
 
 Numbered = Iterator[tuple[int, Any, int]]
 
 
 def read_records(path: str) -> Numbered:
-    """The records of a file of any kind, CSV rows as objects."""
-    name = path.removesuffix(".gz").lower()
-    if name.endswith(".parquet"):
-        raise InputError(
-            f"{path}: parquet is not read directly; pip install pyarrow, then\n"
-            f"  python -c '{PARQUET_TO_JSONL}' {path} > {path.removesuffix('.parquet')}.jsonl"
-        )
-    return read_csv(path) if name.endswith(".csv") else read_json(path)
+    """The records of a file of any kind, the rows of CSV and Parquet files as objects."""
+    kind = kind_of(path)
+    if kind == ".parquet":
+        return _numbered(path, lambda file: _parquet(path, file))
+    return read_csv(path) if kind in (".csv", ".tsv") else read_json(path)
+
+
+def kind_of(path: str) -> str:
+    """The ending of the file's name, without that of its compression."""
+    name = path.lower().removesuffix(".gz").removesuffix(".zst")
+    return name[name.rfind(".") :] if "." in name else ""
 
 
 def read_json(path: str) -> Numbered:
     """Each element of a JSON array, or each of the JSON values that follow one another."""
-    return _numbered(path, lambda file: _values(path, _as_text(file, "utf-8-sig")))
+    return _numbered(path, lambda file: _values(path, _as_text(path, file)))
 
 
 def read_csv(path: str) -> Numbered:
-    """Each row as an object with the header's names; UTF-8 or GB18030."""
-    return _numbered(path, lambda file: _rows(path, _as_text(*_with_encoding(file), newline="")))
+    """Each row as an object with the header's names."""
+    delimiter = "\t" if kind_of(path) == ".tsv" else ","
+    return _numbered(path, lambda file: _rows(path, _as_text(path, file, newline=""), delimiter))
 
 
 def read_lines(path: str) -> Numbered:
-    """Each line that is not blank, without its end; UTF-8 or GB18030."""
-    return _numbered(path, lambda file: _lines(path, _as_text(*_with_encoding(file))))
+    """Each line that is not blank, without its end."""
+    return _numbered(path, lambda file: _lines(path, _as_text(path, file)))
+
+
+def encoding(path: str) -> str:
+    """utf-8 or gb18030, as the readers take the file; "" if it holds no text."""
+    if kind_of(path) == ".parquet":
+        return ""
+    with open(path, "rb", HEAD) as file:
+        return encoding_of(path, unpacked(path, file)).removesuffix("-sig")
 
 
 def holds_json(path: str) -> bool:
@@ -66,37 +73,38 @@ def holds_json(path: str) -> bool:
 def _numbered(path: str, parse: Callable[[BinaryIO], Iterator[Any]]) -> Numbered:
     number = 0
     try:
-        with open(path, "rb") as raw:
-            binary = gzip.GzipFile(fileobj=raw) if path.endswith(".gz") else raw
-            for number, value in enumerate(parse(binary), 1):
+        with open(path, "rb", HEAD) as raw:
+            for number, value in enumerate(parse(unpacked(path, raw)), 1):
                 yield number, value, raw.tell()
-    except (gzip.BadGzipFile, EOFError, zlib.error, csv.Error) as error:
+    except (gzip.BadGzipFile, EOFError, zlib.error, csv.Error, UnicodeDecodeError) as error:
         raise InputError(f"{path}, after record {number}: {error}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path}, after record {number}: {error}; save the file as UTF-8"
-        ) from None
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}") from None
     if number == 0:
         raise InputError(f"{path} holds no record: the file is empty")
 
 
-def _as_text(file: BinaryIO, encoding: str, newline: str | None = None) -> TextIO:
-    return io.TextIOWrapper(file, encoding=encoding, newline=newline)
+def _as_text(path: str, file: BinaryIO, newline: str | None = None) -> TextIO:
+    """A byte that is no UTF-8 becomes a lone surrogate, which text_of() meets in its field."""
+    found = encoding_of(path, file)
+    errors = "surrogateescape" if found == "utf-8-sig" else "strict"
+    return io.TextIOWrapper(file, found, errors, newline)
 
 
-def _with_encoding(file: BinaryIO) -> tuple[BinaryIO, str]:
-    """UTF-8 if the file starts as UTF-8: Chinese in GB18030 fails that within a few characters."""
-    file = io.BufferedReader(file, CHUNK)
+def _parquet(path: str, file: BinaryIO) -> Iterator[dict]:
     try:
-        getincrementaldecoder("utf-8")().decode(file.peek(CHUNK))  # a character may be cut off
-    except UnicodeDecodeError:
-        return file, "gb18030"
-    return file, "utf-8-sig"
+        import pyarrow
+        from pyarrow.parquet import ParquetFile
+    except ImportError:
+        raise InputError(f"{path}: pip install pyarrow, which reads Parquet files") from None
+    try:
+        for batch in ParquetFile(file).iter_batches(1000):
+            yield from batch.to_pylist()
+    except (pyarrow.ArrowException, ValueError) as error:
+        raise InputError(f"{path}: {error}") from None
 
 
-def _rows(path: str, file: TextIO) -> Iterator[dict[str, str]]:
+def _rows(path: str, file: TextIO, delimiter: str) -> Iterator[dict[str, str]]:
     number, size = 0, 0  # of the record that is being read: the header is 0
 
     def lines() -> Iterator[str]:
@@ -109,7 +117,7 @@ def _rows(path: str, file: TextIO) -> Iterator[dict[str, str]]:
 
     csv.field_size_limit(MAX_RECORD)  # by default 131,072: less than a book
     # strict: else an open quote would swallow the rest unnoticed
-    rows = csv.reader(lines(), strict=True)
+    rows = csv.reader(lines(), delimiter=delimiter, strict=True)
     header = [name.strip() for name in next((row for row in rows if row), [])]
     if len(set(header)) != len(header):
         raise InputError(f"{path}: the header names a column twice: {', '.join(header)}")
@@ -131,15 +139,15 @@ def _lines(path: str, file: TextIO) -> Iterator[str]:
     while line := file.readline(MAX_RECORD + 1):
         if len(line) > MAX_RECORD:
             raise _too_large(path, number)
-        if line.strip():
-            yield line.rstrip("\n")
+        if line.strip("\ufeff \t\r\n\f"):
+            yield line.rstrip("\n").lstrip("\ufeff")
             number += 1
 
 
 def _values(path: str, file: TextIO) -> Iterator[Any]:
     decode = json.JSONDecoder().raw_decode
     buffer = file.read(CHUNK)
-    position = len(buffer) - len(buffer.lstrip())
+    position = _NOT_SPACE.search(buffer).start()
     array = buffer[position : position + 1] == "["
     position += array
     number, closed, comma_due = 1, False, False
@@ -183,7 +191,7 @@ def _values(path: str, file: TextIO) -> Iterator[Any]:
         raise InputError(f"{path}: text after the array's end")
 
 
-_NOT_SPACE = re.compile(r"[^ \t\r\n]|\Z")
+_NOT_SPACE = re.compile(r"[^ \t\r\n\ufeff]|\Z")  # joined files have their marks in the middle
 
 
 def _may_go_on(error: json.JSONDecodeError, buffer: str) -> bool:

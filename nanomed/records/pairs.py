@@ -1,75 +1,97 @@
 """Records of the preference formats, each turned into a PreferencePair."""
 
+from collections.abc import Iterator
 from typing import Any
 
-from nanomed.records.chats import add_turns, as_turns, drop_leading_answers, history, joined
+from nanomed.records.chats import ADDRESS, ADDRESS_NOTE, drop_leading_answers
+from nanomed.records.fields import filled, given
 from nanomed.records.shapes import (
     BadField,
     Chat,
     PreferencePair,
     Turns,
+    blank,
     excerpt,
     group_of,
+    json_of,
+    label_of,
     source_of,
     text_of,
+    words_of,
+)
+from nanomed.records.turns import (
+    QUESTION,
+    add_system,
+    add_turns,
+    as_turns,
+    main_question,
+    opening,
+    user_text,
+)
+
+PROMPTS = ("messages", *QUESTION)
+NO_PROMPT = (
+    "none is given, and two texts do not say where a shared prompt ends; give `prompt`, or "
+    "`chosen` and `rejected` as lists of turns"
 )
 
 
-def chosen_rejected(record: dict) -> PreferencePair:
-    """TRL, MedicalGPT, LLaMA-Factory: `chosen` and `rejected` are texts, single turns or lists of
-    turns. What both lists begin with is (the rest of) the prompt, compared turn by turn and never
-    within a text."""
-    given = [name for name in (*PROMPTS, *DIALOGUES) if record.get(name) is not None]
-    answers = record["chosen"], record["rejected"]
-    if not given and not all(isinstance(answer, list) for answer in answers):
-        raise BadField(
-            "prompt",
-            "none is given, and two texts do not say where a shared prompt ends; give `prompt`, "
-            "or `chosen` and `rejected` as lists of turns",
-        )
-    if all(isinstance(text, str) for text in (*answers, record.get("prompt"))):
-        texts = {name: text_of(record[name], name) for name in ("prompt", "chosen", "rejected")}
-        turns = [("user", texts["prompt"])]
-        return PreferencePair(turns, texts["chosen"], texts["rejected"], raw=True)
-    chosen, rejected = (_side(record[name], name) for name in ("chosen", "rejected"))
-    shared = _shared(chosen.turns, rejected.turns)
-    rest = [side.turns[len(shared) :] for side in (chosen, rejected)]
-    prompt = _prompt(record, whole_sides=bool(shared) and shared[0][0] == "user")
-    if prompt.turns != shared[: len(prompt.turns)]:  # else the answers' lists repeat it
-        shared = prompt.turns + shared
-    systems = [chat.system for chat in (prompt, chosen, rejected) if chat.system]
-    pair = PreferencePair(shared, *map(_answer, rest), systems[0] if systems else "")
-    pair.notes = [note for chat in (prompt, chosen, rejected) for note in chat.notes]
+def chosen_rejected(record: dict) -> list[PreferencePair]:
+    """TRL, MedicalGPT, LLaMA-Factory: both answers are texts, single turns or lists of turns. What
+    both lists begin with is (the rest of) the prompt, compared turn by turn and never within a
+    text."""
+    answers = {name: json_of(record[name]) for name in ("chosen", "rejected")}
+    before, prompt = opening(record), _prompt(record)
+    if all(isinstance(answer, str | None) for answer in answers.values()):
+        texts = [text_of(answer, name) for name, answer in answers.items()]
+        return [_of_texts(record, before, prompt, texts)]
+    if not prompt.turns and not all(isinstance(answer, list) for answer in answers.values()):
+        raise BadField("prompt", NO_PROMPT)
+    sides = [_side(answer, name) for name, answer in answers.items()]
+    shared = _shared(*(side.turns for side in sides))
+    rest = [side.turns[len(shared) :] for side in sides]
+    # Sides that begin with a question hold the whole prompt, and another one is not put in front.
+    whole = bool(shared) and shared[0][0] == "user"
+    first = before.turns if whole else before.turns + prompt.turns
+    turns = shared if first == shared[: len(first)] else first + shared
+    pair = PreferencePair(turns, *map(_answer, rest))
+    for chat in (before, prompt, *sides):
+        add_system(before, chat.system)
+        pair.notes += chat.notes
+        pair.unread += chat.unread
+        pair.dropped = pair.dropped or chat.dropped
+    pair.system = before.system
     if max(map(len, rest)) > 1:
         pair.dropped = "answers of several turns"
-    elif len(set(systems)) > 1:
-        pair.dropped = "two system texts"
-    else:
-        pair.dropped = prompt.dropped or chosen.dropped or rejected.dropped
-    return pair
+    elif len({side.system for side in sides if side.system}) > 1:
+        pair.dropped = "the two sides have different system texts"
+    elif any(len(side.turns) - 1 in side.untrained for side in sides):
+        pair.dropped = "an answer is not to be learned"
+    return [pair]
 
 
-def response_pair(record: dict) -> PreferencePair:
-    """MedicalGPT's older files: system, history, question, response_chosen, response_rejected."""
-    chosen, rejected = (
-        text_of(record[name], name) for name in ("response_chosen", "response_rejected")
-    )
-    prompt = _prompt(record)
-    return PreferencePair(prompt.turns, chosen, rejected, prompt.system)
+def rejected_beside(record: dict) -> list[PreferencePair]:
+    """ms-swift: the chosen answer is `response` or ends the dialogue; the rejected one is a text
+    in place of the dialogue's last turn, or a dialogue of its own."""
+    name = given(record, ("messages", "answer"))
+    chosen, rejected = json_of(record[name]), json_of(record["rejected"])
+    if isinstance(chosen, list) and isinstance(rejected, str):
+        rejected = [*chosen[:-1], {"role": "assistant", "content": rejected}]
+    rest = {key: value for key, value in record.items() if key != name}
+    return chosen_rejected(rest | {"chosen": chosen, "rejected": rejected})
 
 
-def output_pair(record: dict) -> PreferencePair:
+def output_pair(record: dict) -> list[PreferencePair]:
     """AquilaMed-RL: instruction and input as in Alpaca, `output` is [chosen, rejected]."""
     output = record["output"]
     if len(output) != 2:
         raise BadField("output", f"expected [chosen, rejected], found {len(output)} entries")
-    chosen, rejected = (text_of(text, f"output[{i}]") for i, text in enumerate(output))
-    prompt = _prompt(record)
-    return PreferencePair(prompt.turns, chosen, rejected, prompt.system)
+    answers = [text_of(text, f"output[{i}]") for i, text in enumerate(output)]
+    return [_of_texts(record, opening(record), _prompt(record), answers)]
 
 
 def checked(pair: PreferencePair, record: dict) -> PreferencePair:
-    """Decides whether the pair can be trained on."""
+    """Decides whether the pair can be trained on; accounts for the prompt's fields."""
     prompt = Chat(pair.turns, notes=pair.notes)
     if prompt.turns:
         drop_leading_answers(prompt)
@@ -78,41 +100,58 @@ def checked(pair: PreferencePair, record: dict) -> PreferencePair:
         raise BadField("prompt", "no user turn, so there is nothing to answer")
     why = [
         (pair.turns[-1][0] != "user", "the turn before the answers is no question"),
-        (not all(text.strip() for text in questions), "empty question"),
-        (not (pair.chosen.strip() and pair.rejected.strip()), "empty answer"),
+        (any(map(blank, questions)), "empty question"),
+        (blank(pair.chosen) or blank(pair.rejected), "empty answer"),
         (pair.chosen.strip() == pair.rejected.strip(), "chosen and rejected are the same"),
     ]
     pair.dropped = pair.dropped or next((cause for holds, cause in why if holds), "")
-    pair.group = group_of(record, questions[0])
-    pair.source = source_of(record)
-    pair.kind = text_of(record.get("kind"), "kind")
+    if any(map(ADDRESS.fullmatch, (pair.chosen, pair.rejected))):
+        pair.notes.append(ADDRESS_NOTE)
+    said = words_of("".join([pair.system, *(text for _, text in pair.turns)]))
+    for name in PROMPTS:
+        if any(words_of(text) not in said for text in _texts_in(json_of(record.get(name)))):
+            pair.unread.append(name)
+    pair.group = group_of(record, "\n".join(questions))
+    pair.source, pair.kind = source_of(record), label_of(record, "kind")
     return pair
 
 
 # ---------------------------------------------------------------- parts
 
 
-PROMPTS = ("prompt", "question", "instruction", "input")
-DIALOGUES = ("conversations", "messages")
+def _of_texts(record: dict, before: Chat, prompt: Chat, answers: list[str]) -> PreferencePair:
+    """TRL's three texts are continued as they stand; with anything else, and in other formats,
+    they go through the template."""
+    turns, notes = before.turns + prompt.turns, [*before.notes, *prompt.notes]
+    add_system(before, prompt.system)
+    if not turns:
+        raise BadField("prompt", NO_PROMPT)
+    raw = "chosen" in record and turns == [("user", record.get("prompt"))] and not before.system
+    question = turns[-1][1]
+    for i, answer in enumerate(answers):
+        rest = answer.removeprefix(question)
+        if rest and rest != answer and (raw or rest[0].isspace()):
+            answers[i] = rest
+            notes.append("prompt that an answer repeats cut off")
+    if raw:
+        notes.append("text continued without a template")
+    unread = before.unread + prompt.unread
+    return PreferencePair(
+        turns, *answers, before.system, raw=raw, notes=notes, unread=unread, dropped=prompt.dropped
+    )
 
 
-def _prompt(record: dict, whole_sides: bool = False) -> Chat:
-    """The turns before the answers. `whole_sides` says that the answers' lists hold the whole
-    dialogue: then `messages` repeats one of them."""
-    chat = Chat(history(record), text_of(record.get("system") or "", "system"))
-    for name in DIALOGUES:
-        if record.get(name) is not None and not (whole_sides and name == "messages"):
-            add_turns(chat, record[name], name)
+def _prompt(record: dict) -> Chat:
+    """The turns before the answers, without the system text and history that any record may have;
+    empty if the record names none."""
+    chat = Chat([])
+    for name in ("messages", "prompt"):
+        if filled(found := json_of(record.get(name))) and not isinstance(found, str):
+            add_system(chat, text_of(record.get("instruction"), "instruction"))
+            add_turns(chat, as_turns(found, "user"), name)
             return chat
-    if isinstance(record.get("prompt"), list | dict):
-        add_turns(chat, as_turns(record["prompt"], "user"), "prompt")
-        return chat
-    first = next((name for name in PROMPTS if record.get(name)), "")
-    question = text_of(record.get(first), first)
-    if first == "instruction":
-        question = joined(question, text_of(record.get("input") or "", "input"))
-    if question or not whole_sides:
-        chat.turns.append(("user", question))
+    if main := main_question(record):
+        chat.turns.append(("user", user_text(record, main, text_of(record[main], main))))
     return chat
 
 
@@ -135,3 +174,14 @@ def _shared(chosen: Turns, rejected: Turns) -> Turns:
 def _answer(turns: Turns) -> str:
     role, text = turns[-1]
     return text if role == "assistant" else ""
+
+
+def _texts_in(value: Any) -> Iterator[str]:
+    """The texts of a prompt of any form."""
+    if isinstance(value, dict):
+        value = [value.get(name) for name in ("content", "value", "text")]
+    if isinstance(value, list):
+        for part in value:
+            yield from _texts_in(part)
+    elif isinstance(value, str):
+        yield value

@@ -14,6 +14,7 @@ class BadField(Exception):
 
     def __init__(self, name: str, problem: str):
         super().__init__(f"field {name!r}: {problem}")
+        self.name, self.problem = name, problem
 
 
 @dataclass
@@ -25,9 +26,10 @@ class Chat:
     system: str = ""  # "" takes the template's own
     group: str = ""  # all chats of a group stand on the same side of the validation split
     source: str = ""  # what the record says of where it comes from or what kind it is
-    context: int = 0  # so many turns are given: their answers are not learned
+    untrained: set[int] = field(default_factory=set)  # turns whose answers are not learned
     raw: bool = False  # a text and its continuation, with no template around them
     notes: list[str] = field(default_factory=list)  # what reading it changed, for the report
+    unread: list[str] = field(default_factory=list)  # the record's fields of text not read
     dropped: str = ""  # why it cannot be trained on, "" if it can
 
 
@@ -44,6 +46,7 @@ class PreferencePair:
     kind: str = ""  # "subjective" or "objective" where the record says so
     raw: bool = False
     notes: list[str] = field(default_factory=list)
+    unread: list[str] = field(default_factory=list)
     dropped: str = ""
 
 
@@ -56,6 +59,7 @@ class Document:
     lang: str = ""  # what the record says, else as language() sees it
     group: str = ""
     labels: dict[str, Any] = field(default_factory=dict)  # the record's other plain values
+    unread: list[str] = field(default_factory=list)
     dropped: str = ""
 
 
@@ -78,8 +82,8 @@ def text_of(value: Any, name: str) -> str:
     except UnicodeEncodeError as error:
         raise BadField(
             name,
-            f"a lone surrogate {value[error.start]!a} at character {error.start} is not text: "
-            "the file was cut inside an emoji; mend or remove it",
+            f"a lone surrogate {value[error.start]!a} at character {error.start} is not text: a "
+            "byte that is no UTF-8, or half of an emoji; mend or remove it",
         ) from None
     return value
 
@@ -96,12 +100,50 @@ def texts_of(value: Any, name: str, depth: int = 0) -> list[str]:
     return texts
 
 
-def group_of(record: dict, question: str) -> str:
-    """The record's own group, else the question without spaces and punctuation: rewritten copies
-    still share a group."""
-    if record.get("group"):
-        return text_of(record["group"], "group")
-    return question.translate(_WORDS)
+def json_of(value: Any) -> Any:
+    """A list of objects or of lists that a CSV file holds as JSON; all else as it is."""
+    if not isinstance(value, str) or not value.lstrip().startswith(("[{", "[[")):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+
+
+def blank(text: str) -> bool:
+    """Whether there is no visible character in it."""
+    return all(_INVISIBLE[ord(c)] for c in text)
+
+
+class _Invisible(dict):
+    """Of each character whether it shows nothing: white space, controls, format characters, and
+    letters and marks that are blank by their definition."""
+
+    def __missing__(self, code: int) -> bool:
+        self[code] = unicodedata.category(chr(code)) in ("Zs", "Zl", "Zp", "Cc", "Cf") or (
+            code in (0x34F, 0x115F, 0x1160, 0x2800, 0x3164, 0xFFA0) or 0xFE00 <= code <= 0xFE0F
+        )
+        return self[code]
+
+
+_INVISIBLE = _Invisible()
+
+
+def group_of(record: dict, questions: str) -> str:
+    """The record's own group, else all that its user says, without spaces and punctuation:
+    rewritten copies still share a group."""
+    return label_of(record, "group") or words_of(questions)
+
+
+def words_of(text: str) -> str:
+    """Without spaces and punctuation."""
+    return text.translate(_WORDS)
+
+
+def label_of(record: dict, name: str) -> str:
+    """A text or a number."""
+    value = record.get(name)
+    return str(value) if isinstance(value, int | float) else text_of(value, name)
 
 
 class _Words(dict):
@@ -118,8 +160,14 @@ _WORDS = _Words()
 
 
 def source_of(record: dict) -> str:
-    named = record.get("source") or record.get("kind")
-    return text_of(named, "source") if isinstance(named, str) else ""
+    return next(
+        (
+            str(v)
+            for n in ("source", "kind")
+            if isinstance(v := record.get(n), str | int) and v != ""
+        ),
+        "",
+    )
 
 
 _CHINESE, _LATIN = re.compile("[\u4e00-\u9fff]"), re.compile("[A-Za-z]+")

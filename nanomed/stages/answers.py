@@ -8,7 +8,7 @@ from torch import nn
 
 from nanomed.batches.loader import Loader
 from nanomed.model.generation import greedy_in_lockstep
-from nanomed.records import Chat, chats_of, is_pair, pair_of, read_records
+from nanomed.records import Chat, chats_of, is_pair, names_of, pair_of, read_records
 from nanomed.runs.log import RunFolder
 from nanomed.store import Store
 from nanomed.text.template import Encoder
@@ -101,9 +101,10 @@ def records_of(store: Store, examples: Iterable[int]) -> list[dict]:
     for i in examples:
         file, number = store.where(i)
         wanted.setdefault(file, set()).add(number)
+    names = names_of(store.meta["fields"])
     return [
         record
         for file, numbers in wanted.items()
-        for number, record, _ in read_records(file)
+        for number, record, _ in read_records(file, names)
         if number in numbers
     ]

@@ -17,7 +17,7 @@ from nanomed.hf import pretrained
 from nanomed.model.decoder import Aquila, init_weights
 from nanomed.runs import checkpoint
 from nanomed.runs.log import RunFolder
-from nanomed.stages import memory
+from nanomed.stages import data_report, memory
 from nanomed.text import template, tokenizer
 from nanomed.training.optim import lr_at
 
@@ -55,7 +55,7 @@ def _fresh(c: Run) -> tuple[ModelConfig, template.Encoder]:
 # and memory. All else decides what is trained and must be as it was. Files may move: their content
 # is compared. (--steps and --epochs are compared as the number of steps they come to.)
 FREE = {
-    *("config", "model", "tokenizer", "template", "data", "val_data", "out", "resume"),
+    *("config", "model", "tokenizer", "template", "data", "val_data", "fields", "out", "resume"),
     *("steps", "epochs", "micro_tokens", "recompute", "kernels", "device", "allow_drop"),
     *("log_every", "eval_every", "save_every", "save", "keep_last", "max_bad", "show_text"),
     *("dry_run", "hardware", "mfu", "examples", "repeat"),
@@ -210,7 +210,7 @@ def begin(
         (run.path / "template.json").write_text(encoder.template.to_json() + "\n")
         tokenizer.copy(encoder.tokenizer, run.path)
     is_cpt = isinstance(loader.data, slices.Slices)
-    report = slices.report(loader) if is_cpt else loader.data.meta["report"]
+    report = data_report.report(loader)
     run.write_json("data_report.json", report)
     config = "cpt_stage1" if is_cpt else c.stage
     start = f"from {c.init}" if c.init else "from nothing"
@@ -234,7 +234,7 @@ def begin(
         + (f", {spare:,} spare rows in the model" if spare else "")
         + f"; template {encoder.template.name}"
     )
-    for line in _slices_lines(report) if is_cpt else [_examples_line(report, loader)]:
+    for line in data_report.lines(c, loader, report):
         run.print(f"data: {line}")
     n = loader.n_steps
     points = [min(n - 1, round(share * n)) for share in (0, 0.25, 0.5, 0.75, 1)]
@@ -243,36 +243,6 @@ def begin(
         f"plan: {n:,} steps of {c.batch_size} examples, {loader.steps_per_epoch:,} per epoch; "
         f"lr at 0, 25, 50, 75, 100%: {', '.join(f'{lr:.1e}' for lr in lrs)}; into {run.path}"
     )
-
-
-def _examples_line(report: dict, loader: Loader) -> str:
-    return (
-        f"{report['examples']:,} examples, {_changes(report)}; "
-        f"{len(loader.train):,} to train on, "
-        f"{len(loader.val):,} held out; {report['tokens']:,} tokens, "
-        f"{report['trained_tokens'] / report['tokens']:.0%} trained on"
-    )
-
-
-def _slices_lines(report: dict) -> list[str]:
-    lines = []
-    for name, source in report["sources"].items():
-        train, held_out, weight = (source[k] for k in ("train", "held_out", "weight"))
-        drawn = "" if weight is None else f"{weight:.1%} of the draws, "
-        lines.append(
-            f"{name}: {train['documents']:,} documents to train on, {train['tokens']:,} tokens in "
-            f"{train['slices']:,} slices; {drawn}seen {source['seen']:.2f} times; "
-            f"{held_out['documents']:,} documents held out; {_changes(source['read'])}"
-        )
-    return lines
-
-
-def _changes(report: dict) -> str:
-    parts = [f"{n} dropped ({cause})" for cause, n in report["dropped"].items()]
-    if report["shortened"]:
-        parts.append(f"{report['shortened']} shortened by {report['turns_cut']} old turns")
-    parts += [f"{n} x {change}" for change, n in report["changed"].items()]
-    return ", ".join(parts) or "none dropped or shortened"
 
 
 def _device_name(device: torch.device) -> str:

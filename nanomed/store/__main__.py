@@ -15,6 +15,7 @@ from pathlib import Path
 from nanomed.config import InputError
 from nanomed.store.pool import n_cores
 from nanomed.store.stream import Documents, verify
+from nanomed.store.tally import remarks
 from nanomed.store.writing import build
 from nanomed.text import template, tokenizer
 
@@ -28,7 +29,8 @@ def main() -> None:
     parser.add_argument("files", nargs="*", metavar="FILES")
     parser.add_argument("--tokenizer", help="file or folder; a model's folder has one")
     parser.add_argument("--out", type=Path, help="the store's folder")
-    parser.add_argument("--text_key", default="", help="the text's field (text, else content)")
+    parser.add_argument("--fields", nargs="+", default=[], metavar="KNOWN=THEIRS")
+    parser.add_argument("--text_key", help="the text's field: short for --fields text=NAME")
     parser.add_argument("--template", help="name or JSON file, for a tokenizer of no known model")
     parser.add_argument("--processes", type=int, default=n_cores(), help="default: one per core")
     parser.add_argument("--verify", type=Path, metavar="STORE", help="read a store, check hashes")
@@ -49,8 +51,9 @@ def _build(arguments: argparse.Namespace) -> None:
     tok = tokenizer.load(arguments.tokenizer)
     named = arguments.template
     encoder = template.Encoder(template.load(named) if named else template.fitting(tok), tok)
-    out, files, text_key = arguments.out, arguments.files, arguments.text_key
-    _describe(build(out, files, encoder, text_key, n_processes=max(1, arguments.processes)))
+    fields = arguments.fields + [f"text={name}" for name in [arguments.text_key] if name]
+    n_processes = max(1, arguments.processes)
+    _describe(build(arguments.out, arguments.files, encoder, fields, n_processes=n_processes))
 
 
 def _describe(store: Documents) -> None:
@@ -61,6 +64,8 @@ def _describe(store: Documents) -> None:
         f"{len(found['shards']):,} shards, of {found['bytes'] / 1e6:,.1f} MB of text; "
         f"{dropped or 'none dropped'}"
     )
+    for line in remarks(report):
+        print(line)
 
 
 if __name__ == "__main__":

@@ -9,12 +9,13 @@ import hashlib
 import json
 from array import array
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from nanomed.config import InputError
-from nanomed.records import Chat, PreferencePair, read_chats, read_pairs
+from nanomed.records import Chat, PreferencePair, names_of, read_chats, read_pairs
 from nanomed.store.cache import FORMATTER, cached, code, digest, group_key, progress
 from nanomed.store.tally import Tally, report_of
 from nanomed.text import segment
@@ -101,39 +102,47 @@ class Writer:
         (self.folder / "meta.json").write_text(json.dumps(self.meta, ensure_ascii=False, indent=2))
 
 
-def chats(files: list[str], encoder: Encoder, seq_len: int, allow_drop: float) -> Store:
-    """The store of the chats in `files`, tokenised now or found in the cache.
+def chats(
+    files: list[str], encoder: Encoder, seq_len: int, allow_drop: float, fields: Sequence[str] = ()
+) -> Store:
+    """The store of the chats in `files`, tokenised now or found in the cache; `fields` are those
+    of --fields.
 
     Raises InputError for a file that cannot be read, and if more than the share `allow_drop` of
     the chats could not be kept."""
 
     def encode(chat: Chat) -> tuple[list[Segment], int]:
+        chat.notes += encoder.notes((text for _, text in chat.turns), chat.system)
         ids, trained, cut = encoder.chat(chat, seq_len)
         return ([(ids, trained)] if ids else []), cut
 
-    return _open("chats", files, read_chats, encode, encoder, seq_len, allow_drop)
+    return _open("chats", files, read_chats, encode, encoder, seq_len, allow_drop, fields)
 
 
-def pairs(files: list[str], encoder: Encoder, seq_len: int, allow_drop: float) -> Store:
+def pairs(
+    files: list[str], encoder: Encoder, seq_len: int, allow_drop: float, fields: Sequence[str] = ()
+) -> Store:
     """The same of preference pairs: two segments each, the chosen answer first."""
 
     def encode(pair: PreferencePair) -> tuple[list[Segment], int]:
+        said = (*(text for _, text in pair.turns), pair.chosen, pair.rejected)
+        pair.notes += encoder.notes(said, pair.system)
         return encoder.pair(pair, seq_len)
 
-    return _open("pairs", files, read_pairs, encode, encoder, seq_len, allow_drop)
+    return _open("pairs", files, read_pairs, encode, encoder, seq_len, allow_drop, fields)
 
 
-def _open(kind, files, read, encode, encoder, seq_len, allow_drop) -> Store:
+def _open(kind, files, read, encode, encoder, seq_len, allow_drop, fields) -> Store:
     parts = [
         kind,
         *map(digest, files),
-        json.dumps(files),
+        json.dumps([files, list(fields)]),
         encoder.tokenizer.fingerprint(),
         encoder.template.to_json(),
         str(seq_len),
         *code(CODE).values(),
     ]
-    write = lambda folder: _write(folder, kind, files, read, encode, seq_len)  # noqa: E731
+    write = lambda folder: _write(folder, kind, files, fields, read, encode, seq_len)  # noqa: E731
     store = Store(cached(kind, parts, write))
     if len(store.tokens) != store.meta["tokens"] or len(store.trained) != store.meta["tokens"]:
         raise InputError(f"{store.folder} is damaged; delete it and start again")
@@ -152,14 +161,17 @@ def _check_drops(report: dict, seq_len: int, allow_drop: float) -> None:
         )
 
 
-def _write(folder: Path, kind: str, files: list[str], read, encode, seq_len: int) -> None:
+def _write(
+    folder: Path, kind: str, files: list[str], fields: Sequence[str], read, encode, seq_len: int
+) -> None:
     """`read` gives the records of a file, `encode` a record's segments; none if it is too long."""
     writer = Writer(folder, files, segments_per_example=2 if kind == "pairs" else 1)
+    writer.meta["fields"] = list(fields)
     tallies: dict[tuple[str, str], Tally] = defaultdict(Tally)  # (file, source)
     with progress(files) as bar:
         for number, path in enumerate(files):
             before = 0
-            for record, example, n_bytes in read(path):
+            for record, example, n_bytes in read(path, names_of(fields)):
                 segments, cut = ([], 0) if example.dropped else encode(example)
                 # A segment's first token has no predecessor, so it is never a label.
                 n_trained = sum(sum(trained[1:]) for _, trained in segments)

@@ -22,13 +22,11 @@ from nanomed.text.template import Encoder
 AHEAD = 2  # batches under way for each process, so that none waits for this one
 
 
-def in_order(
-    batches: Iterable[Batch], encoder: Encoder, text_key: str, n_processes: int
-) -> Iterator[Encoded]:
+def in_order(batches: Iterable[Batch], encoder: Encoder, n_processes: int) -> Iterator[Encoded]:
     """Each batch encoded, in the batches' order. Raises what encode() raises, at the first batch
     that cannot be read, and ChildProcessError if a process dies."""
     if n_processes == 1:
-        yield from (encode(batch, encoder, text_key) for batch in batches)
+        yield from (encode(batch, encoder) for batch in batches)
         return
     idle: SimpleQueue[_Process] = SimpleQueue()
 
@@ -41,7 +39,7 @@ def in_order(
 
     with ExitStack() as stack:
         for _ in range(n_processes):
-            process = _Process(str(encoder.tokenizer.path), encoder.template, text_key)
+            process = _Process(str(encoder.tokenizer.path), encoder.template)
             stack.callback(process.end)
             idle.put(process)
         # A thread for each process, which only sends and receives.

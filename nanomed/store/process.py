@@ -17,12 +17,12 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, and that ends this
     pipe = Connection(int(sys.argv[1]))
     try:
-        path, template, text_key = pipe.recv()
+        path, template = pipe.recv()
         encoder = Encoder(template, tokenizer.load(path))
         while True:
             batch = pipe.recv()
             try:
-                answer = encode(batch, encoder, text_key)
+                answer = encode(batch, encoder)
             except Exception as error:
                 answer = error
             pipe.send(answer)

@@ -61,6 +61,16 @@ class Documents:
         file, record = self._map(shard, "source").reshape(-1, 2)[document]
         return self.manifest["sources"][file]["path"], int(record)
 
+    def keys(self) -> np.ndarray:
+        """[documents] uint64, which decide what a split holds out; 8 bytes of memory for each."""
+        return np.concatenate([self._map(s, "keys") for s in range(len(self.manifest["shards"]))])
+
+    def where_is(self, i: int) -> tuple[str, int]:
+        """where() of the document that keys()[i] is of."""
+        ends = np.cumsum([shard["documents"] for shard in self.manifest["shards"]])
+        shard = int(np.searchsorted(ends, i, "right"))
+        return self.where(shard, i - int(ends[shard]))  # counted from the shard's end
+
     def _map(self, shard: int, array: str) -> np.ndarray:
         """Mapped anew each time, so that what a process has read does not stay in its memory."""
         n = self.manifest["shards"][shard]["tokens" if array == "tokens" else "documents"]

@@ -7,9 +7,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from nanomed.records.chats import ANSWER_FIRST
+from nanomed.records.files import encoding
 from nanomed.records.shapes import Chat, PreferencePair, language
 
 PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
+NAMES = 100  # of so many unread fields each is named in the report
 
 
 class Facts(NamedTuple):
@@ -19,6 +22,7 @@ class Facts(NamedTuple):
     language: str  # zh, en or other
     n_bytes: int  # of the text in UTF-8; of a chat those of its turns
     notes: list[str]
+    unread: list[str]
     dropped: str
 
 
@@ -29,6 +33,7 @@ class Tally:
     turns_cut: int = 0  # so many turns
     dropped: Counter[str] = field(default_factory=Counter)  # cause -> examples
     changed: Counter[str] = field(default_factory=Counter)  # what -> times
+    unread: Counter[str] = field(default_factory=Counter)  # field -> records that have it
     languages: Counter[str] = field(default_factory=Counter)  # of those kept
     lengths: Counter[int] = field(default_factory=Counter)  # tokens -> examples kept
     tokens: int = 0
@@ -39,8 +44,7 @@ class Tally:
         self, example: Chat | PreferencePair, n_tokens: int, n_trained: int, turns_cut: int
     ) -> None:
         """One example, of which n_tokens were kept; 0 if it was dropped."""
-        self.examples += 1
-        self.changed.update(example.notes)
+        self._read(example)
         if n_tokens == 0:
             self.dropped[example.dropped or "longer than seq_len"] += 1
             return
@@ -52,14 +56,20 @@ class Tally:
     def document(self, facts: Facts, n_tokens: int) -> None:
         """One document. However many there are, this stays small: lengths are rounded down to 6
         significant bits (3%)."""
-        self.examples += 1
-        self.changed.update(facts.notes)
+        self._read(facts)
         if n_tokens == 0:
             self.dropped[facts.dropped] += 1
             return
         shift = max(0, n_tokens.bit_length() - 6)
         self._keep(n_tokens, n_tokens - 1, n_tokens >> shift << shift, facts.language)
         self.n_bytes += facts.n_bytes
+
+    def _read(self, example: Chat | PreferencePair | Facts) -> None:
+        self.examples += 1
+        self.changed.update(example.notes)
+        for name in example.unread:  # a file may call its fields by endless names
+            known = name in self.unread or len(self.unread) < NAMES
+            self.unread[name if known else "(others)"] += 1
 
     def _keep(self, n_tokens: int, n_trained: int, length: int, lang: str) -> None:
         self.tokens += n_tokens
@@ -82,7 +92,7 @@ class Tally:
     @classmethod
     def from_json(cls, fields: dict) -> "Tally":
         tally = cls(**fields)
-        for name in ("dropped", "changed", "languages"):
+        for name in ("dropped", "changed", "unread", "languages"):
             setattr(tally, name, Counter(fields[name]))
         tally.lengths = Counter({int(length): n for length, n in fields["lengths"].items()})
         return tally
@@ -96,6 +106,7 @@ class Tally:
             "shortened": self.shortened,
             "turns_cut": self.turns_cut,
             "changed": dict(self.changed),
+            "unread": dict(self.unread),
             "tokens": self.tokens,
             "trained_tokens": self.trained_tokens,
             "trained_share": round(self.trained_tokens / max(1, self.tokens), 4),
@@ -116,6 +127,27 @@ class Tally:
         return {f"p{p}": lengths[i] for p, i in zip(PERCENTILES, where, strict=True)}
 
 
+def remarks(report: dict) -> list[str]:
+    """What somebody who is about to train on these files should know."""
+    lines = []
+    for path, file in report["files"].items():
+        unread = [
+            f"field {name!r} of {path} is not read: {n:,} records"
+            for name, n in file["unread"].items()
+        ]
+        lines += unread
+        if file["encoding"] == "gb18030":
+            lines.append(f"{path} is no UTF-8; read as GB18030, which makes Chinese text of it")
+        first, n_read = file["changed"].get(ANSWER_FIRST, 0), file["examples"]
+        if first > n_read / 2:
+            lines.append(
+                f"warning: in {first:,} of {n_read:,} chats of {path} the first turn is the "
+                "assistant's; if the roles are swapped (gpt asks, human answers), "
+                "--fields user=gpt assistant=human reads them the other way"
+            )
+    return lines
+
+
 def report_of(files: list[str], tallies: Mapping[tuple[str, str], Tally]) -> dict:
     """What reading did with everything, with each file's records and in it with each source's;
     `tallies` is by (file, source)."""
@@ -124,6 +156,7 @@ def report_of(files: list[str], tallies: Mapping[tuple[str, str], Tally]) -> dic
         **Tally.of(tallies.values()).report(),
         "files": {
             path: {
+                "encoding": encoding(path),
                 **Tally.of(sources.values()).report(),
                 "sources": {name or "(none named)": t.report() for name, t in sources.items()},
             }

@@ -36,13 +36,13 @@ class Encoded(NamedTuple):
     facts: list[Facts]
 
 
-def batches(files: list[str], text_key: str, start: tuple[int, int]) -> Iterator[Batch]:
+def batches(files: list[str], names: dict[str, str], start: tuple[int, int]) -> Iterator[Batch]:
     """The records of all files from start (the file's number, the record's) on. Files before it
     are not opened, records before it not looked at."""
     for file in range(start[0], len(files)):
         first = start[1] if file == start[0] else 1
         records, size = [], 0
-        for number, record, n_bytes in read_texts(files[file], text_key):
+        for number, record, n_bytes in read_texts(files[file], names):
             if number < first:
                 continue
             records.append((number, record))
@@ -62,17 +62,17 @@ def _size(value: Any) -> int:
     return 8 + (sum(map(_size, children)) if isinstance(value, dict | list) else 0)
 
 
-def encode(batch: Batch, encoder: Encoder, text_key: str) -> Encoded:
+def encode(batch: Batch, encoder: Encoder) -> Encoded:
     """Raises InputError at the first record that cannot be read."""
     ids, lengths, records, keys, facts = [], [], [], [], []
     for number, record in batch.records:
-        for text in texts_in(batch.path, number, record, text_key):
+        for text in texts_in(batch.path, number, record):
             its_ids = [] if text.dropped else _ids(text, encoder)
             ids.append(np.array(its_ids, np.uint32))
             lengths.append(len(its_ids))
             records.append(number)
             keys.append(group_key(text.group))
-            facts.append(_facts(text))
+            facts.append(_facts(text, encoder))
     return Encoded(batch.file, batch.n_bytes, np.concatenate(ids), lengths, records, keys, facts)
 
 
@@ -85,13 +85,14 @@ def _ids(text: Document | Chat, encoder: Encoder) -> list[int]:
     return ids if ids[-1] == encoder.document_end else [*ids, encoder.document_end]
 
 
-def _facts(text: Document | Chat) -> Facts:
+def _facts(text: Document | Chat, encoder: Encoder) -> Facts:
     if isinstance(text, Document):
-        n_bytes, notes = len(text.text.encode()), []
+        parts, notes = [text.text], encoder.notes([text.text])
         # What records call their languages has no end; the report knows three.
         lang = text.lang if text.lang in ("zh", "en") else language(text.text)
-        return Facts(text.source, lang, n_bytes, notes, text.dropped)
-    turns = [turn for _, turn in text.turns]
-    n_bytes = sum(len(turn.encode()) for turn in turns)
-    notes = [*text.notes, RENDERED]
-    return Facts(text.source, language(" ".join(turns)), n_bytes, notes, text.dropped)
+    else:
+        parts, notes = [turn for _, turn in text.turns], [*text.notes, RENDERED]
+        notes += encoder.notes(parts, text.system)
+        lang = language(" ".join(parts))
+    n_bytes = sum(len(part.encode()) for part in parts)
+    return Facts(text.source, lang, n_bytes, notes, text.unread, text.dropped)

@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from nanomed.config import InputError
+from nanomed.records import names_of
 from nanomed.store.cache import FORMATTER, cached, code, digest, progress
 from nanomed.store.pool import in_order, n_cores
 from nanomed.store.shards import Shard, file_of, finished, write_json
@@ -27,7 +28,7 @@ SOURCES = 100  # of so many in a file each is named in the report, the rest toge
 CODE = (*FORMATTER, "store/shards", "store/texts", "store/writing")
 
 
-def documents(files: list[str], encoder: Encoder, text_key: str = "") -> Documents:
+def documents(files: list[str], encoder: Encoder, fields: Sequence[str] = ()) -> Documents:
     """The store of the documents in `files`, tokenised now or found in the cache; or, if `files`
     is one folder, the store that it is. Chats become documents by the template.
 
@@ -36,13 +37,13 @@ def documents(files: list[str], encoder: Encoder, text_key: str = "") -> Documen
     if len(files) == 1 and Path(files[0]).is_dir():
         folder = Path(files[0])
     else:
-        plan = _plan(files, encoder, text_key, SHARD_TOKENS)
+        plan = _plan(files, encoder, fields, SHARD_TOKENS)
         parts = [json.dumps(plan), *map(digest, files)]
         small = sum(map(os.path.getsize, files)) < SMALL
         processes = 1 if small else n_cores()
 
         def write(folder: Path) -> None:
-            build(folder, files, encoder, text_key, n_processes=processes)
+            build(folder, files, encoder, fields, n_processes=processes)
 
         folder = cached("documents", parts, write)
     store = Documents(folder)
@@ -54,7 +55,7 @@ def build(
     folder: Path,
     files: list[str],
     encoder: Encoder,
-    text_key: str = "",
+    fields: Sequence[str] = (),
     shard_tokens: int = SHARD_TOKENS,
     n_processes: int = 1,
 ) -> Documents:
@@ -62,7 +63,7 @@ def build(
     and if the folder holds another store or the files have changed since it was begun. The
     number of processes changes nothing in it."""
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # the data may be patients'
-    plan = _plan(files, encoder, text_key, shard_tokens)
+    plan = _plan(files, encoder, fields, shard_tokens)
     if not (folder / "manifest.json").exists():
         with _locked(folder / "unfinished.json") as begun:
             _go_on(folder, begun, plan, files)
@@ -78,7 +79,7 @@ def _write(folder: Path, files: list[str], encoder: Encoder, plan: dict, n_proce
     try:
         hashes = hasher.map(digest, files)
         builder = _Builder(folder, files, plan["shard_tokens"])
-        builder.run(encoder, plan["text_key"], n_processes)
+        builder.run(encoder, names_of(plan["fields"]), n_processes)
         sources = [
             {"path": path, "size": os.path.getsize(path), "sha256": sha256}
             for path, sha256 in zip(files, hashes, strict=True)
@@ -134,8 +135,8 @@ def _identity(encoder: Encoder) -> dict:
     }
 
 
-def _plan(files: list[str], encoder: Encoder, text_key: str, shard_tokens: int) -> dict:
-    settings = {"text_key": text_key, "shard_tokens": shard_tokens}
+def _plan(files: list[str], encoder: Encoder, fields: Sequence[str], shard_tokens: int) -> dict:
+    settings = {"fields": list(fields), "shard_tokens": shard_tokens}
     return {"paths": list(files), **settings, **_identity(encoder)}
 
 
@@ -184,11 +185,11 @@ class _Builder:
         self.n_named = Counter(file for file, _ in self.named)
         self.tallies: dict[tuple[int, str], Tally] = defaultdict(Tally)  # of this shard
 
-    def run(self, encoder: Encoder, text_key: str, n_processes: int) -> None:
+    def run(self, encoder: Encoder, names: dict[str, str], n_processes: int) -> None:
         sizes = np.cumsum([0, *(os.path.getsize(path) for path in self.files)]).tolist()
         with progress(self.files, sizes[self.start[0]]) as bar:
-            todo = batches(self.files, text_key, self.start)
-            with closing(in_order(todo, encoder, text_key, n_processes)) as done:
+            todo = batches(self.files, names, self.start)
+            with closing(in_order(todo, encoder, n_processes)) as done:
                 for encoded in done:
                     self._add(encoded)
                     bar.update(sizes[encoded.file] + encoded.n_bytes - bar.n)

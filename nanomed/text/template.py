@@ -9,6 +9,7 @@ first and tokenises then does: a line break of the template and one of the messa
 import dataclasses
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
 
@@ -105,6 +106,7 @@ class Encoder:
                 f"template {template.name!r} needs the special tokens {', '.join(missing)}, which "
                 f"{tokenizer.path} does not have; it has {_few(tokenizer.special)}"
             )
+        self._names = {*template.special, template.turn_end, template.document_end}
         self.turn_end = tokenizer.special[template.turn_end]
         self.document_end = tokenizer.special[template.document_end]
         before = {role: self._cut(text) for role, text in template.before.items()}
@@ -124,8 +126,8 @@ class Encoder:
             return self._continuation(chat, max_tokens)
         head = self._system(chat)
         turns = [self._turn(role, text) for role, text in chat.turns]
-        for _, trained in turns[: chat.context]:
-            trained[:] = [False] * len(trained)
+        for i in chat.untrained:
+            turns[i] = turns[i][0], [False] * len(turns[i][1])
         first = self._first_kept(chat.turns, turns, max_tokens - len(head[0]))
         if first == len(turns):
             return [], [], first
@@ -156,6 +158,15 @@ class Encoder:
             for text in (pair.chosen, pair.rejected)
         ]
         return [(ids, trained) for ids, trained, _ in sides] if all(s[0] for s in sides) else [], 0
+
+    def notes(self, texts: Iterable[str], system: str = "") -> list[str]:
+        """For the report: each of the template's special tokens that a text spells, which stays
+        text; and a system text that stands in place of the template's own."""
+        found = {name for text in texts for name in self._names if name in text}
+        own = ["own system text in place of the template's"]
+        return [f"text spells {name}, kept as text" for name in sorted(found)] + own * bool(
+            system and self.template.system
+        )
 
     @staticmethod
     def _first_kept(texts: Turns, turns: list[Segment], room: int) -> int:

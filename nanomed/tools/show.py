@@ -26,7 +26,7 @@ from nanomed.batches.loader import Loader
 from nanomed.batches.packing import Row, row_from
 from nanomed.distributed import launch, pick_device, start
 from nanomed.model.decoder import Aquila
-from nanomed.records import Chat, chats_of, read_chats
+from nanomed.records import Chat, chats_of, names_of, read_chats
 from nanomed.stages import stage
 from nanomed.stages.answers import records_of
 from nanomed.text.template import Encoder
@@ -111,7 +111,7 @@ def first_chats(
 ) -> Iterator[tuple[str, Row | None, list[tuple[str, Chat, int]]]]:
     """(name, a row with this chat alone, its title and chat) of the first n; None for the row of
     a chat that is dropped."""
-    found = ((path, *read) for path in c.data for read in read_chats(path))
+    found = ((path, *read) for path in c.data for read in read_chats(path, names_of(c.fields)))
     for path, number, chat, _ in islice(found, n):
         ids, trained, cut = ([], [], 0) if chat.dropped else encoder.chat(chat, c.seq_len)
         name = f"{path}, record {number}"
@@ -127,7 +127,7 @@ def step_rows(
     c: config.SFT, encoder: Encoder, step: int, world_size: int
 ) -> Iterator[tuple[str, Row, list[tuple[str, Chat, int]]]]:
     """The rows that rank 0 of `world_size` runs in a step."""
-    data = store.chats([*c.data, *c.val_data], encoder, c.seq_len, c.allow_drop)
+    data = store.chats([*c.data, *c.val_data], encoder, c.seq_len, c.allow_drop, c.fields)
     loader = Loader.of(c, data, world_size=world_size)
     if not 0 <= step < loader.n_steps:
         raise config.InputError(f"--step {step}: the run has steps 0 to {loader.n_steps - 1}")

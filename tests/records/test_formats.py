@@ -1,6 +1,7 @@
 """Every format of data file gets its normal form, and what cannot be read is refused by name."""
 
 import json
+import re
 
 import pytest
 
@@ -10,12 +11,15 @@ from nanomed.records import (
     BadField,
     chats_of,
     document_of,
+    names_of,
     pair_of,
     read_chats,
     read_documents,
     read_pairs,
 )
+from nanomed.records.fields import LABELS, NAMES, by_known_names
 from nanomed.records.files import read_csv
+from nanomed.records.turns import MARKS, ROLES
 from tests.conftest import ROOT
 from tests.formats import CHATS, DOCUMENTS, PAIRS, gpt, jsonl
 
@@ -37,7 +41,7 @@ def differs_from_default(shape, names) -> dict:
 @pytest.mark.parametrize("name", CHATS)
 def test_chats(name, file):
     file_name, content, expected = CHATS[name]
-    names = ("system", "source", "context", "raw", "notes", "dropped")
+    names = ("system", "source", "untrained", "raw", "notes", "unread", "dropped")
     chats = [chat for _, chat, _ in read_chats(file(file_name, content))]
     assert [(c.turns, differs_from_default(c, names)) for c in chats] == expected
 
@@ -45,12 +49,13 @@ def test_chats(name, file):
 @pytest.mark.parametrize("name", PAIRS)
 def test_pairs(name, file):
     file_name, content, expected = PAIRS[name]
-    names = ("system", "source", "kind", "raw", "notes", "dropped")
+    names = ("system", "source", "kind", "raw", "notes", "unread", "dropped")
     for (_, pair, _), (*values, rest) in zip(
         read_pairs(file(file_name, content)), expected, strict=True
     ):
         assert [pair.turns, pair.chosen, pair.rejected] == values
-        group = rest.pop("group", pair.turns[0][1].replace("\n", ""))
+        said = "".join(text for role, text in pair.turns if role == "user")
+        group = rest.pop("group", said.replace("\n", ""))
         assert differs_from_default(pair, names) == rest and pair.group == group
         rest["group"] = group
 
@@ -65,16 +70,18 @@ def test_documents(name, file):
 
 
 def test_every_format_has_a_fixture(file):
-    """Each line of FORMATS is met by some record above; two are there to be refused."""
-    refused = [{"question": "a", "options": {}, "answer": "A"}]
-    refused += [{"prompt": "a", "completion": "b", "label": True}]
-    records = [*refused, {"text": "a"}, {"content": "a"}, {"ask": "a", "answer": "b"}]
+    """Each line of FORMATS reads some record above, or one of these."""
+    records = [{"text": "a"}, {"ask": "a", "answer": "b"}]
+    records.append({"question": "a", "options": ["b", "c"], "answer": "A"})
+    records.append({"question": "a", "A": "b", "B": "c", "answer": "A"})
+    records.append({"query": "a", "response": "b", "rejected_response": "c"})
     for name, content, _ in (*CHATS.values(), *PAIRS.values()):
         if not name.endswith(".csv"):
             text = content.decode()
             rows = json.loads(text) if text[0] == "[" else map(json.loads, text.splitlines())
             records += rows
-    first = [next(f for f in FORMATS if f.matches(r)) for r in records]
+    known = [by_known_names(record)[0] for record in records]
+    first = [next(f for f in FORMATS if f.matches(record)) for record in known]
     assert all(known in first for known in FORMATS)
 
 
@@ -96,11 +103,11 @@ def test_every_format_has_a_fixture(file):
         (document_of, {"txt": "a"}, "found 'txt'; known, the nearest first: text"),
         (document_of, {"messages": []}, "no document, this is a chat"),
         (chats_of, {"text": "a"}, "train_cpt.py reads those"),
-        (chats_of, {"question": "a", "options": {}, "answer": "A"}, "an exam question"),
+        (chats_of, {"question": "a", "options": ["b", "c"], "answer": 1}, "an exam question"),
         (chats_of, {"data": ["x"]}, r"'data\[0\]': expected 问"),
         (chats_of, {"conversations": gpt("问"), "chosen": "a", "rejected": "b"}, "train_dpo.py"),
         (chats_of, {"prompt": [], "completion": []}, "'completion': no assistant turn"),
-        (chats_of, {"questions": [[["a"]]], "answers": ["b"]}, "lists within lists"),
+        (chats_of, {"questions": [[["a"]]], "answers": "b"}, "'questions': lists within lists"),
     ],
 )  # fmt: skip
 def test_what_a_reader_refuses(convert, record, message):
@@ -109,10 +116,12 @@ def test_what_a_reader_refuses(convert, record, message):
 
 
 def test_a_named_text_key(file):
-    path = file("a.jsonl", jsonl({"body": "痛风", "text": "x"}, {"text": "y"}))
-    with pytest.raises(InputError, match=r"a.jsonl, record 2: field 'body': not in this record"):
-        list(read_documents(path, "body"))
-    assert next(read_documents(path, "body"))[1].text == "痛风"
+    path = file("a.jsonl", jsonl({"body": "痛风", "text": "x"}, {"body": "痛"}))
+    documents = [d for _, d, _ in read_documents(path, names_of(["text=body"]))]
+    assert [(d.text, d.unread) for d in documents] == [
+        ("痛风", ["text (the file's own)"]),
+        ("痛", []),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -122,8 +131,8 @@ def test_a_named_text_key(file):
         ("a.csv", b'ask,answer\na,"b\nc,d\n', "after record 0: unexpected end of data"),
         ("a.csv", b"ask,ask\na,b\n", "the header names a column twice"),
         ("a.csv", b"ask,answer\n", "holds no record"),
-        ("a.csv", "ask,answer\n糖,糖".encode("gb18030")[:-1], "after record 0: 'gb18030'"),
-        ("a.parquet", b"PAR1", "pip install pyarrow"),
+        ("a.csv", "ask,answer\n痛，是吗,是的".encode("gb18030")[:-1], "after record 0: 'gb18030'"),
+        ("a.parquet", b"PAR1", "a.parquet: .*size is 4 bytes"),
         ("a.json", b"1" * 5000, "record 1: Exceeds the limit"),
     ],
 )
@@ -137,8 +146,44 @@ def test_empty_rows_of_a_csv_file_are_none(file):
     assert [(i, row) for i, row, _ in read_csv(path)] == [(1, {"ask": "a", "answer": "b"})]
 
 
-def test_every_format_is_documented():
-    text = (ROOT / "docs/formats.md").read_text(encoding="utf-8").replace("\\|", "|")
-    for known in FORMATS:
-        if known.convert:
-            assert "| " + " + ".join(f"`{f}`" for f in known.fields.split()) + " |" in text
+# ---------------------------------------------------------------- docs/formats.md
+
+
+def cells(section: str) -> list[list[str]]:
+    """The cells of the tables in a section, without their heads."""
+    text = (ROOT / "docs/formats.md").read_text(encoding="utf-8").replace("\\|", "¦")
+    (found,) = re.findall(rf"^## {section}.*?(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
+    lines = [line for line in found.splitlines() if line.startswith("| `")]
+    return [
+        [cell.strip().replace("¦", "|") for cell in line.strip("|").split("|")] for line in lines
+    ]
+
+
+def coded(cell: str) -> list[str]:
+    return re.findall("`(.*?)`", cell)
+
+
+@pytest.mark.parametrize(
+    "section, shape", [("Chats", "chat"), ("Preference pairs", "pair"), ("Documents", "document")]
+)
+def test_the_page_has_every_format_and_no_other(section, shape):
+    rows = [row for row in cells(section) if len(row) == 3]
+    known = [known.fields.split() for known in FORMATS if known.shape == shape]
+    assert [coded(fields) for fields, *_ in rows] == known
+
+
+def test_the_page_has_every_role_and_no_other():
+    rows = [row for row in cells("Chats") if len(row) == 2]
+    assert {role: meaning for names, meaning in rows for role in coded(names)} == ROLES
+
+
+def test_the_page_has_every_name_and_label_and_no_other():
+    rows = {coded(known)[0]: coded(others) for known, others in cells("Names")}
+    letters = {x for x in NAMES if len(x) == 1}
+    words = {name: others.split() for name, others in NAMES.items() if name not in letters}
+    assert rows == words | {"A": NAMES["A"].split()} and letters == set("ABCDEFGHIJ")
+    text = (ROOT / "docs/formats.md").read_text(encoding="utf-8")
+    labels = text.split("of these names:")[1].split("Counted as")[0]
+    assert coded(labels) == sorted(LABELS)
+    marks = text.split("A turn of the assistant whose")[1].split("is 0 or false")[0]
+    assert tuple(coded(marks)) == MARKS

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from nanomed import store
 from nanomed.batches.loader import is_held_out
 from nanomed.config import InputError
+from nanomed.records.shapes import blank
 from nanomed.store.shards import file_of
 from nanomed.store.stream import verify
 from nanomed.text import template
@@ -38,7 +39,7 @@ def test_any_range_of_either_part(tmp_path_factory, encoder, texts, fraction, da
     built = store.build(
         folder / "store", [write(folder / "texts.jsonl", texts)], encoder, shard_tokens=50
     )
-    n_kept = sum(bool(text.strip()) for text in texts)
+    n_kept = sum(not blank(text) for text in texts)
     assert built.manifest["documents"] == n_kept
     parts = built.split(fraction)
     assert sum(part.n_documents for part in parts) == n_kept
@@ -89,7 +90,7 @@ def test_every_form_of_file_gives_the_same_tokens(tmp_path, encoder):
     found = [
         everything(
             store.build(
-                tmp_path / path.stem, [str(path)], encoder, "body" if path.name[0] in "efg" else ""
+                tmp_path / path.stem, [str(path)], encoder, ["text=body"] * (path.name[0] in "efg")
             )
         )
         for path in sorted(tmp_path.glob("?.*"))
@@ -115,7 +116,11 @@ def test_chats_become_documents_by_the_template(tmp_path, encoder):
     ]
     assert {one, other} == {system + turns.format(q, "c") + end for q in "ab"}
     assert everything(built)[0].count(encoder.tokenizer.special["<|im_end|>"]) == 3
-    assert built.manifest["report"]["changed"] == {"chat rendered by the template": 4}
+    assert built.manifest["report"]["changed"] == {
+        "chat rendered by the template": 4,
+        "text continued without a template": 1,
+        "text spells <|im_end|>, kept as text": 1,
+    }
 
 
 def test_a_template_whose_turns_end_as_documents_do(tmp_path, encoder):
@@ -171,7 +176,7 @@ def test_files_are_tokenised_once(tmp_path, encoder, monkeypatch):
     assert store.documents([file], encoder).folder == first.folder
     assert store.documents([str(first.folder)], encoder).manifest == first.manifest
     with pytest.raises(pytest.fail.Exception):
-        store.documents([file], encoder, text_key="text")
+        store.documents([file], encoder, fields=["text=body"])
 
 
 DAMAGE = {

@@ -131,7 +131,9 @@ def test_one_process_tokenises_and_the_others_wait_without_a_collective(file, en
     """pitfalls 24. Threads stand in for the other ranks; there is no process group here."""
     passes, opened = [], []
     original = examples.read_chats
-    monkeypatch.setattr(examples, "read_chats", lambda path: (passes.append(1), original(path))[1])
+    monkeypatch.setattr(
+        examples, "read_chats", lambda *read: (passes.append(1), original(*read))[1]
+    )
     local_rank = threading.local()
     monkeypatch.setattr(cache, "ranks", lambda: (0, local_rank.value))
 

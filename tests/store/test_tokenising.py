@@ -167,8 +167,8 @@ def test_another_store_is_not_gone_on_with(tmp_path, encoder, monkeypatch):
     with pytest.raises(InputError, match=r"other input \(times differ"):
         store.build(folder, [file], encoder)
     store.build(tmp_path / "whole", [file], encoder)
-    with pytest.raises(InputError, match=r"other input \(text_key differ"):
-        store.build(tmp_path / "whole", [file], encoder, text_key="text")
+    with pytest.raises(InputError, match=r"other input \(fields differ"):
+        store.build(tmp_path / "whole", [file], encoder, fields=["text=body"])
     with open(folder / "unfinished.json") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(InputError, match="another process is writing to"):

@@ -51,8 +51,8 @@ def test_the_whole_text_is_chatml_as_aquilamed_uses_it(encoder):
 def test_given_answers_are_not_learned(encoder):
     """A prompt's own answers are context: only the completion is trained on."""
     turns = [("user", "一"), ("assistant", "二"), ("user", "问"), ("assistant", "答")]
-    assert trained_text(encoder, Chat(turns, context=3)) == "答<|im_end|>"
-    ids, _, _ = encoder.chat(Chat(turns, context=3), 100)
+    assert trained_text(encoder, Chat(turns, untrained={0, 1, 2})) == "答<|im_end|>"
+    ids, _, _ = encoder.chat(Chat(turns, untrained={0, 1, 2}), 100)
     assert ids == encoder.chat(Chat(turns), 100)[0]
 
 
