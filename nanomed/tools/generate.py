@@ -22,7 +22,7 @@ from nanomed.hf import pretrained
 from nanomed.model.decoder import Aquila
 from nanomed.model.generation import Sampling, generate, limits_of
 from nanomed.records import Chat, read_json
-from nanomed.records.chats import ROLES
+from nanomed.records.turns import ROLES
 from nanomed.stages import stage
 from nanomed.text.template import Encoder
 
