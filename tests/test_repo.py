@@ -99,6 +99,17 @@ def test_every_file_is_short_and_has_its_reason_on_top():
     assert long == [] and silent == []
 
 
+def test_code_cites_no_document_that_is_not_here():
+    """Nor a numbered entry of a list that a reader cannot open."""
+    folders = ("nanomed", "kernels", "bench", "tests")
+    paths = [*SOURCES, *(p for f in folders for p in ROOT.glob(f"{f}/**/*.py"))]
+    texts = {path: path.read_text("utf-8") for path in paths if path != Path(__file__)}
+    cited = {name for text in texts.values() for name in re.findall(r"docs/\w+\.md", text)}
+    assert [name for name in sorted(cited) if not (ROOT / name).exists()] == []
+    listed = re.compile(r"\b(pitfalls?|traps?)(\.md)? \d", re.IGNORECASE)
+    assert [module_of(p) for p, text in texts.items() if listed.search(text)] == []
+
+
 def test_importing_does_nothing():
     """It prints nothing, touches no process group and no thread setting, and needs no optional
     package; and our `kernels` has no __version__ that others would take for theirs, and leaves

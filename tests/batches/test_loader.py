@@ -25,7 +25,7 @@ def ids_of(rows) -> list[int]:
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
 @pytest.mark.parametrize("n", [40, 61])
 def test_each_example_once_per_epoch_in_an_order_of_seed_and_epoch_alone(n, world_size):
-    """pitfalls 2: the last step of an epoch is short; nothing is repeated, padded or dropped."""
+    """The last step of an epoch is short; nothing is repeated, padded or dropped."""
     (alone,) = loaders(n, 1)
     ranks = loaders(n, world_size)
     epochs = [[], []]

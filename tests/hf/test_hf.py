@@ -91,7 +91,7 @@ def transformers_of(folder):
     ],
 )
 def test_export_loads_in_transformers_with_no_custom_code(kind, bias, tmp_path):
-    """Pitfalls 18 to 20: weights, ids, stop tokens, chat template, for every kind of tokenizer."""
+    """Weights, ids, stop tokens, chat template, for every kind of tokenizer."""
     source, out = tmp_path / "source", tmp_path / "out"
     source.mkdir()
     write_tokenizer(source, kind)
@@ -163,7 +163,7 @@ def random_chats(n: int) -> list[Chat]:
 
 
 def check_generation_config(out: Path, model, tok) -> None:
-    """Pitfall 19: a served model must stop, at ids that the exported tokenizer has."""
+    """A served model must stop, at ids that the exported tokenizer has."""
     generation = json.loads((out / "generation_config.json").read_text())
     template = json.loads((out / "template.json").read_text())
     names = dict.fromkeys((template["turn_end"], template["document_end"]))

@@ -85,7 +85,7 @@ def test_attention_within_segments():
 
 @pytest.mark.parametrize("chunk", [3, 1024])
 def test_linear_nll_equals_dense_log_softmax(monkeypatch, chunk):
-    """pitfalls 22: chunked scores and gradients equal dense ones, at any chunk."""
+    """Chunked scores and gradients equal dense ones, at any chunk."""
     monkeypatch.setattr(reference, "LOGITS_CPU", chunk * 29)
     hidden, weight = randn(11, 6, dtype=torch.float32), randn(29, 6, dtype=torch.float32)
     labels = torch.tensor([3, -100, 28, 0, -100, 7, 7, 7, 1, 2, -100])
@@ -127,7 +127,7 @@ def test_linear_nll_skips_untrained_tokens_before_the_matmul():
 
 
 def test_linear_nll_never_holds_all_logits(monkeypatch):
-    """pitfalls 22: nothing larger than a chunk of logits exists, forward or backward."""
+    """Nothing larger than a chunk of logits exists, forward or backward."""
     monkeypatch.setattr(reference, "LOGITS_CPU", 16 * 100)
     hidden, weight = randn(400, 4), randn(100, 4)
     with Largest() as seen:

@@ -100,7 +100,7 @@ def test_head_skips_untrained_tokens_before_the_matmul():
 
 
 def test_head_never_holds_all_logits(monkeypatch):
-    """pitfalls 22: nothing is larger than a chunk of logits, whose rows are padded to 128."""
+    """Nothing is larger than a chunk of logits, whose rows are padded to 128."""
     monkeypatch.setattr(module_of("linear_nll"), "chunk_tokens", lambda n, d: 16)
     case = kernel_cases.linear_nll(100, d=4, v=100, trained=1.0)
     hidden, weight = (x.float().to(DEVICE).requires_grad_() for x in case.inputs)

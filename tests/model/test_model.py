@@ -40,7 +40,8 @@ def nll_and_gradients(model: Aquila, segments: list[list[int]], only: int):
 
 
 def assert_packed_equals_alone(model: Aquila, segments: list[list[int]]):
-    """1e-5 * max(1, |x|) on log-probabilities, norm-wise on each gradient (traps 10)."""
+    """1e-5 * max(1, |x|) on log-probabilities, norm-wise on each gradient,
+    because single elements near zero have no relative accuracy."""
     for i, segment in enumerate(segments):
         packed = nll_and_gradients(model, segments, i)
         alone = nll_and_gradients(model, [segment], 0)
@@ -50,7 +51,7 @@ def assert_packed_equals_alone(model: Aquila, segments: list[list[int]]):
 
 
 def test_packed_equals_alone(model, segments):
-    """pitfalls 3."""
+    """No segment sees its neighbours, and its positions begin at 0."""
     assert_packed_equals_alone(model, segments)
 
 

@@ -208,7 +208,7 @@ def test_any_values_at_any_read_size(tmp_path_factory, records_, array, chunk):
     ],
 )
 def test_broken_files_name_the_record(tmp_path, text, message):
-    """pitfalls 26."""
+    """The error names the file and the place in it."""
     with pytest.raises(InputError, match=message):
         values(write(tmp_path / "x", text))
 

@@ -53,7 +53,7 @@ def saving(world, out: str, save: str) -> None:
 @pytest.mark.parametrize("n_ranks", [1, 2])
 @pytest.mark.parametrize("save", ["blocking", "background"])
 def test_a_save_takes_at_most_1_3_shards(tmp_path, n_ranks, save):
-    """pitfalls 15. A blocking save streams tensor by tensor. The first one in the background makes
+    """A blocking save streams tensor by tensor. The first one in the background makes
     the host's copy, a whole shard that stays; the later ones copy into the same memory."""
     out = tmp_path / "run"
     assert Group(server(), n_ranks, saving, str(out), save).wait(400) == [0] * n_ranks

@@ -63,7 +63,7 @@ def test_shares_stand_beside_chance(encoder, monkeypatch):
 
 
 def test_a_run_shows_one_example_with_its_mask(encoder, monkeypatch):
-    """pitfalls 5: each run prints one sample with its targets marked."""
+    """Each run prints one sample with its targets marked."""
     monkeypatch.chdir(ROOT)
     data = store.chats(["samples/sft.jsonl"], encoder, 512, 0.0)
     loader = Loader(data, np.arange(5, 9), np.arange(3), batch_size=2, micro_tokens=512, epochs=1)

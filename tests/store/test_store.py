@@ -50,7 +50,7 @@ def test_a_second_launch_reads_nothing_again(file, encoder, monkeypatch):
 
 
 def test_the_key_covers_all_that_the_ids_depend_on(file, encoder, tmp_path, monkeypatch):
-    """pitfalls 25: data, tokenizer, template, seq_len and code."""
+    """Data, tokenizer, template, seq_len and code."""
     keys = {build(file, encoder).folder}
     keys.add(build(file, encoder, seq_len=255).folder)
     other = dataclasses.replace(CHATML, system="Other.")
@@ -67,7 +67,7 @@ def test_the_key_covers_all_that_the_ids_depend_on(file, encoder, tmp_path, monk
 
 
 def test_too_many_dropped_chats_stop_the_run(tmp_path, encoder):
-    """pitfalls 7: nothing is dropped silently, nor does a run go on with what little is left."""
+    """Nothing is dropped silently, nor does a run go on with what little is left."""
     file = write_chats(tmp_path / "x.jsonl", n=20, length=20)
     shortest = len(encoder.chat(next(chat for _, chat, _ in read_chats(file)), 999)[0])
     with pytest.raises(
@@ -128,7 +128,7 @@ def test_the_report_has_every_file_and_source(tmp_path, encoder):
 
 
 def test_one_process_tokenises_and_the_others_wait_without_a_collective(file, encoder, monkeypatch):
-    """pitfalls 24. Threads stand in for the other ranks; there is no process group here."""
+    """Threads stand in for the other ranks; there is no process group here."""
     passes, opened = [], []
     original = examples.read_chats
     monkeypatch.setattr(
@@ -168,7 +168,7 @@ def test_a_damaged_store_is_refused(file, encoder):
 
 @pytest.mark.slow
 def test_a_500_mb_array_loads_in_a_minute_and_three_times_its_size(tmp_path):
-    """pitfalls 26. Read in a process of its own, whose peak memory is then its own."""
+    """Read in a process of its own, whose peak memory is then its own."""
     import subprocess
     import sys
     import time

@@ -7,7 +7,7 @@ from nanomed.config import InputError
 from nanomed.records import Chat
 from nanomed.text.template import CHATML, TEMPLATES, Encoder, Template, load
 
-# Five fixed chats: (turns, what is trained on). pitfalls 4 and 5.
+# Five fixed chats: (turns, what is trained on): every answer with its end of turn, no question.
 GOLDEN = [
     ([("user", "什么是高血压？"), ("assistant", "血压持续升高。")], "血压持续升高。<|im_end|>"),
     (
@@ -71,8 +71,8 @@ def random_text(rng: random.Random) -> str:
 
 
 def test_masks_of_a_thousand_random_chats(encoder):
-    """pitfalls 6: the trained text is the answers with their ends, whatever the turns hold. And
-    pitfalls 11: no end of turn or start of turn twice in a row."""
+    """The trained text is the answers with their ends, whatever the turns hold. And
+    no end of turn or start of turn twice in a row."""
     rng = random.Random(0)
     special = set(encoder.tokenizer.special.values())
     for _ in range(1000):
@@ -88,7 +88,7 @@ def test_masks_of_a_thousand_random_chats(encoder):
 
 
 def test_text_that_spells_a_special_token_stays_text(encoder):
-    """pitfalls 12: whatever a user types, the only special ids are the template's."""
+    """Whatever a user types, the only special ids are the template's."""
     special = set(encoder.tokenizer.special.values())
     plain, _, _ = encoder.chat(Chat([("user", "x"), ("assistant", "y")]), 1000)
     for name in (*encoder.tokenizer.special, "<unk>", "</s>", "<0x41>"):

@@ -52,7 +52,7 @@ def learned(segment) -> str:
 
 
 def test_turns_and_what_is_trained_in_them(file, capsys):
-    """pitfalls 5: each run can show exactly which text is supervised."""
+    """Each run can show exactly which text is supervised."""
     text = run(capsys, file, "-n", "4")
     assert "assistant        " in text and "⟦答<|im_end|>⟧⏎" in text
     assert text.count("⟦") == 1 + 1 + 2 + 1  # the legend, then one for each answer

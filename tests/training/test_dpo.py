@@ -147,7 +147,7 @@ def fresh_run(world, model_config, tmp_path, dtype=torch.float32):
 
 
 def test_the_run_starts_at_ln_2(world, small, tmp_path):
-    """pitfalls 9: and does not start elsewhere, for example with dropout or other weights."""
+    """And does not start elsewhere, for example with dropout or other weights."""
     c, model, run, loader = fresh_run(world, small, tmp_path)
     reference = reference_logps(model, loader, run, {"data": "x"})
     check_start(model, loader, loss_of(reference, c), True, run)
@@ -236,7 +236,8 @@ def test_the_weights_key_does_not_depend_on_the_number_of_processes(pool, small)
 
 
 def share_moved(model, world, small, dtype):
-    """Of the weights outside embeddings and norms, after 10 steps at 2e-7 (pitfalls 13)."""
+    """Of the weights outside embeddings and norms, after 10 steps at 2e-7: such an update
+    is less than half of bfloat16's spacing."""
     model = model.to(dtype)
     c = dataclasses.replace(C, micro_tokens=1024)
     loader, optimizer = loader_of(world, c, 64), adamw(model, c.weight_decay)

@@ -113,7 +113,7 @@ def reference_gradients(model_config, n, examples):
 
 
 def assert_same_gradients(ours, theirs):
-    for a, b in zip(ours, theirs, strict=True):  # norm-wise per tensor: traps 10
+    for a, b in zip(ours, theirs, strict=True):  # elements near 0 have no digits
         assert (a.double() - b.double()).norm() <= 1e-5 * b.double().norm()
 
 
@@ -121,7 +121,7 @@ def assert_same_gradients(ours, theirs):
 def test_gradients_do_not_depend_on_processes_packing_or_accumulation(
     pool, small, n, batch_size, step
 ):
-    """pitfalls 1 and 2: 64 chats of different lengths as (1 process, 1 row), (1, 8 or more), (2,
+    """64 chats of different lengths as (1 process, 1 row), (1, 8 or more), (2,
     several), (4, several); then the short last step of an epoch that nothing divides evenly. All
     equal a plain float64 computation; the logged loss is the sum of nll over the trained tokens."""
     layouts = [(1, 4096), (1, 256), (2, 300), (4, 128), (4, 64)]
@@ -142,7 +142,7 @@ def test_gradients_do_not_depend_on_processes_packing_or_accumulation(
 
 
 def test_a_mean_of_means_is_seen(pool, small, monkeypatch):
-    """The bug of pitfalls 1, planted: each row's loss divided by its own tokens."""
+    """A common bug of other trainers, planted: each row's loss divided by its own tokens."""
 
     def planted(n, batch_size, step):
         c = settings(batch_size=n, micro_tokens=256)
@@ -183,7 +183,7 @@ class Silent:
 
 
 def test_validation_counts_each_example_once_on_any_number_of_ranks(pool, small):
-    """pitfalls 21: 1 to 7 examples on 1, 2 and 4 ranks; none hangs, all agree."""
+    """1 to 7 examples on 1, 2 and 4 ranks; none hangs, all agree."""
     sizes = range(1, 8)
     alone = pool(1, validation_losses, small, sizes)[0]
     for n_ranks in (2, 4):
@@ -238,7 +238,7 @@ def weights_in_use(model) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("n_ranks", [1, 2])
 @pytest.mark.parametrize("before", ["nothing", "forward", "load"])
 def test_every_parameter_moves(pool, small, tmp_path, n_ranks, before):
-    """traps 1: a root that owns parameters would silently leave some of them behind."""
+    """A root that owns parameters would silently leave some of them behind."""
     for still in pool(n_ranks, still_after, small, before, str(tmp_path)):
         assert still == []
 
@@ -287,7 +287,7 @@ AFTER_VALIDATION = ("nanomed.training.trainer", "train_step", 10)
     "n_ranks, dies", [(1, (RIGHT_AFTER_THE_SAVE, AFTER_VALIDATION)), (2, (AFTER_VALIDATION,))]
 )
 def test_twenty_steps_are_ten_and_a_resume_and_ten(pool, small, tmp_path, n_ranks, dies):
-    """pitfalls 14, with dropout: weights, losses, learning rates, validation and the choice of
+    """With dropout: weights, losses, learning rates, validation and the choice of
     the best checkpoint, bit for bit."""
     with_dropout = dataclasses.replace(small, dropout=0.2)
     straight = tmp_path / "straight"

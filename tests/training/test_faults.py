@@ -315,7 +315,7 @@ def with_a_failing_validation(world, out: str) -> str:
 
 
 def test_an_exception_in_validation_loses_no_step(pool, undisturbed, tmp_path):
-    """pitfalls 17: the save came before. The resume validates what was saved, then goes on."""
+    """The save came before. The resume validates what was saved, then goes on."""
     assert pool(1, with_a_failing_validation, str(tmp_path / "x")) == ["sampling broke"]
     assert checkpoint.newest(tmp_path / "x/checkpoints").name == "step-000008"
     assert [s[0] for s in pool(1, train, str(tmp_path / "x"))[0]["steps"]] == [8, 9, 10, 11]

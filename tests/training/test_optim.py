@@ -8,7 +8,7 @@ from nanomed.training.optim import adamw, lr_at
 
 
 def test_lr_rises_to_the_peak_and_falls_to_the_minimum():
-    """pitfalls 27: a function of the step alone; the peak at the warm-up's end, the minimum one
+    """A function of the step alone; the peak at the warm-up's end, the minimum one
     step after the last. Nothing of accumulation or world size enters."""
     lrs = [lr_at(k, 100, 2.0, 0.1, 0.25) for k in range(100)]
     assert lrs[:10] == pytest.approx([0.2 * k for k in range(1, 11)])

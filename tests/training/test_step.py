@@ -96,7 +96,7 @@ def copy_of(row: Row) -> Row:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_validation_takes_less_than_a_step_however_many_rows_it_has(world, stage):
-    """pitfalls 23: in torch's allocator, above weights and moments, with the same row."""
+    """In torch's allocator, above weights and moments, with the same row."""
     c, model, optimizer, loader, loss = made(world, stage, 1)
     meter = Meter(SMALL, 1)
     (row,) = loader.step(0)

@@ -111,7 +111,7 @@ def test_triton_without_a_gpu_is_refused_and_never_replaced(monkeypatch):
 
 
 def test_an_embedding_is_never_resized_silently():
-    """pitfalls 31: spare rows are kept (and printed), missing ones are an error; the tiny model
+    """Spare rows are kept (and printed), missing ones are an error; the tiny model
     alone has no vocabulary of its own."""
     config, encoder = stage.model_and_encoder(SFT(model="aquilamed-7b"))
     assert config.vocab_size == 151_851 > encoder.tokenizer.vocab_size
@@ -238,7 +238,7 @@ def test_without_out_the_next_free_folder(tmp_path, world, monkeypatch):
 
 
 def test_sixteen_chats_are_learned_by_heart_and_every_answer_ends(tmp_path, encoder, world):
-    """pitfalls 4: greedy generation gives all 16 last answers of multi-turn chats, and stops by
+    """Greedy generation gives all 16 last answers of multi-turn chats, and stops by
     itself on all 16."""
     chats = long_chats(encoder, 16)
     data_file = write(tmp_path / "chats.jsonl", *chats)
