@@ -264,9 +264,16 @@ def test_eight_pairs_are_learned(world, small, tmp_path):
     loss = loss_of(reference_logps(model, loader, run, {}), c)
     fit(c, model, loader, loss, run)
     run.close()
-    last = json.loads((tmp_path / "x/metrics.jsonl").read_text().splitlines()[-1])
-    assert last["rewards/accuracies"] == 1 and last["loss"] < 0.3
+    lines = (tmp_path / "x/metrics.jsonl").read_text().splitlines()
+    first, last = json.loads(lines[0]), json.loads(lines[-1])
+    check_learned(first, last)
     assert last["rewards/accuracies/subjective"] == last["rewards/accuracies/objective"] == 1
+
+
+def check_learned(first: dict, last: dict) -> None:
+    """Every pair is preferred, and the loss has fallen by a third of where it started: true of any
+    preference loss that was learned, whatever value it starts from."""
+    assert last["rewards/accuracies"] == 1 and last["loss"] < first["loss"] * 2 / 3
 
 
 # ---------------------------------------------------------------- pairs and their template
