@@ -13,7 +13,6 @@ from torch.func import functional_call
 import kernels
 from bench import oracles, rivals
 from bench.setting import Setting
-from kernels import reference
 from nanomed.batches.packing import row_from
 from nanomed.model.decoder import Layer
 
@@ -93,13 +92,16 @@ def build(s: Setting, op: str, lengths: list[int], triton: bool = False) -> Case
         """Of linear_nll the nll alone: rivals give nothing else."""
         return out[0] if op == "linear_nll" and isinstance(out, tuple) else out
 
-    def ours(*x: Tensor) -> Tensor | tuple[Tensor, ...]:
-        kernels.use("triton")
-        return compared(getattr(kernels, op)(*x, *extra))
+    def version(name: str) -> Callable:
+        def work(*x: Tensor) -> Tensor | tuple[Tensor, ...]:
+            kernels.use(name)
+            return compared(getattr(kernels, op)(*x, *extra))
 
-    works = {"definition": lambda *x: compared(getattr(reference, op)(*x, *extra)), **others}
+        return work
+
+    works = {"definition": version("reference"), **others}
     if triton:
-        works = {"triton": ours, **works}
+        works = {"triton": version("triton"), **works}
     return Case(op, lengths, inputs, works, lambda *x: getattr(oracles, op)(*x, *truth))
 
 
@@ -107,7 +109,7 @@ def _layer(s: Setting, lengths: list[int], triton: bool) -> Case:
     """A layer with random weights, which are inputs like x[T,D]: their gradients are compared and
     timed too. Thirty-two times the layer is most of a step."""
     with torch.device("meta"):
-        layer = Layer(s.model, recompute="none")
+        layer = Layer(s.model)
     params = dict(layer.named_parameters())
     row = row_from([[0] * n for n in lengths]).to(s.device)
     x = s.randn(sum(lengths), s.model.d_model)

@@ -17,7 +17,7 @@ import kernels
 from bench.kernels import distance
 from bench.measure import against_first, shown, table
 from bench.setting import Setting, arguments
-from kernels import reference
+from kernels import linear_nll_chunked
 from kernels.chunk import chunk_tokens, even
 
 OURS, OTHER = "linear_nll", "gradient in forward"
@@ -76,7 +76,7 @@ def _triton_chunk(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) ->
 
 def _add_matmul(x: Tensor) -> Callable:
     if not x.is_cuda:
-        return reference._add_matmul
+        return linear_nll_chunked._add_matmul
     from kernels.linear_nll_triton import _add_matmul
 
     return _add_matmul
@@ -113,7 +113,7 @@ def main() -> None:
             continue
         for n in (1, 2, 4, 8):
             most = -(-t // n)
-            reference.LOGITS_CPU = most * s.model.vocab_size
+            linear_nll_chunked.LOGITS_CPU = most * s.model.vocab_size
             measure(s, t, even(t, most))
     print(table([shown(line) for line in s.results.lines]))
 

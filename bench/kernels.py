@@ -4,7 +4,7 @@
     python -m bench.kernels --ops layer                                a layer of the model
     TRITON_INTERPRET=1 python -m bench.kernels --parity --tokens 64    the Triton kernels, on a CPU
 
-On a GPU `triton` stands against `definition` (kernels/reference.py), torch.compile of it, PyTorch's
+On a GPU `triton` stands against `definition` (--kernels reference), torch.compile of it, PyTorch's
 own fused ops and, where installed, Liger-Kernel and flash-attn, at AquilaMed's shapes in bfloat16;
 of a layer also `auto`, which is what a run picks. On a CPU the definition stands against PyTorch at
 tiny shapes.

@@ -14,6 +14,7 @@ from nanomed.batches.loader import Loader
 from nanomed.config import DPO, ModelConfig, Run
 from nanomed.distributed import World, shard
 from nanomed.model.decoder import Aquila, init_weights
+from nanomed.model.recompute import set_recompute
 from nanomed.runs.log import Meter
 from nanomed.text.segment import Segment
 from nanomed.training import step
@@ -66,7 +67,8 @@ def model_of(
 ) -> Aquila:
     """With the same weights on every side: those of init_weights, seed 0."""
     with torch.device("meta"):
-        model = Aquila(config, recompute)
+        model = Aquila(config)
+    set_recompute(model, recompute)
     if sharded:
         shard(model, world, dtype)
     model.to_empty(device=world.device)

@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from bench.ceilings import PAD
 from bench.counts import every_logit, every_score
 from kernels import reference
+from kernels.attention_by_segment import causal_flag
 from kernels.chunk import chunk_tokens
 
 Works = dict[str, Callable]
@@ -97,7 +98,7 @@ def _varlen_attn(cu_seqlens: Tensor, max_seqlen: int) -> Works:
     flags = inspect.signature(varlen).parameters if varlen else {}
     if "enable_gqa" not in flags:
         return {}
-    causal = reference.causal_flag(flags)
+    causal = causal_flag(flags)
     borders, longest = (cu_seqlens, cu_seqlens), (max_seqlen, max_seqlen)
     return {
         "varlen_attn": lambda q, k, v: varlen(

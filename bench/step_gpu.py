@@ -26,6 +26,7 @@ from bench.step_scaling import ROWS, fsdp, growth
 from kernels.chunk import even
 from nanomed.config import CPT, DPO, MODELS, SFT, ModelConfig, Run
 from nanomed.distributed import World, pick_device, start
+from nanomed.model.recompute import POLICIES, set_recompute
 from nanomed.runs.log import PEAK_FLOPS, flops_of
 from nanomed.stages import memory
 from nanomed.training.optim import adamw
@@ -108,8 +109,7 @@ def steps(given, world: World, config: ModelConfig, sizes: list[int], results: R
             if model is None:
                 model = model_of(world, config, torch.bfloat16, "none")
                 optimizer = adamw(model, 0.1)
-            for layer in model.layers:
-                layer.recompute = layer.mlp.recompute = c.recompute
+            set_recompute(model, c.recompute)
             data = examples(stage, c.micro_tokens, config, document)
             try:
                 batch = dataclasses.replace(c, batch_size=len(data))
@@ -132,7 +132,7 @@ def policies(cls: type[Run], config: ModelConfig, world: World, sizes: list[int]
         limit = torch.cuda.get_device_properties(world.device).total_memory / GIB
     found = []
     for size in sizes:
-        for recompute in memory.RECOMPUTE:
+        for recompute in POLICIES:
             c = settings(cls, 1, size, recompute)
             total = sum(memory.memory(config, c, 1).values())
             if total <= limit:

@@ -1,7 +1,7 @@
 """Fused ops as plain functions of plain tensors. They know nothing of the model above them.
 
 Each has a definition in reference.py, which says what it computes, and a Triton version in a file
-of its own. use() chooses between them, once, at start.
+of its own, *_triton.py. use() chooses between them, once, at start.
 """
 
 import functools
@@ -9,7 +9,7 @@ import functools
 import torch
 from torch import Tensor
 
-from kernels import reference
+from kernels import attention_by_segment, linear_nll_chunked, reference
 
 __all__ = ["attention", "linear_nll", "rmsnorm", "rope", "swiglu"]
 
@@ -22,8 +22,8 @@ _chosen = "auto"
 
 
 def use(name: str) -> None:
-    """From here on every op runs as "triton", as "reference", or, with "auto", in Triton on CUDA
-    tensors where Triton imports and by the definition elsewhere."""
+    """From here on every op runs as "triton", as "reference" (plain PyTorch), or, with "auto", in
+    Triton on CUDA tensors where Triton imports and in plain PyTorch elsewhere."""
     global _chosen
     if name not in CHOICES:
         raise ValueError(f"kernels.use({name!r}): it must be one of {CHOICES}")
@@ -31,7 +31,8 @@ def use(name: str) -> None:
 
 
 def in_force(device: torch.device) -> str:
-    """What runs on this device's tensors, in a few words: the same words, the same code."""
+    """A label for the versions that run on this device's tensors. Two equal labels mean that the
+    same code ran; DPO's reference compares them."""
     versions = {op: _version(op, device) for op in __all__}
     usual = versions["rmsnorm"]
     others = [f", {op} {version}" for op, version in versions.items() if version != usual]
@@ -75,48 +76,58 @@ def _version(op: str, device: torch.device, dtype: torch.dtype = torch.bfloat16)
     return "triton" if on_gpu and op not in LEFT_ALONE and not triton_error() else "reference"
 
 
-def _run(op: str, x: Tensor, *arguments):
-    if _version(op, x.device, x.dtype) == "reference":
-        return getattr(reference, op)(x, *arguments)
-    if x.dtype == torch.float64:
+def _takes_triton(op: str, x: Tensor) -> bool:
+    triton = _version(op, x.device, x.dtype) == "triton"
+    if triton and x.dtype == torch.float64:
         raise TypeError(f"the Triton version of {op} computes in float32; float64 is the reference")
-    return _triton_ops()[op](x, *arguments)
+    return triton
 
 
-@functools.cache
-def _triton_ops() -> dict:
-    """Imported when the first is needed: `import kernels` works without Triton."""
-    from kernels.attention_triton import attention
-    from kernels.linear_nll_triton import linear_nll
-    from kernels.rmsnorm_triton import rmsnorm
-    from kernels.rope_triton import rope
-    from kernels.swiglu_triton import swiglu
-
-    return {f.__name__: f for f in (attention, linear_nll, rmsnorm, rope, swiglu)}
+# Triton versions are imported where they are called: `import kernels` works without Triton.
 
 
 def rmsnorm(x: Tensor, weight: Tensor, eps: float) -> Tensor:  # x[..., D], weight[D]
-    return _run("rmsnorm", x, weight, eps)
+    if _takes_triton("rmsnorm", x):
+        from kernels import rmsnorm_triton
+
+        return rmsnorm_triton.rmsnorm(x, weight, eps)
+    return reference.rmsnorm(x, weight, eps)
 
 
 def rope(
     q: Tensor, k: Tensor, positions: Tensor, theta: float, scaling: tuple[float, ...] = ()
 ) -> tuple[Tensor, Tensor]:  # q[T,H,E], k[T,K,E], positions[T]
-    return _run("rope", q, k, positions, theta, scaling)
+    if _takes_triton("rope", q):
+        from kernels import rope_triton
+
+        return rope_triton.rope(q, k, positions, theta, scaling)
+    return reference.rope(q, k, positions, theta, scaling)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:  # gate[..., F], up[..., F]
-    return _run("swiglu", gate, up)
+    if _takes_triton("swiglu", gate):
+        from kernels import swiglu_triton
+
+        return swiglu_triton.swiglu(gate, up)
+    return reference.swiglu(gate, up)
 
 
 def attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int
 ) -> Tensor:  # q[T,H,E], k[T,K,E], v[T,K,E], cu_seqlens[n+1] -> [T,H,E]
-    return _run("attention", q, k, v, cu_seqlens, max_seqlen)
+    if _takes_triton("attention", q):
+        from kernels import attention_triton
+
+        return attention_triton.attention(q, k, v, cu_seqlens, max_seqlen)
+    return attention_by_segment.attention(q, k, v, cu_seqlens, max_seqlen)
 
 
 def linear_nll(
     hidden: Tensor, weight: Tensor, labels: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:  # hidden[T,D], weight[V,D], labels[T] -> [T] each
     """(nll, lse, right): float32, float32, bool; 0 and False where the label is -100."""
-    return _run("linear_nll", hidden, weight, labels)
+    if _takes_triton("linear_nll", hidden):
+        from kernels import linear_nll_triton
+
+        return linear_nll_triton.linear_nll(hidden, weight, labels)
+    return linear_nll_chunked.linear_nll(hidden, weight, labels)

@@ -23,7 +23,6 @@ class ModelConfig:
     rope_theta: float
     norm_eps: float
     qkv_bias: bool
-    dropout: float = 0.0  # on each residual branch, while training
     head_dim: int = 0  # a head's width, where it is not d_model / n_heads
     qk_norm: bool = False  # each head of q and k is normalised before RoPE, as in Qwen3
     o_bias: bool = False  # the attention's last matrix has a bias, too

@@ -23,7 +23,7 @@ from nanomed.training import optim, trainer
 from tests.data import ListData
 from tests.documents import random_documents, slices_of
 
-SMALL = ModelConfig(97, 2, 128, 2, 1, 96, 512, 1e6, 1e-5, True, dropout=0.2)
+SMALL = ModelConfig(97, 2, 128, 2, 1, 96, 512, 1e6, 1e-5, True)
 N_STEPS = 12
 
 
@@ -34,7 +34,7 @@ def settings(out: str, **changes) -> SFT:
 
 def build(world) -> Aquila:
     with torch.device("meta"):
-        model = Aquila(SMALL)
+        model = Aquila(SMALL, dropout=0.2)
     shard(model, world, torch.float32)
     model.to_empty(device="cpu")
     init_weights(model)

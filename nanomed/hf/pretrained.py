@@ -4,7 +4,6 @@
 tokenizer and template come from one place and fit one another.
 """
 
-import dataclasses
 import json
 import warnings
 from pathlib import Path
@@ -63,6 +62,7 @@ def config_of(folder: str | Path) -> ModelConfig:
         return reading.read_config(folder)
     try:
         raw = json.loads(saved.read_text())
+        raw.pop("dropout", None)  # runs up to November 2026 wrote it here; it is the run's alone
         return ModelConfig(**raw | {"rope_scaling": tuple(raw.get("rope_scaling", ()))})
     except (TypeError, ValueError) as error:
         raise InputError(f"{saved}: {error}") from None
@@ -79,10 +79,9 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
 
 
 def load(folder: str | Path, device: torch.device, dtype: torch.dtype) -> Aquila:
-    """The model on one device, in evaluation mode, without dropout."""
-    config = dataclasses.replace(config_of(folder), dropout=0.0)
+    """The model on one device, in evaluation mode."""
     with torch.device("meta"):
-        model = Aquila(config)
+        model = Aquila(config_of(folder))
     model = model.to(dtype).to_empty(device=device)
     load_weights(model, folder)
     return model.eval()

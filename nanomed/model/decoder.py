@@ -7,21 +7,16 @@ sequence of independent segments (nanomed/batches/packing.py draws one).
 Module names are the Hugging Face names without the `model.` prefix, so weights load as they are.
 """
 
-from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 import kernels
 from nanomed.batches.packing import Row
 from nanomed.config import ModelConfig
 from nanomed.distributed import fill
 from nanomed.model.cache import Cache
-from nanomed.model.recompute import rebuilt_for
 
 
 class Scores(NamedTuple):
@@ -43,15 +38,16 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, c: ModelConfig):
+    def __init__(self, config: ModelConfig):
         super().__init__()
-        self.head_size, self.theta, self.scaling = c.head_size, c.rope_theta, c.rope_scaling
-        self.q_proj = nn.Linear(c.d_model, c.q_size, bias=c.qkv_bias)
-        self.k_proj = nn.Linear(c.d_model, c.kv_size, bias=c.qkv_bias)
-        self.v_proj = nn.Linear(c.d_model, c.kv_size, bias=c.qkv_bias)
-        self.o_proj = nn.Linear(c.q_size, c.d_model, bias=c.o_bias)
-        self.q_norm = RMSNorm(c.head_size, c.norm_eps) if c.qk_norm else None
-        self.k_norm = RMSNorm(c.head_size, c.norm_eps) if c.qk_norm else None
+        self.head_size = config.head_size
+        self.theta, self.scaling = config.rope_theta, config.rope_scaling
+        self.q_proj = nn.Linear(config.d_model, config.q_size, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.d_model, config.kv_size, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.d_model, config.kv_size, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(config.q_size, config.d_model, bias=config.o_bias)
+        self.q_norm = RMSNorm(config.head_size, config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_size, config.norm_eps) if config.qk_norm else None
 
     def forward(self, x: Tensor, row: Row, cache: Cache | None = None) -> Tensor:  # x[T,D]
         q, k, v = (
@@ -68,58 +64,44 @@ class Attention(nn.Module):
         return self.o_proj(out.flatten(1))
 
 
+class SwiGLU(nn.Module):
+    def forward(self, gate: Tensor, up: Tensor) -> Tensor:
+        return kernels.swiglu(gate, up)
+
+
 class MLP(nn.Module):
-    def __init__(self, c: ModelConfig, recompute: str):
+    def __init__(self, config: ModelConfig):
         super().__init__()
-        self.recompute = recompute
-        self.gate_proj = nn.Linear(c.d_model, c.d_ff, bias=False)
-        self.up_proj = nn.Linear(c.d_model, c.d_ff, bias=False)
-        self.down_proj = nn.Linear(c.d_ff, c.d_model, bias=False)
+        self.gate_proj = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.up_proj = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.down_proj = nn.Linear(config.d_ff, config.d_model, bias=False)
+        self.act = SwiGLU()
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_proj(x), self.up_proj(x)  # [T,F]
-        if self.recompute == "lean":
-            return rebuilt_for(self.down_proj, kernels.swiglu, gate, up)
-        return self.down_proj(kernels.swiglu(gate, up))
+        return self.down_proj(self.act(self.gate_proj(x), self.up_proj(x)))
 
 
 class Layer(nn.Module):
-    def __init__(self, c: ModelConfig, recompute: str):
+    def __init__(self, config: ModelConfig, dropout: float = 0.0):
         super().__init__()
-        self.self_attn = Attention(c)
-        self.mlp = MLP(c, recompute)
-        self.input_layernorm = RMSNorm(c.d_model, c.norm_eps)
-        self.post_attention_layernorm = RMSNorm(c.d_model, c.norm_eps)
-        self.dropout = c.dropout
-        self.recompute = recompute
+        self.self_attn = Attention(config)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.d_model, config.norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.d_model, config.norm_eps)
+        self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, row: Row, cache: Cache | None = None) -> Tensor:
-        # Recomputing inside forward, not around the module, keeps parameter names as they are
-        # and FSDP's gathering of the layer outside.
-        if self.recompute == "full" and torch.is_grad_enabled():
-            return checkpoint(self._forward, x, row, use_reentrant=False)
-        return self._forward(x, row, cache)
-
-    def _forward(self, x: Tensor, row: Row, cache: Cache | None = None) -> Tensor:
-        attention = partial(self.self_attn, row=row, cache=cache)
-        x = x + self._branch(self.input_layernorm, attention, x)
-        return x + self._branch(self.post_attention_layernorm, self.mlp, x)
-
-    def _branch(self, norm: RMSNorm, block: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        if self.recompute == "lean":
-            out = rebuilt_for(block, partial(kernels.rmsnorm, eps=norm.eps), x, norm.weight)
-        else:
-            out = block(norm(x))
-        return F.dropout(out, self.dropout, self.training)
+    def forward(self, x: Tensor, row: Row, cache: Cache | None = None) -> Tensor:  # x[T,D]
+        x = x + self.dropout(self.self_attn(self.input_layernorm(x), row, cache))
+        return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
 
 
 class Head(nn.Module):
     """lm_head: the logits' matrix and the loss in one module, so that FSDP gathers the matrix
     around both and a [T, V] tensor need not exist."""
 
-    def __init__(self, c: ModelConfig):
+    def __init__(self, config: ModelConfig):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(c.vocab_size, c.d_model))
+        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.d_model))
 
     def forward(self, hidden: Tensor, labels: Tensor | None) -> Scores | Tensor:
         if labels is None:
@@ -128,16 +110,14 @@ class Head(nn.Module):
 
 
 class Aquila(nn.Module):
-    """The whole decoder. `recompute` "lean" keeps what matmuls and attention made and computes
-    norms and SwiGLU's product again in backward; "full" keeps only each layer's input and runs the
-    layer again. Built under `torch.device("meta")` it allocates nothing; else its weights are
-    initialised."""
+    """The whole decoder. `dropout` is the share of each residual branch set to 0 in training.
+    Built under `torch.device("meta")` it allocates nothing; else its weights are initialised."""
 
-    def __init__(self, config: ModelConfig, recompute: str = "none"):
+    def __init__(self, config: ModelConfig, dropout: float = 0.0):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
-        self.layers = nn.ModuleList(Layer(config, recompute) for _ in range(config.n_layers))
+        self.layers = nn.ModuleList(Layer(config, dropout) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.lm_head = Head(config)
         if not self.norm.weight.is_meta:

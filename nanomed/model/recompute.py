@@ -1,58 +1,99 @@
-"""--recompute lean: what is cheap to compute is not kept for backward, but computed again.
+"""--recompute: what a layer does not keep for backward, but computes again. The decoder knows
+nothing of it: this file changes how layers are called, not what they compute.
 
-A matmul keeps its input for its own backward. Two of those inputs cost a few operations per
-element: a norm's output, and the product in SwiGLU. In AquilaMed-7B they are a third of what a
-layer keeps. Here the matmul keeps, in place of such a tensor, the autograd node that made it; the
-node keeps only its own inputs, which are kept anyway, and runs its function again when asked.
+full keeps each layer's input alone, and runs the layer again.
+
+lean computes again what is cheap. A matmul keeps its input for its own backward. Two of those
+inputs cost a few operations per element: a norm's output, and the product in SwiGLU. In AquilaMed
+they are a third of what a layer keeps. Here the matmul keeps, in place of such a tensor, the
+autograd node that made it; the node keeps only its own inputs, which are kept anyway, and runs its
+module again when asked.
 """
 
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+POLICIES = ("none", "lean", "full")  # from what keeps most to what computes most again
 
 
-def rebuilt_for(
-    block: Callable[[Tensor], Tensor], function: Callable[..., Tensor], *inputs: Tensor
-) -> Tensor:
-    """block(function(*inputs)), of which backward keeps neither function's output nor what lies
-    inside function. `function` has no randomness; it runs once more in backward."""
-    out = _Rebuilt.apply(function, *inputs)
-    node = out.grad_fn
-    if node is None:  # no gradient is wanted
-        return block(out)
+def set_recompute(model: nn.Module, policy: str) -> None:
+    """From here on the layers of the model (Aquila) keep what the policy says. Parameters keep
+    their names, and FSDP gathers a layer once around all of its forward."""
+    for layer in model.layers:
+        set_layer(layer, policy)
 
-    known = id(out)  # autograd keeps these functions, and so would keep an `out` named in them
+
+def set_layer(layer: nn.Module, policy: str) -> None:
+    cheap = (layer.input_layernorm, layer.post_attention_layernorm, layer.mlp.act)
+    for module in (layer, *cheap):
+        vars(module).pop("forward", None)  # an earlier policy's
+    if policy == "full":
+        layer.forward = _run_again(layer.forward)
+    elif policy == "lean":
+        for module in cheap:
+            module.forward = _rebuilt_by_its_node(module)
+        layer.forward = _keeping_nodes(layer.forward)
+
+
+def _run_again(forward: Callable) -> Callable:
+    def keeping_its_input(*inputs) -> Tensor:
+        if torch.is_grad_enabled():
+            return checkpoint(forward, *inputs, use_reentrant=False)
+        return forward(*inputs)
+
+    return keeping_its_input
+
+
+def _rebuilt_by_its_node(module: nn.Module) -> Callable:
+    """module.forward, without randomness, as one node of the graph that can run it again."""
+    forward, params = module.forward, module.parameters  # FSDP puts gathered ones in their place
+    return lambda *inputs: _Rebuilt.apply(forward, params, len(inputs), *inputs, *params())
+
+
+def _keeping_nodes(forward: Callable) -> Callable:
+    """Whatever in forward would keep the output of a _Rebuilt node keeps the node."""
 
     def pack(tensor: Tensor) -> object:
-        return node if id(tensor) == known else tensor
+        return tensor.grad_fn if _is_rebuilt(tensor.grad_fn) else tensor
 
     def unpack(kept: object) -> Tensor:
-        return _again(node)[1].detach() if kept is node else kept
+        return _again(kept)[1].detach() if _is_rebuilt(kept) else kept
 
-    with saved_tensors_hooks(pack, unpack):
-        return block(out)
+    def keeping_nodes(*inputs) -> Tensor:
+        with saved_tensors_hooks(pack, unpack):
+            return forward(*inputs)
+
+    return keeping_nodes
 
 
 class _Rebuilt(torch.autograd.Function):
+    """forward(*inputs) of a module with parameters, both in `tensors`. Only the inputs are kept."""
+
     @staticmethod
-    def forward(ctx, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        ctx.function, ctx.again = function, None
-        ctx.save_for_backward(*inputs)
-        return function(*inputs)
+    def forward(ctx, forward: Callable, params: Callable, n_inputs: int, *tensors: Tensor):
+        ctx.run, ctx.params, ctx.again = forward, params, None
+        ctx.save_for_backward(*tensors[:n_inputs])
+        return forward(*tensors[:n_inputs])
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        inputs, out = _again(ctx)
+        tensors, out = _again(ctx)
         ctx.again = None  # its memory is free when this returns
-        return None, *torch.autograd.grad(out, inputs, grad)
+        return None, None, None, *torch.autograd.grad(out, tensors, grad)
+
+
+def _is_rebuilt(x: object) -> bool:
+    return isinstance(x, torch.autograd.function.BackwardCFunction) and hasattr(x, "again")
 
 
 def _again(ctx) -> tuple[list[Tensor], Tensor]:
-    """(inputs, output) of a second run, with a graph; one run serves all that ask for it."""
+    """(inputs and parameters, output) of a second run, with a graph; one serves all that ask."""
     if ctx.again is None:
         inputs = [x.detach().requires_grad_() for x in ctx.saved_tensors]
         with torch.enable_grad():
-            ctx.again = inputs, ctx.function(*inputs)
+            ctx.again = [*inputs, *ctx.params()], ctx.run(*inputs)
     return ctx.again

@@ -16,16 +16,16 @@ import torch
 
 import kernels
 from kernels.chunk import most_tokens
-from kernels.reference import CHUNK_CUDA
+from kernels.linear_nll_chunked import CHUNK_CUDA
 from nanomed.config import ModelConfig, Run
+from nanomed.model.recompute import POLICIES
 
 GIB = 2**30
 RESERVE = 2.0  # GiB, assumed: CUDA context, NCCL buffers, fragmentation
-RECOMPUTE = ("none", "lean", "full")  # from what keeps most to what computes most again
 
 
 def is_plain(c: Run, op: str = "") -> bool:
-    """Whether a GPU runs kernels/reference.py: the Triton kernels keep less."""
+    """Whether a GPU runs plain PyTorch: the Triton kernels keep less."""
     return c.kernels == "reference" or (c.kernels == "auto" and op in kernels.LEFT_ALONE)
 
 
@@ -52,7 +52,7 @@ def kept_per_token(model: ModelConfig, c: Run) -> dict[str, float]:
         "attention's output": b * q,
         "its log-sum-exp": 4 * model.n_heads,
         "gate, up": 2 * b * f,
-        "dropout masks": 2 * d * (model.dropout > 0),
+        "dropout masks": 2 * d * (c.dropout > 0),
     }
     if model.qk_norm:  # plain: their inputs in float32, and their values before the weight
         size = 4 + b if is_plain(c) else b
@@ -152,7 +152,7 @@ def remedy(model: ModelConfig, c: Run, n_gpus: int, limit: float) -> str:
     and of two that compute the same matmuls the one with longer rows."""
     smallest = 2 * c.seq_len if c.stage == "dpo" else c.seq_len
     sizes = [c.micro_tokens >> k for k in range(20) if c.micro_tokens >> k >= smallest]
-    allowed = RECOMPUTE[RECOMPUTE.index(c.recompute) :]
+    allowed = POLICIES[POLICIES.index(c.recompute) :]
     cheap = [(size, policy) for size in sizes for policy in allowed if policy != "full"]
     for size, recompute in [*cheap, *((size, "full") for size in sizes)]:
         other = dataclasses.replace(c, recompute=recompute, micro_tokens=size)

@@ -15,6 +15,7 @@ from nanomed.config import MODELS, InputError, ModelConfig, Run
 from nanomed.distributed import World, from_main, rank_from_env, shard
 from nanomed.hf import pretrained
 from nanomed.model.decoder import Aquila, init_weights
+from nanomed.model.recompute import set_recompute
 from nanomed.runs import checkpoint
 from nanomed.runs.log import RunFolder
 from nanomed.stages import data_report, memory
@@ -34,7 +35,7 @@ def model_and_encoder(c: Run) -> tuple[ModelConfig, template.Encoder]:
         model, encoder = _fresh(c)
     if c.seq_len > model.max_seq_len:
         raise InputError(f"--seq_len {c.seq_len} is over the model's maximum {model.max_seq_len}")
-    return dataclasses.replace(model, dropout=c.dropout), encoder
+    return model, encoder
 
 
 def _fresh(c: Run) -> tuple[ModelConfig, template.Encoder]:
@@ -130,7 +131,8 @@ def build_model(c: Run, model_config: ModelConfig, world: World) -> Aquila:
     written when bad weights raise InputError here."""
     choose_kernels(c, model_config, world.device)
     with torch.device("meta"):
-        model = Aquila(model_config, c.recompute)
+        model = Aquila(model_config, c.dropout)
+    set_recompute(model, c.recompute)
     shard(model, world, compute_dtype(c, world.device))
     model.to_empty(device=world.device)
     if not c.init:

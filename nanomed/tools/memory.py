@@ -13,7 +13,8 @@ from nanomed import arguments
 from nanomed.config import MODELS, InputError, ModelConfig, Run
 from nanomed.distributed import launch
 from nanomed.hf import pretrained
-from nanomed.stages.memory import RECOMPUTE, lines, memory
+from nanomed.model.recompute import POLICIES
+from nanomed.stages.memory import lines, memory
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -29,15 +30,14 @@ def main(argv: list[str] | None = None) -> None:
     model = model_of(c)
     print(f"{c.stage}, {model.n_params():,} parameters on {given.gpus} GPUs, kernels {c.kernels}")
     print("\n".join(lines(model, c, given.gpus, given.gpu_memory)))
-    for recompute in RECOMPUTE:
+    for recompute in POLICIES:
         other = dataclasses.replace(c, recompute=recompute)
         total = sum(memory(model, other, given.gpus).values())
         print(f"  with --recompute {recompute}: {total:.1f} GiB")
 
 
 def model_of(c: Run) -> ModelConfig:
-    model = pretrained.config_of(c.init) if c.init else MODELS[c.model or "tiny"]
-    return dataclasses.replace(model, dropout=c.dropout)
+    return pretrained.config_of(c.init) if c.init else MODELS[c.model or "tiny"]
 
 
 if __name__ == "__main__":

@@ -18,10 +18,11 @@ from torch import nn
 
 from nanomed.batches import slices
 from nanomed.batches.packing import row_from
-from nanomed.config import InputError, ModelConfig, Run
+from nanomed.config import InputError, Run
 from nanomed.distributed import World, full, launch, pick_device, shard, start
 from nanomed.hf import pretrained
 from nanomed.model.decoder import Aquila
+from nanomed.model.recompute import set_recompute
 from nanomed.runs import checkpoint
 from nanomed.stages import stage
 from nanomed.store import Store
@@ -79,7 +80,8 @@ def run_alone(model: nn.Module, segments: list, device: torch.device) -> tuple[f
 
 
 def _model(c: Run, folder: Path, facts: dict, world: World) -> Aquila:
-    config = ModelConfig(**{**_json(folder / "model.json"), "dropout": 0.0})
+    config = pretrained.config_of(folder)
+    c = dataclasses.replace(c, dropout=0.0)
     if world.device.type == "cpu":
         c = dataclasses.replace(c, kernels="auto")  # the run's own may need its GPU
     stage.choose_kernels(c, config, world.device)
@@ -91,7 +93,8 @@ def _model(c: Run, folder: Path, facts: dict, world: World) -> Aquila:
         print("there is no checkpoint from before the step: the weights are the run's first ones")
         return stage.build_model(c, config, world)
     with torch.device("meta"):
-        model = Aquila(config, c.recompute)
+        model = Aquila(config)
+    set_recompute(model, c.recompute)
     shard(model, world, stage.compute_dtype(c, world.device))
     model.to_empty(device=world.device)
     checkpoint.load_weights(saved, model)

@@ -1,10 +1,13 @@
-"""kernels/reference.py against formulas written here, in float64; and which version runs."""
+"""kernels/reference.py, and what a CPU runs in its place, against formulas written here in float64;
+and which version runs."""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import kernels
-from kernels import reference
+from kernels import attention_by_segment, linear_nll_chunked, reference
 from kernels.chunk import chunk_tokens
 from tests.kernel_cases import (
     Largest,
@@ -73,20 +76,23 @@ def softmax_attention(q, k, v, borders, leak=False):
     return torch.einsum("hij,jhe->ihe", weights, v)
 
 
-def test_attention_within_segments():
+@pytest.mark.parametrize("attention", [reference.attention, attention_by_segment.attention])
+def test_attention_within_segments(attention):
     borders = [0, 1, 4, 9, 10]
     q, k, v = randn(10, 4, 8), randn(10, 2, 8), randn(10, 2, 8)
     cu = torch.tensor(borders, dtype=torch.int32)
-    ours = gradients(kernels.attention(q, k, v, cu, 5), q, k, v)
+    ours = gradients(attention(q, k, v, cu, 5), q, k, v)
     assert_same(ours, gradients(softmax_attention(q, k, v, borders), q, k, v))
     with pytest.raises(AssertionError):  # the test sees a leak
         assert_same(ours, gradients(softmax_attention(q, k, v, borders, leak=True), q, k, v))
 
 
-@pytest.mark.parametrize("chunk", [3, 1024])
+@pytest.mark.parametrize("chunk", [3, 1024, None])
 def test_linear_nll_equals_dense_log_softmax(monkeypatch, chunk):
-    """Chunked scores and gradients equal dense ones, at any chunk."""
-    monkeypatch.setattr(reference, "LOGITS_CPU", chunk * 29)
+    """Chunked scores and gradients equal dense ones, at any chunk; so does the
+    definition."""
+    op = linear_nll_chunked.linear_nll if chunk else reference.linear_nll
+    monkeypatch.setattr(linear_nll_chunked, "LOGITS_CPU", (chunk or 1) * 29)
     hidden, weight = randn(11, 6, dtype=torch.float32), randn(29, 6, dtype=torch.float32)
     labels = torch.tensor([3, -100, 28, 0, -100, 7, 7, 7, 1, 2, -100])
     h, w = (x.detach().double().requires_grad_() for x in (hidden, weight))
@@ -95,7 +101,7 @@ def test_linear_nll_equals_dense_log_softmax(monkeypatch, chunk):
     dense_nll = -logits.log_softmax(-1).gather(1, labels.clamp(min=0)[:, None])[:, 0] * learned
     dense_lse = logits.logsumexp(-1) * learned
     for loss in (lambda nll, lse: nll, lambda nll, lse: lse, lambda nll, lse: nll + lse**2):
-        nll, lse, right = kernels.linear_nll(hidden, weight, labels)
+        nll, lse, right = op(hidden, weight, labels)
         assert nll.dtype == lse.dtype == torch.float32 and not (nll + lse)[~learned].any()
         assert torch.equal(right, logits.argmax(-1) == labels) and right[0]
         wanted = gradients(loss(dense_nll, dense_lse), h, w)
@@ -109,8 +115,9 @@ def test_a_label_that_shares_the_largest_logit_is_right():
 
 @pytest.mark.parametrize("n_chunks", [1, 4])
 def test_linear_nll_computes_the_last_chunks_logits_once(monkeypatch, n_chunks):
-    monkeypatch.setattr(reference, "LOGITS_CPU", -(-29 // n_chunks) * 97)  # 29 tokens, 97 ids
-    check_the_last_chunk_serves_once(reference.linear_nll, n_chunks)
+    n_tokens, n_ids = 29, 97
+    monkeypatch.setattr(linear_nll_chunked, "LOGITS_CPU", -(-n_tokens // n_chunks) * n_ids)
+    check_the_last_chunk_serves_once(linear_nll_chunked.linear_nll, n_chunks)
 
 
 def test_linear_nll_without_any_label_has_a_graph_and_zero_gradients():
@@ -123,12 +130,12 @@ def test_linear_nll_without_any_label_has_a_graph_and_zero_gradients():
 
 
 def test_linear_nll_skips_untrained_tokens_before_the_matmul():
-    check_untrained_tokens_meet_no_matmul(reference.linear_nll)
+    check_untrained_tokens_meet_no_matmul(linear_nll_chunked.linear_nll)
 
 
 def test_linear_nll_never_holds_all_logits(monkeypatch):
     """Nothing larger than a chunk of logits exists, forward or backward."""
-    monkeypatch.setattr(reference, "LOGITS_CPU", 16 * 100)
+    monkeypatch.setattr(linear_nll_chunked, "LOGITS_CPU", 16 * 100)
     hidden, weight = randn(400, 4), randn(100, 4)
     with Largest() as seen:
         labels = torch.zeros(400, dtype=torch.int64)
@@ -152,9 +159,9 @@ def test_a_cpus_chunk_is_short_at_a_large_vocabulary():
     """Tokens of AquilaMed's head; fewer are one chunk, more are shared out evenly."""
     weight = torch.empty(151_851, 1, device="meta")
     for n in (1, 511, 883):
-        assert reference._chunk(n, weight) == n
+        assert linear_nll_chunked._chunk(n, weight) == n
     for n in (2048, 4096, 8192, 32_768, 100_000):
-        assert 512 <= reference._chunk(n, weight) <= 1024
+        assert 512 <= linear_nll_chunked._chunk(n, weight) <= 1024
 
 
 def test_attention_is_one_call_per_segment(monkeypatch):
@@ -166,7 +173,8 @@ def test_attention_is_one_call_per_segment(monkeypatch):
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
     borders = torch.tensor([0, 1, 4, 9, 10], dtype=torch.int32)
-    reference.attention(randn(10, 4, 8), randn(10, 2, 8), randn(10, 2, 8), borders, 5)
+    q, k, v = randn(10, 4, 8), randn(10, 2, 8), randn(10, 2, 8)
+    attention_by_segment.attention(q, k, v, borders, 5)
     assert lengths == [1, 3, 5, 1]
 
 
@@ -198,7 +206,8 @@ def test_the_choice_is_said_with_its_reason(monkeypatch, chosen_again):
 
 
 def test_a_call_goes_to_what_is_chosen_at_that_time(monkeypatch, chosen_again):
-    monkeypatch.setattr(kernels, "_triton_ops", lambda: {"swiglu": lambda gate, up: "triton"})
+    triton = SimpleNamespace(swiglu=lambda gate, up: "triton")
+    monkeypatch.setattr(kernels, "swiglu_triton", triton, raising=False)
     x = torch.ones(2, 3)
     assert torch.equal(kernels.swiglu(x, x), reference.swiglu(x, x))  # auto, on a CPU
     kernels.use("triton")
@@ -215,7 +224,7 @@ def test_an_error_inside_triton_is_not_a_reason_to_do_without(monkeypatch, chose
     def broken(gate, up):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(kernels, "_triton_ops", lambda: {"swiglu": broken})
+    monkeypatch.setattr(kernels, "swiglu_triton", SimpleNamespace(swiglu=broken), raising=False)
     monkeypatch.setattr(kernels, "_version", lambda *_: "triton")
     with pytest.raises(RuntimeError, match="a bug"):
         kernels.swiglu(torch.ones(2, 3), torch.ones(2, 3))

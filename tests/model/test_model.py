@@ -8,6 +8,7 @@ import kernels
 from nanomed.batches.packing import row_from
 from nanomed.config import MODELS
 from nanomed.model.decoder import Aquila, init_weights
+from nanomed.model.recompute import set_recompute
 
 LENGTHS = [1, 17, 64, 3, 40]
 
@@ -139,10 +140,10 @@ def test_scores_are_the_logits_own(model, segments):
 
 def test_recompute_changes_no_gradient(model, segments):
     """With dropout, too: the second forward draws the same masks."""
-    dropped = dataclasses.replace(model.config, dropout=0.3)
     results = []
-    for recompute in ("none", "full"):
-        copy = Aquila(dropped, recompute)
+    for policy in ("none", "full"):
+        copy = Aquila(model.config, dropout=0.3)
+        set_recompute(copy, policy)
         copy.load_state_dict(model.state_dict())
         torch.manual_seed(5)
         copy(row_from(segments)).nll.sum().backward()
@@ -151,7 +152,7 @@ def test_recompute_changes_no_gradient(model, segments):
 
 
 def test_dropout_only_in_training(model, segments):
-    copy = Aquila(dataclasses.replace(model.config, dropout=0.3))
+    copy = Aquila(model.config, dropout=0.3)
     copy.load_state_dict(model.state_dict())
     row = row_from(segments)
     with torch.no_grad():

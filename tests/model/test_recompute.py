@@ -19,9 +19,9 @@ ROW = [range(40), range(7), range(3, 60)]
 
 def gradients(world, config, policy, dtype=torch.float32):
     """Of one row, through shard() as a run does it, with dropout."""
-    config = dataclasses.replace(config, dropout=0.3)
     with torch.device("meta"):
-        model = Aquila(config, policy)
+        model = Aquila(config, dropout=0.3)
+    recompute.set_recompute(model, policy)
     shard(model, world, dtype)
     model.to_empty(device=world.device)
     init_weights(model)
@@ -36,7 +36,7 @@ def test_lean_changes_no_gradient(pool, small, n_ranks):
     twice, and the three terms of that input's gradient are added in another order."""
     for dtype, tolerance in ((torch.bfloat16, 0), (torch.float32, 1e-6)):
         wanted, lean, whole = (
-            pool(n_ranks, gradients, small, policy, dtype)[0] for policy in memory.RECOMPUTE
+            pool(n_ranks, gradients, small, policy, dtype)[0] for policy in recompute.POLICIES
         )
         for name, grad in wanted.items():
             if "k_proj.bias" not in name:  # 0 but for rounding: softmax ignores a common shift
@@ -52,7 +52,8 @@ def test_a_function_that_changes_between_its_runs_is_seen(pool, small, monkeypat
         runs.append(1)
         return torch.nn.functional.silu(gate) * up * (1 + (len(runs) > small.n_layers))
 
-    row, model = row_from(ROW), Aquila(small, "lean")
+    row, model = row_from(ROW), Aquila(small)
+    recompute.set_recompute(model, "lean")
     model(row).nll.sum().backward()
     wanted = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
@@ -98,7 +99,7 @@ def like_a_gpu(monkeypatch, plain: bool) -> None:
     """The ops keep what they keep there: plain, or fused (RoPE then keeps nothing to speak of)."""
 
     def attention(q, k, v, *_):
-        if plain:  # as reference._varlen_attention does
+        if plain:  # as attention_by_segment does
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         return AttentionOfAGPU.apply(q, k, v)
 
@@ -132,14 +133,15 @@ def kept_bytes(layer, x, row, monkeypatch) -> float:
 
 
 @pytest.mark.parametrize("choice", ["reference", "triton"])
-@pytest.mark.parametrize("policy", memory.RECOMPUTE)
+@pytest.mark.parametrize("policy", recompute.POLICIES)
 def test_a_layer_keeps_what_the_formula_says(monkeypatch, choice, policy):
     """Exactly; so lean saves what the formula says it saves."""
     shape = dict(n_layers=1, d_model=512, n_heads=4, n_kv_heads=2, d_ff=1536)
     model = dataclasses.replace(MODELS["tiny"], **shape)
-    c = SFT(recompute=policy, dtype="bf16", kernels=choice)
+    c = SFT(recompute=policy, dtype="bf16", kernels=choice, dropout=0.0)
     like_a_gpu(monkeypatch, plain=choice == "reference")
-    layer = Layer(model, policy).to(torch.bfloat16)
+    layer = Layer(model, c.dropout).to(torch.bfloat16)
+    recompute.set_layer(layer, policy)
     x = torch.randn(64, model.d_model, dtype=torch.bfloat16, requires_grad=True)
     kept = kept_bytes(layer, x, row_from([range(64)]), monkeypatch)
     assert kept == 64 * sum(memory.kept_per_token(model, c).values())

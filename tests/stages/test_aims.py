@@ -3,6 +3,7 @@
 import re
 
 from nanomed.config import CPT, MODELS
+from nanomed.model.recompute import POLICIES
 from nanomed.runs.log import flops_of
 from nanomed.stages import memory
 from tests.conftest import ROOT
@@ -16,7 +17,7 @@ def test_what_fits_an_h200_and_what_bounds_it():
     flops = flops_of(model, n, n * n) / n
     again = flops / 3 - 2 * model.vocab_size * model.d_model  # a layer's forward, for all of them
     gib = {}
-    for recompute in memory.RECOMPUTE:
+    for recompute in POLICIES:
         c = CPT(micro_tokens=n, recompute=recompute, dropout=0.0, kernels="triton")
         gib[recompute] = sum(memory.memory(model, c, 1).values())
         most = MATMUL / (flops + again * (recompute == "full"))

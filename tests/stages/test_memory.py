@@ -10,12 +10,13 @@ from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from kernels import reference
-from kernels.reference import CHUNK_CUDA
+from kernels import linear_nll_chunked
+from kernels.linear_nll_chunked import CHUNK_CUDA
 from nanomed.batches.packing import Row
 from nanomed.config import MODELS, SFT, InputError
 from nanomed.distributed import World, shard
 from nanomed.model.decoder import Aquila
+from nanomed.model.recompute import set_recompute
 from nanomed.stages import memory
 from nanomed.tools import memory as tool
 from nanomed.training.optim import adamw
@@ -31,14 +32,15 @@ def tracked(model_config, c, n_gpus, monkeypatch) -> float:
     """The peak in GiB of a second row's forward and backward, on one of n_gpus in a process group
     whose collectives do nothing. Tensors are fake: they have a size and take no memory."""
     like_a_gpu(monkeypatch, plain=True)
-    monkeypatch.setattr(reference, "LOGITS_CPU", CHUNK_CUDA * model_config.vocab_size)
+    monkeypatch.setattr(linear_nll_chunked, "LOGITS_CPU", CHUNK_CUDA * model_config.vocab_size)
     dist.init_process_group("fake", rank=0, world_size=n_gpus, store=FakeStore())
     device, t = torch.device("cpu"), c.micro_tokens
     try:
         mesh = init_device_mesh("cpu", (n_gpus,))
         with FakeTensorMode():
             with torch.device("meta"):
-                model = Aquila(model_config, c.recompute)
+                model = Aquila(model_config)
+            set_recompute(model, c.recompute)
             shard(model, World(0, n_gpus, device, mesh), torch.bfloat16)
             model.to_empty(device=device)
             optimizer = adamw(model, 0.1)

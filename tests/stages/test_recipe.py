@@ -35,7 +35,7 @@ def config(name: str) -> Run:
 
 
 def model(c: Run):
-    return dataclasses.replace(MODELS["aquilamed-7b"], dropout=c.dropout)
+    return MODELS["aquilamed-7b"]
 
 
 def table(title: str) -> dict[str, list[str]]:

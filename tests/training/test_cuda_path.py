@@ -26,6 +26,7 @@ from nanomed.config import MODELS, SFT, InputError
 from nanomed.distributed import World
 from nanomed.model.decoder import Aquila, init_weights
 from nanomed.model.generation import Sampling, generate
+from nanomed.model.recompute import set_recompute
 from nanomed.runs import checkpoint, log
 from nanomed.runs.log import Meter, RunFolder
 from nanomed.runs.saves import HostCopy
@@ -67,7 +68,8 @@ def norm_of(grads):
 
 def model_on_gpu(config, dtype=torch.bfloat16, recompute="none") -> Aquila:
     with torch.device("meta"):
-        model = Aquila(config, recompute).to(dtype)
+        model = Aquila(config).to(dtype)
+    set_recompute(model, recompute)
     model.to_empty(device=CUDA)
     init_weights(model)
     return model

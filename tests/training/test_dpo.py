@@ -154,7 +154,7 @@ def test_the_run_starts_at_ln_2(world, small, tmp_path):
     with pytest.raises(InputError, match=r"does not start at ln 2.*margin"):
         check_start(model, loader, loss_of(reference + 0.1 * reference.sin(), c), True, run)
     for layer in model.layers:
-        layer.dropout = 0.5
+        layer.dropout.p = 0.5
     init_weights(model, seed=0)
     with torch.no_grad():  # large weights, so that dropout is felt
         for p in model.parameters():

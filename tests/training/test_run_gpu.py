@@ -13,6 +13,7 @@ import kernels
 from nanomed.config import SFT
 from nanomed.distributed import fill, shard, start
 from nanomed.model.decoder import Aquila, init_weights
+from nanomed.model.recompute import set_recompute
 from nanomed.runs import checkpoint
 from nanomed.runs.log import RunFolder
 from nanomed.training.trainer import fit
@@ -30,7 +31,8 @@ def train(device: str, dtype: torch.dtype, config, c: SFT) -> list[dict]:
     init_weights(on_cpu)
     with start(torch.device(device)) as world:
         with torch.device("meta"):
-            model = Aquila(config, c.recompute)
+            model = Aquila(config)
+        set_recompute(model, c.recompute)
         shard(model, world, dtype)
         model.to_empty(device=world.device)
         for param, whole in zip(model.parameters(), on_cpu.parameters(), strict=True):

@@ -64,12 +64,14 @@ def waits_of_a_step(world, stage: str, n_rows: int, monkeypatch) -> tuple[int, C
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_host_waits_as_often_for_one_row_as_for_many(world, monkeypatch, stage):
     """But for what is known: linear_nll chooses the trained tokens (nonzero, once a row, on a GPU
-    too), attention's definition reads the segments' lengths in each layer (a GPU in bfloat16 runs
+    too), attention on a CPU reads the segments' lengths in each layer (a GPU in bfloat16 runs
     another), and the log counts the tokens of a row that is still on the CPU."""
     one, once = waits_of_a_step(world, stage, 1, monkeypatch)
     n, often = waits_of_a_step(world, stage, 8, monkeypatch)
     assert one == 1 and n >= 4
-    known = Counter({("inside torch", "nonzero"): 1, ("reference.py", "tolist"): SMALL.n_layers})
+    known = Counter(
+        {("inside torch", "nonzero"): 1, ("attention_by_segment.py", "tolist"): SMALL.n_layers}
+    )
     known["log.py", "__int__"] = 2
     each_step = once - known
     assert each_step + Counter({wait: n * times for wait, times in known.items()}) == often
