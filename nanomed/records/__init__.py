@@ -7,7 +7,7 @@ line there and a function in chats.py or pairs.py that turns the record into its
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from typing import Any
 
 from nanomed.config import InputError, nearest
@@ -39,22 +39,9 @@ from nanomed.records.shapes import (
 from nanomed.records.turns import MARKS, NO, OPENING, QUESTION, ROLES, TURN, YES, main_question
 
 __all__ = [
-    "BadField",
-    "Chat",
-    "Document",
-    "PreferencePair",
-    "Turns",
-    "chats_of",
-    "document_of",
-    "is_pair",
-    "names_of",
-    "pair_of",
-    "read_chats",
-    "read_documents",
-    "read_json",
-    "read_pairs",
-    "read_records",
-    "read_texts",
+    "BadField", "Chat", "Document", "PreferencePair", "Turns",
+    "chats_of", "document_of", "examples_in", "is_pair", "names_of", "pair_of",
+    "read_chats", "read_documents", "read_json", "read_pairs", "read_records", "read_texts",
     "texts_in",
 ]  # fmt: skip
 
@@ -187,11 +174,15 @@ def read_texts(path: str, names: Names = AS_THEY_ARE) -> Iterator[tuple[int, Any
 def texts_in(path: str, number: int, record: Any) -> list[Document] | list[Chat]:
     """What a record gives to continued pre-training: its document; a chat's record, which has no
     document's field, its chats. Raises InputError naming file, record and field."""
-    if isinstance(record, dict):
-        known = _first(by_known_names(record)[0], DOCUMENT, CHAT)
-        if known and known.shape == CHAT:
-            return _naming_record(path, number, chats_of, record)
-    return [_naming_record(path, number, document_of, record)]
+    shape = _shape_of(record, DOCUMENT, CHAT) or DOCUMENT
+    return _naming_record(path, number, partial(_read, wanted=shape), record)
+
+
+def examples_in(path: str, number: int, record: Any) -> list[PreferencePair | Chat | Document]:
+    """What a record of any kind gives to the stage that it is for: a pair, its chats, or its
+    document. Raises InputError as texts_in() does."""
+    shape = _shape_of(record, PAIR, CHAT, DOCUMENT) or CHAT
+    return _naming_record(path, number, partial(_read, wanted=shape), record)
 
 
 def _named(records: files.Numbered, names: Names) -> files.Numbered:
@@ -223,7 +214,7 @@ def document_of(record: Any) -> Document:
 
 
 def is_pair(record: dict) -> bool:
-    return _first(by_known_names(record)[0], PAIR) is not None
+    return _shape_of(record, PAIR, CHAT) == PAIR
 
 
 def _read(record: Any, wanted: str) -> list[Any]:
@@ -243,6 +234,11 @@ def _read(record: Any, wanted: str) -> list[Any]:
     left = found[0].unread + unread(fields, {*known.needed_in(fields), *known.besides})
     found[0].unread = [_own_name(name, own) for name in left]
     return found
+
+
+def _shape_of(record: Any, *shapes: str) -> str:
+    known = _first(by_known_names(record)[0], *shapes) if isinstance(record, dict) else None
+    return known.shape if known else ""
 
 
 def _own_name(place: str, own: dict[str, str]) -> str:

@@ -10,7 +10,7 @@ from nanomed.batches.loader import Loader
 from nanomed.model.generation import greedy_in_lockstep
 from nanomed.records import Chat, chats_of, is_pair, names_of, pair_of, read_records
 from nanomed.runs.log import RunFolder
-from nanomed.store import Store
+from nanomed.store import Store, group_key
 from nanomed.text.template import Encoder
 
 SEEN, UNSEEN = "fact seen in training, in another form", "fact not stated in training"
@@ -61,38 +61,38 @@ def pick_questions(loader: Loader, n_seen: int = 4, n_unseen: int = 2) -> list[t
     """(chat, mark) of held-out chats: where records name their facts, some whose facts training
     states in another form, each of another kind as far as possible, and some it does not state;
     elsewhere simply the first ones, without a mark."""
-    held_out = records_of(loader.data, loader.val)
-    if not all("facts" in record for record in held_out):
-        return [(as_chat(record), "") for record in held_out[: n_seen + n_unseen]]
+    held_out = held_out_chats(loader)
+    if not all("facts" in record for record, _ in held_out):
+        return [(chat, "") for _, chat in held_out[: n_seen + n_unseen]]
     taught = taught_facts(loader)
-    marked = [
-        (record, SEEN if taught.issuperset(record["facts"]) else UNSEEN) for record in held_out
-    ]
     picked = []
-    for wanted, n in ((SEEN, n_seen), (UNSEEN, n_unseen)):
-        these = [record for record, mark in marked if mark == wanted]
-        first_of_kind = {record.get("kind"): record for record in reversed(these)}
-        varied = [*first_of_kind.values(), *these]
-        picked += [(as_chat(record), wanted) for record in _distinct(varied)[:n]]
+    for mark, wanted, n in ((SEEN, True, n_seen), (UNSEEN, False, n_unseen)):
+        these = [pair for pair in held_out if taught.issuperset(pair[0]["facts"]) == wanted]
+        first_of_kind = {record.get("kind"): (record, chat) for record, chat in reversed(these)}
+        varied = {id(chat): chat for _, chat in (*first_of_kind.values(), *these)}
+        picked += [(chat, mark) for chat in [*varied.values()][:n]]
     return picked
 
 
-def as_chat(record: dict) -> Chat:
-    """A chat, or a preference pair as the chat that ends with its chosen answer."""
-    if is_pair(record):
-        pair = pair_of(record)
-        return Chat([*pair.turns, ("assistant", pair.chosen)], pair.system)
-    return chats_of(record)[0]
+def held_out_chats(loader: Loader) -> list[tuple[dict, Chat]]:
+    """(record, chat); a record may hold chats of both sides of the split. A preference pair is the
+    chat that ends with its chosen answer."""
+    keys = {*loader.data.keys[loader.val].tolist()}
+    chats = ((r, chat) for r in records_of(loader.data, loader.val) for chat in _chats_in(r))
+    return [(r, chat) for r, chat in chats if not chat.dropped and group_key(chat.group) in keys]
+
+
+def _chats_in(record: dict) -> list[Chat]:
+    if not is_pair(record):
+        return chats_of(record)
+    pair = pair_of(record)
+    return [Chat([*pair.turns, ("assistant", pair.chosen)], pair.system, pair.group)]
 
 
 def taught_facts(loader: Loader) -> set[str]:
     """The facts of the sample world that a record on the training side states."""
     train = records_of(loader.data, loader.train)
     return {fact for record in train for fact in record.get("facts", [])}
-
-
-def _distinct(records: list[dict]) -> list[dict]:
-    return list({id(record): record for record in records}.values())
 
 
 def records_of(store: Store, examples: Iterable[int]) -> list[dict]:

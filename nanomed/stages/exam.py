@@ -8,14 +8,16 @@ from pathlib import Path
 from nanomed.batches.loader import Loader
 from nanomed.model.decoder import Aquila
 from nanomed.model.generation import greedy_in_lockstep
-from nanomed.records import Chat, chats_of, read_json
+from nanomed.records import Chat, read_json
+from nanomed.records.exams import exam_of, letters_of, render
 from nanomed.runs.log import RunFolder
-from nanomed.stages.answers import records_of, taught_facts
+from nanomed.stages.answers import held_out_chats, taught_facts
 from nanomed.text.template import Encoder
 
 EXAM = Path("samples/exam.jsonl")
 OPTION = re.compile(r"^\s*([A-H])\s*[.．、:：)）]", re.MULTILINE)
 LETTER = re.compile(r"[A-H]([^A-Za-z0-9\s]|\s*$)")  # "B", "B。..." and not "A fever ..."
+SEVERAL = re.compile(r"[A-H]\s*([、,，;；/&+和及与或]|and\b|or\b)\s*[A-H](?![A-Za-z0-9])")
 AT_ONCE = 32  # questions in one batch
 
 
@@ -61,15 +63,18 @@ def n_right(model: Aquila, encoder: Encoder, items: list[Item]) -> int:
 
 
 def held_out_items(loader: Loader) -> list[Item]:
-    chats = (chats_of(record)[0] for record in records_of(loader.data, loader.val))
-    return [item for chat in chats if (item := as_item(chat))]
+    return [item for _, chat in held_out_chats(loader) if (item := as_item(chat))]
 
 
 def as_item(chat: Chat) -> Item | None:
-    """None unless the last question lists options and the answer begins with one's letter."""
+    """None unless the last question lists options and the answer begins with the letter of one;
+    an answer that names several cannot be judged by its first letter."""
     letters = OPTION.findall(chat.turns[-2][1]) if len(chat.turns) > 1 else []
     answer = chat.turns[-1][1].strip()
     if len(letters) < 2 or answer[:1] not in letters or not LETTER.match(answer):
+        return None
+    named = letters_of(answer.splitlines()[0], dict.fromkeys(letters, ""))
+    if len(named) > 1 or SEVERAL.match(answer) or len(OPTION.findall(answer)) > 1:
         return None
     return Item(Chat(chat.turns[:-1], chat.system), answer[0], len(letters))
 
@@ -79,7 +84,7 @@ def exam_items(path: Path, taught: set[str], wanted: bool) -> list[Item]:
     items = []
     for _, record, _ in read_json(str(path)):
         if taught.issuperset(record["facts"]) == wanted:
-            options = [f"{letter}. {text}" for letter, text in record["options"].items()]
-            question = "\n".join([record["question"], *options])
-            items.append(Item(Chat([("user", question)]), record["answer"], len(options)))
+            exam = exam_of(record)
+            question = Chat(render(exam).turns[:1], exam.system)
+            items.append(Item(question, exam.answers, len(exam.options)))
     return items

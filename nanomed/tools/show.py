@@ -1,12 +1,13 @@
 """Mask X-ray: what a run reads and what of it is learned, token by token.
 
-    python -m nanomed.tools.show DATA -n 3                       the first chats of a file
+    python -m nanomed.tools.show DATA -n 3                       the first examples of a file
     python -m nanomed.tools.show DATA --step 0 --init RUN        the packed rows of a step, and the
                                                                  loss of each token under RUN
     python -m nanomed.tools.show DATA --html page.html           the same as one static page
 
-Every flag of train_sft.py may follow. With --init RUN (a run folder) the run's own settings are the
-defaults, so its step is packed as it was.
+DATA are chats, preference pairs or documents, as their first record is. Every flag of that stage's
+script may follow. With --init RUN (a run folder) the run's own settings are the defaults, so its
+step is packed as it was.
 """
 
 import argparse
@@ -15,24 +16,28 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from nanomed import arguments, config, store
+from nanomed.batches import slices
 from nanomed.batches.loader import Loader
 from nanomed.batches.packing import Row, row_from
+from nanomed.config import Run
 from nanomed.distributed import launch, pick_device, start
 from nanomed.model.decoder import Aquila
-from nanomed.records import Chat, chats_of, names_of, read_chats
+from nanomed.records import Chat, Document, PreferencePair, examples_in, names_of, read_texts
 from nanomed.stages import stage
 from nanomed.stages.answers import records_of
 from nanomed.text.template import Encoder
 from nanomed.tools.show_html import page
 from nanomed.tools.show_text import lines
 
+Example = Chat | PreferencePair | Document
+Parts = list[tuple[str, list[tuple[str, int]]]]  # of each segment its title, and its turns' tokens
 # What a run's config.json says and its picture does not need.
 OWN = ("config", "model", "init", "data", "val_data", "out", "resume", "dry_run")
 
@@ -61,13 +66,12 @@ class RowView:
 # ---------------------------------------------------------------- from a Row to a view of it
 
 
-def view(
-    row: Row, encoder: Encoder, chats: list[tuple[str, Chat, int]], nll: Tensor | None, name: str
-) -> RowView:
-    """`chats` has for each segment its title, its chat and how many old turns were dropped. All
-    else is read from the Row, so that what is drawn is what the model gets."""
+def view(row: Row, encoder: Encoder, parts: Parts, nll: Tensor | None, name: str) -> RowView:
+    """All but the segments' titles and the borders of their turns is read from the Row, so that
+    what is drawn is what the model gets."""
     targets = torch.zeros(len(row.tokens), dtype=torch.bool)
     targets[1:] = row.labels[:-1] >= 0  # a label stands one position before its token
+    targets[row.cu_seqlens[:-1].long()] = False  # a cut document's last label is in another row
     losses = [None] + (nll.tolist() if nll is not None else [None] * len(targets))
     tokens = [
         Token(text, int(i), int(position), bool(trained), losses[t] if trained else None)
@@ -77,10 +81,10 @@ def view(
     ]
     borders = row.cu_seqlens.tolist()
     segments = []
-    for k, (title, chat, dropped) in enumerate(chats):
+    for k, (title, lengths) in enumerate(parts):
         part = tokens[borders[k] : borders[k + 1]]
         turns, at = [], 0
-        for role, length in encoder.borders(chat, dropped):
+        for role, length in lengths:
             turns.append((role, part[at : at + length]))
             at += length
         assert at == len(part), "the turns' borders are not those of the segment"
@@ -106,57 +110,87 @@ def _summary(tokens: list[Token]) -> str:
 # ---------------------------------------------------------------- what to draw
 
 
-def first_chats(
-    c: config.SFT, encoder: Encoder, n: int
-) -> Iterator[tuple[str, Row | None, list[tuple[str, Chat, int]]]]:
-    """(name, a row with this chat alone, its title and chat) of the first n; None for the row of
-    a chat that is dropped."""
-    found = ((path, *read) for path in c.data for read in read_chats(path, names_of(c.fields)))
-    for path, number, chat, _ in islice(found, n):
-        ids, trained, cut = ([], [], 0) if chat.dropped else encoder.chat(chat, c.seq_len)
+def rendered(example: Example, encoder: Encoder, seq_len: int) -> tuple[list, Parts]:
+    """The segments of an example as its stage trains on them, none if it does not; and of each its
+    name and the lengths of its turns."""
+    if isinstance(example, Document):
+        ids = [*encoder.tokenizer.encode(example.text), encoder.document_end]
+        return [(ids, [True] * len(ids))], [("document", [("document", len(ids))])]
+    if isinstance(example, Chat):
+        ids, trained, cut = encoder.chat(example, seq_len)
+        segments, sides = [(ids, trained)] if ids else [], {"chat": example}
+    else:
+        segments, cut = encoder.pair(example, seq_len)
+        prompt, system, raw = example.turns, example.system, example.raw
+        sides = {
+            name: Chat([*prompt, ("assistant", getattr(example, name))], system, raw=raw)
+            for name in ("chosen", "rejected")
+        }
+    example.notes += [f"{cut} oldest turns cut"] * bool(cut)
+    sides = sides if segments else {}
+    return segments, [(name, encoder.borders(side, cut)) for name, side in sides.items()]
+
+
+def first_examples(c: Run, encoder: Encoder, n: int) -> Iterator[tuple[str, Row | None, Parts]]:
+    """(name, a row with this example alone, its segments) of the first n; None for the row of an
+    example that is dropped."""
+    names = names_of(c.fields)
+    read = ((path, number, r) for path in c.data for number, r, _ in read_texts(path, names))
+    found = ((*place, one) for *place, record in read for one in examples_in(*place, record))
+    for path, number, one in islice(found, n):
+        segments, parts = ([], []) if one.dropped else rendered(one, encoder, c.seq_len)
         name = f"{path}, record {number}"
-        why = [*chat.notes, *([f"{cut} oldest turns cut"] if cut else [])]
-        if not ids:
-            yield f"{name}: DROPPED, {chat.dropped or 'longer than seq_len'}", None, []
-        else:
-            title = "; ".join([f"chat {chat.source}".strip(), *why])
-            yield name, row_from([ids], [trained]), [(title, chat, cut)]
+        if not segments:
+            yield f"{name}: DROPPED, {one.dropped or 'longer than seq_len'}", None, []
+            continue
+        why = [*getattr(one, "notes", []), *(f"{field} is not read" for field in one.unread)]
+        titled = [("; ".join([f"{part} {one.source}".strip(), *why]), t) for part, t in parts]
+        yield name, row_from(*zip(*segments, strict=True)), titled
 
 
 def step_rows(
-    c: config.SFT, encoder: Encoder, step: int, world_size: int
-) -> Iterator[tuple[str, Row, list[tuple[str, Chat, int]]]]:
+    c: Run, encoder: Encoder, step: int, world_size: int
+) -> Iterator[tuple[str, Row, Parts]]:
     """The rows that rank 0 of `world_size` runs in a step."""
-    data = store.chats([*c.data, *c.val_data], encoder, c.seq_len, c.allow_drop, c.fields)
-    loader = Loader.of(c, data, world_size=world_size)
+    if isinstance(c, config.CPT):
+        data = slices.read(c, encoder)
+        loader = Loader.of(c, data, 0, world_size, (data.train, data.val), data.mixture)
+    else:
+        read = store.pairs if isinstance(c, config.DPO) else store.chats
+        data = read([*c.data, *c.val_data], encoder, c.seq_len, c.allow_drop, c.fields)
+        loader = Loader.of(c, data, world_size=world_size)
     if not 0 <= step < loader.n_steps:
         raise config.InputError(f"--step {step}: the run has steps 0 to {loader.n_steps - 1}")
     rows = loader.step(step)
     for k, row in enumerate(rows):
         name = f"step {step}, row {k} of {len(rows)} on rank 0 of {world_size}"
-        real = [i for i in row.examples.tolist() if i >= 0]  # a filler has no examples
+        real = dict.fromkeys(i for i in row.examples.tolist() if i >= 0)  # a filler has none
         if real:
-            yield name, row, [_chat_of(data, i, encoder, c.seq_len) for i in real]
+            yield name, row, [part for i in real for part in _parts_of(data, i, encoder, c)]
 
 
-def _chat_of(data: store.Store, i: int, encoder: Encoder, seq_len: int) -> tuple[str, Chat, int]:
-    """The chat that an example was made from: of the record's chats, the one with its ids."""
-    ((ids, *_),) = data[i]
-    (record,) = records_of(data, [i])
-    path, number = data.where(i)
-    for chat in chats_of(record):
-        if not chat.dropped:
-            found, _, cut = encoder.chat(chat, seq_len)
-            if found == ids.tolist():
-                return f"example {i}: {path}, record {number}", chat, cut
+def _parts_of(data, i: int, encoder: Encoder, c: Run) -> Parts:
+    """The segments of an example of a step. Of a record's chats it is the one with its ids."""
+    segments = [ids.tolist() for ids, *_ in data[i]]
+    if isinstance(c, config.CPT):
+        places = zip(data.documents_in(i), segments, strict=True)
+        return [
+            (f"slice {i}: {file}, record {number}", [("document", len(ids))])
+            for (file, number), ids in places
+        ]
+    (record,), (path, number) = records_of(data, [i]), data.where(i)
+    for one in examples_in(path, number, record):
+        found, parts = ([], []) if one.dropped else rendered(one, encoder, c.seq_len)
+        if [ids for ids, _ in found] == segments:
+            return [(f"example {i}: {path}, record {number}, {part}", t) for part, t in parts]
     raise config.InputError(f"{path}, record {number} is not what was tokenised; it was changed")
 
 
-def draw(c: config.SFT, own: argparse.Namespace) -> list[RowView | str]:
-    """The views, or one line for a chat that is dropped."""
+def draw(c: Run, own: argparse.Namespace) -> list[RowView | str]:
+    """The views, or one line for an example that is dropped."""
     model_config, encoder = stage.model_and_encoder(c)
     if own.step is None:
-        found = first_chats(c, encoder, own.n)
+        found = first_examples(c, encoder, own.n)
     else:
         found = islice(step_rows(c, encoder, own.step, own.world_size), own.n)
     if not c.init:
@@ -167,27 +201,33 @@ def draw(c: config.SFT, own: argparse.Namespace) -> list[RowView | str]:
 
 
 def _view(
-    encoder: Encoder, name: str, row: Row | None, chats: list, model: Aquila | None
+    encoder: Encoder, name: str, row: Row | None, parts: Parts, model: Aquila | None
 ) -> RowView | str:
     if row is None:
         return name
     nll = None if model is None else model(row.to(next(model.parameters()).device)).nll.cpu()
-    return view(row, encoder, chats, nll, name)
+    return view(row, encoder, parts, nll, name)
 
 
 # ---------------------------------------------------------------- command
 
 
-def settings(files: list[str], flags: list[str]) -> config.SFT:
-    """Of train_sft.py, on these files; where --init is a run folder, the run's own."""
+def settings(files: list[str], flags: list[str]) -> Run:
+    """Of the script that the first record is for, on these files; where --init is a run folder,
+    the run's own."""
+    at = flags.index("--fields") + 1 if "--fields" in flags else len(flags)
+    names = names_of(takewhile(lambda flag: not flag.startswith("--"), flags[at:]))
+    number, record, _ = next(iter(read_texts(files[0], names)))
+    kinds = {Chat: config.SFT, PreferencePair: config.DPO, Document: config.CPT}
+    cls = kinds[type(examples_in(files[0], number, record)[0])]
     argv = ["--data", *files, *flags]
-    c = arguments.parse(config.SFT, argv)
+    c = arguments.parse(cls, argv)
     path = Path(c.init) / "config.json"
     if not c.init or not (Path(c.init) / "model.json").exists():
         return c
-    known = {f.name for f in dataclasses.fields(config.SFT)} - set(OWN)
+    known = {f.name for f in dataclasses.fields(cls)} - set(OWN)
     base = {name: v for name, v in json.loads(path.read_text()).items() if name in known}
-    return arguments.parse(config.SFT, argv, base)
+    return arguments.parse(cls, argv, base)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -196,7 +236,7 @@ def main(argv: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("files", nargs="+", metavar="DATA", help="training files, first of all")
-    parser.add_argument("-n", type=int, default=3, help="chats or, with --step, rows; default 3")
+    parser.add_argument("-n", type=int, default=3, help="examples or, with --step, rows; default 3")
     parser.add_argument("--step", type=int, help="draw the rows of this step, from 0")
     parser.add_argument("--world_size", type=int, default=1, help="processes that share the step")
     parser.add_argument("--html", type=Path, help="write one static page instead of text")

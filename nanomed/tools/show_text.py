@@ -39,13 +39,13 @@ def visible(text: str) -> str:
 def _legend(views: list, colour: bool) -> str:
     if not colour:
         return "⟦trained⟧, all else is context; positions restart with each segment"
-    if not any(_has_loss(view) for view in views):
+    if not any(has_loss(view) for view in views):
         return f"{TRAINED}trained{RESET}, {PLAIN}all else is context{RESET}"
     steps = [f"{code}{'over 4' if top > 4 else f'to {top}'}{RESET}" for top, code in BY_LOSS]
     return f"loss of trained tokens (nats): {' '.join(steps)}, {PLAIN}all else is context{RESET}"
 
 
-def _has_loss(view) -> bool:
+def has_loss(view) -> bool:
     return not isinstance(view, str) and any(
         token.loss is not None for s in view.segments for _, turn in s.turns for token in turn
     )

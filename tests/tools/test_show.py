@@ -13,6 +13,7 @@ from nanomed import arguments, config
 from nanomed.batches.packing import row_from
 from nanomed.config import InputError
 from nanomed.model.decoder import Aquila
+from nanomed.records import chats_of
 from nanomed.tools import show, show_html, show_text
 from tests.conftest import ROOT
 from tests.formats import gpt
@@ -69,7 +70,7 @@ def test_every_token_of_every_segment_is_drawn_once_and_in_place(file, encoder):
         tokens = [token for _, turn in segment.turns for token in turn]
         assert [token.position for token in tokens] == list(range(len(tokens)))
         number = int(re.search(r"record (\d)", segment.title)[1])
-        (chat,) = show.chats_of(CHATS[number - 1])
+        (chat,) = chats_of(CHATS[number - 1])
         ids, trained, _ = encoder.chat(chat, 1024)
         assert [token.id for token in tokens] == ids
         assert [token.trained for token in tokens] == trained
@@ -157,3 +158,74 @@ def test_colours_show_the_loss():
     assert [line.index(code) for code in codes] == sorted(line.index(code) for code in codes)
     page = show_html.page([view])
     assert "hsl(120 " in page and "hsl(0 " in page and "loss 9.0000" in page
+
+
+# ---------------------------------------------------------------- pairs and documents
+
+
+def write(path, *records: dict) -> str:
+    path.write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
+    return str(path)
+
+
+PAIRS = [
+    {"question": "问", "chosen": "好", "rejected": "坏", "system": "医", "why": "because"},
+    {"prompt": "天是", "chosen": "蓝的", "rejected": "绿的"},
+    {"question": "问", "chosen": "好", "rejected": ""},
+]
+
+
+def test_a_pair_is_drawn_as_two_chats_that_share_their_prompt(tmp_path, capsys, encoder):
+    file = write(tmp_path / "pairs.jsonl", *PAIRS)
+    views = views_of(file)
+    assert views[2].endswith("record 3: DROPPED, empty answer")
+    for view, record in zip(views, PAIRS[:2], strict=False):
+        chosen, rejected = view.segments
+        assert chosen.title.startswith("chosen") and rejected.title.startswith("rejected")
+        assert [learned(s)[: len(record["chosen"])] for s in view.segments] == [
+            record["chosen"],
+            record["rejected"],
+        ]
+        prompts = [[t.id for _, turn in s.turns[:-1] for t in turn] for s in view.segments]
+        assert prompts[0] == prompts[1]
+    assert [role for role, _ in views[0].segments[0].turns] == ["system", "user", "assistant"]
+    assert "why is not read" in views[0].segments[0].title
+    assert "continued without a template" in views[1].segments[0].title
+    page = tmp_path / "page.html"
+    run(capsys, file, "--html", str(page))
+    text = re.sub("<.*?>", "", page.read_text(encoding="utf-8"))
+    assert "好" in text and "坏" in text and "Numbers below are losses" not in text
+
+
+@pytest.mark.parametrize("name", ["dpo", "cpt_medical"])
+def test_a_step_of_any_stage_is_drawn_as_the_loader_packs_it(name, encoder):
+    file = f"samples/{name}.jsonl"
+    c = show.settings([file], ["--batch_size", "4", "--val_fraction", "0.2"])
+    rows = list(show.step_rows(c, encoder, 1, 1))
+    for title, row, parts in rows:
+        view = show.view(row, encoder, parts, None, title)
+        tokens = [t for segment in view.segments for _, turn in segment.turns for t in turn]
+        assert [t.id for t in tokens] == row.tokens.tolist()
+        assert len(view.segments) == len(row.cu_seqlens) - 1
+        starts = [segment.turns[0][1][0] for segment in view.segments]
+        assert not any(t.trained or t.position for t in starts)  # nothing stands before them
+    examples = {i for _, row, _ in rows for i in row.examples.tolist()}
+    assert len(examples) == 4
+
+
+def test_documents_are_drawn_whole(tmp_path, encoder):
+    (tmp_path / "a.txt").write_text("糖尿病 diabetes\n痛风", encoding="utf-8")
+    first, second = views_of(str(tmp_path / "a.txt"))
+    (segment,) = first.segments
+    ids = [*encoder.tokenizer.encode("糖尿病 diabetes"), encoder.document_end]
+    assert [t.id for _, turn in segment.turns for t in turn] == ids
+    assert [t.trained for _, turn in segment.turns for t in turn] == [False] + [True] * (
+        len(ids) - 1
+    )
+    assert second.title.startswith(f"{tmp_path / 'a.txt'}, record 2")
+
+
+def test_fields_of_other_names_are_drawn(tmp_path):
+    file = write(tmp_path / "x.jsonl", {"q_text": "问", "a_text": "答"})
+    (view,) = views_of(file, "--fields", "question=q_text", "answer=a_text", "--seed", "1")
+    assert learned(view.segments[0]).startswith("答")
