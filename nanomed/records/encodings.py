@@ -4,6 +4,8 @@ import codecs
 import gzip
 import io
 import re
+import sys
+import zlib
 from collections.abc import Callable
 from typing import BinaryIO
 
@@ -47,6 +49,12 @@ def unpacked(path: str, file: BinaryIO) -> BinaryIO:
     if HTML.match(head):
         raise InputError(f"{path}: an HTML page, not data; fetch the raw file")
     return file
+
+
+def packing_errors() -> tuple[type[Exception], ...]:
+    """What reading a broken compressed file raises."""
+    zstandard = sys.modules.get("zstandard")
+    return gzip.BadGzipFile, zlib.error, EOFError, getattr(zstandard, "ZstdError", EOFError)
 
 
 # ---------------------------------------------------------------- encodings

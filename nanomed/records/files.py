@@ -5,16 +5,14 @@ file read so far) and raise InputError naming the file and the record.
 """
 
 import csv
-import gzip
 import io
 import json
 import re
-import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, TextIO
 
 from nanomed.config import InputError
-from nanomed.records.encodings import HEAD, encoding_of, unpacked
+from nanomed.records.encodings import HEAD, encoding_of, packing_errors, unpacked
 
 CHUNK = 1 << 20  # characters read at a time
 MAX_RECORD = 64 << 20  # characters; a larger record is a broken file
@@ -76,7 +74,7 @@ def _numbered(path: str, parse: Callable[[BinaryIO], Iterator[Any]]) -> Numbered
         with open(path, "rb", HEAD) as raw:
             for number, value in enumerate(parse(unpacked(path, raw)), 1):
                 yield number, value, raw.tell()
-    except (gzip.BadGzipFile, EOFError, zlib.error, csv.Error, UnicodeDecodeError) as error:
+    except (*packing_errors(), csv.Error, UnicodeDecodeError) as error:
         raise InputError(f"{path}, after record {number}: {error}") from None
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}") from None
