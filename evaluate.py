@@ -1,21 +1,110 @@
 """Benchmarks, and what they show, on one page.
 
-python evaluate.py show mmlu_anatomy --data benchmarks --shots 3       the exact prompts
+    python evaluate.py --model MODEL --tasks paper --data benchmarks --shots 3 --out evals/sft
+    torchrun --nproc_per_node 8 evaluate.py --model MODEL ...              the same on several GPUs
+    python evaluate.py show mmlu_anatomy --data benchmarks --shots 3       the exact prompts
+
+The first is scored by likelihood; stopped at any moment, the same command goes on. What the numbers
+mean is in docs/evaluation.md.
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
-from nanomed.distributed import launch
-from nanomed.evals import tasks
-from nanomed.evals.requests import PROTOCOLS, requests_of
+import torch
+
+from nanomed.config import InputError
+from nanomed.distributed import alone_or_start, launch, pick_device
+from nanomed.evals import benchmarks, report, tasks
+from nanomed.evals.folder import open_folder
+from nanomed.evals.items import Split
+from nanomed.evals.requests import PROTOCOLS, Request, requests_of
+from nanomed.evals.score import Scorer, bos_of, encode, plan
+from nanomed.hf import pretrained
+from nanomed.model.decoder import Aquila
+from nanomed.model.packed import pack_linears
+from nanomed.stages import stage
+
+
+def score(argv: list[str]) -> None:
+    """Multiple-choice benchmarks by likelihood."""
+    parser = _parser("", __doc__)
+    _model(parser)
+    parser.add_argument(
+        "--tasks", nargs="+", required=True, help="tasks and groups, paper: Table 1"
+    )
+    _items(parser)
+    parser.add_argument("--out", type=Path, help="default evals/MODEL")
+    parser.add_argument("--bos", default="auto", choices=("auto", "yes", "no"))
+    parser.add_argument("--limit", type=int, help="only the first items of each task")
+    parser.add_argument("--micro_tokens", type=int, default=4096, help="in a row; default 4096")
+    c = parser.parse_args(argv)
+    out = c.out or Path("evals") / Path(c.model).resolve().name
+    device = pick_device(c.device)
+    tokenizer, encoder = pretrained.tokenizer_of(c.model, c.tokenizer), None
+    if c.protocol == "chat":
+        _, encoder = pretrained.describe(c.model, c.tokenizer, c.template)
+    bos = [] if encoder else bos_of(c.model, tokenizer, c.bos)
+    longest = pretrained.config_of(c.model).max_seq_len
+
+    prepared = []
+    for task, requests, split in _asked(c):
+        encoded = [encode(request, tokenizer, bos, longest, encoder) for request in requests]
+        rows = plan(encoded, c.micro_tokens)
+        prepared.append(benchmarks.Prepared(task.name, requests, encoded, rows, split))
+
+    model = _load(c, device)
+    settings = {
+        "protocol": c.protocol,
+        "shots": c.shots,
+        "bos": bos,
+        "micro_tokens": c.micro_tokens,
+        "tokenizer": tokenizer.fingerprint(),
+        "template": encoder and encoder.template.to_json(),
+    }
+    identity = settings | benchmarks.identity(model, prepared, c.data)
+    pack_linears(model)
+    with alone_or_start(device) as world:
+        if world.is_main:
+            open_folder(out, identity)
+        benchmarks.score(prepared, Scorer(model, world), out)
+        if world.is_main:
+            _finish(prepared, out)
+
+
+def _asked(c: argparse.Namespace) -> list[tuple[tasks.Task, list[Request], Split]]:
+    """All that the tasks ask. Raises InputError for all tasks together whose data are missing or
+    wrong, with the tasks that could be run."""
+    found, problems = [], {}
+    for task in tasks.named(c.tasks):
+        try:
+            requests, split = requests_of(task, c.data, c.shots, c.protocol)
+            found.append((task, requests[: c.limit], split))
+        except InputError as error:
+            problems[task.name] = error
+    if problems:
+        rest = " ".join(task.name for task, _, _ in found)
+        raise InputError(
+            "\n".join(f"{name}: {error}" for name, error in problems.items())
+            + (f"\nwithout them: --tasks {rest}" if rest else "")
+        )
+    return found
+
+
+def _finish(prepared: list[benchmarks.Prepared], out: Path) -> None:
+    results = benchmarks.results(prepared, benchmarks.read_items(out))
+    text = json.dumps(results, ensure_ascii=False, indent=2)
+    (out / "results.json").write_text(text + "\n", encoding="utf-8")
+    print(report.table(results))
+    print(*benchmarks.warnings(results), f"all in {out}", sep="\n")
 
 
 def show(argv: list[str]) -> None:
     """What a task asks: contexts to the byte, and their continuations."""
     parser = _parser("show", show.__doc__)
-    parser.add_argument("task", help=f"one of {', '.join(tasks.TASKS)}")
+    parser.add_argument("task", help=f"one of {', '.join(tasks.tasks())}")
     _items(parser)
     parser.add_argument("-n", type=int, default=2, help="items shown; default 2, with --json all")
     parser.add_argument("--json", action="store_true", help="one JSON line for each item")
@@ -26,14 +115,17 @@ def show(argv: list[str]) -> None:
         return print("\n".join(request.to_json() for request in requests))
     for request in requests[: c.n]:
         print(f"--- {request.id}, shots {request.shots}; a space is drawn as ·")
-        asked = f"{request.system}{request.context}".replace(" ", "·")
+        asked = f"{request.system or ''}{request.context}".replace(" ", "·")
         print(asked + " ".join(f"⟦{text.replace(' ', '·')}⟧" for text in request.continuations))
         print(f"right: {request.continuations[request.gold]!r}\n")
 
 
 def _parser(command: str, does: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(
-        prog=f"evaluate.py {command}", description=does, allow_abbrev=False
+        prog=f"evaluate.py {command}".strip(),
+        description=does,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 
 
@@ -43,12 +135,29 @@ def _items(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--protocol", default="plain", choices=PROTOCOLS, help="default plain")
 
 
+def _model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="Hugging Face, run or checkpoint folder")
+    parser.add_argument("--tokenizer", default="", help="default: the folder's")
+    parser.add_argument("--template", default="", help="name or JSON file; default: the folder's")
+    parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"))
+    parser.add_argument("--dtype", default="auto", choices=("auto", "bf16", "fp32"))
+
+
+def _load(c: argparse.Namespace, device: torch.device) -> Aquila:
+    if warning := stage.bf16_warning(c, device):
+        print(warning, file=sys.stderr)
+    return pretrained.load(c.model, device, stage.compute_dtype(c, device))
+
+
 COMMANDS = {"show": show}
 
 
 def main() -> None:
-    command, *argv = sys.argv[1:] or ["--help"]
-    COMMANDS[command](argv)
+    first, *rest = sys.argv[1:] or ["--help"]
+    if first in COMMANDS:
+        COMMANDS[first](rest)
+    else:
+        score(sys.argv[1:])
 
 
 if __name__ == "__main__":

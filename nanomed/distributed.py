@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -28,7 +28,7 @@ class World:
     rank: int
     size: int
     device: torch.device
-    mesh: DeviceMesh
+    mesh: DeviceMesh | None = None  # of a process alone
 
     @property
     def is_main(self) -> bool:
@@ -149,6 +149,15 @@ def keep_freed_memory() -> bool:
     if not mallopt or not mallopt(m_mmap_threshold, 2**31 - 1):
         return False  # the second alone would keep glibc from raising the first, and be far slower
     return bool(mallopt(m_trim_threshold, 2**31 - 1))
+
+
+def alone_or_start(device: torch.device):
+    """start() if there are several processes. One alone needs no group, and opens no socket."""
+    if rank_from_env()[1] > 1:
+        return start(device)
+    if device.type == "cpu":
+        keep_freed_memory()
+    return nullcontext(World(0, 1, device))
 
 
 def _meeting_place() -> dist.Store:

@@ -1,16 +1,16 @@
 """The items of benchmarks, read from the files that people have.
 
-There are two layouts: a data set as downloaded, `OWNER/NAME/CONFIG/SPLIT.jsonl` or `.parquet` under
---data, and the benchmark's own files, found by their published names anywhere under --data.
-Questions and options are kept to the byte, as prompts must be equal to the byte. An item without a
-valid key is an error: it is never scored.
+There are two kinds of layout: a data set as downloaded, `OWNER/NAME/CONFIG/SPLIT.jsonl` or
+`.parquet` under --data, and the benchmark's own files, found by their published names anywhere
+under --data. Questions and options are kept to the byte, as prompts must be equal to the byte. An
+item without a valid key is an error: it is never scored.
 """
 
 import csv
 import math
 import random
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,6 @@ from nanomed.records import BadField, read_json, read_records
 from nanomed.records.exams import LETTERS, Exam, exam_of
 from nanomed.records.shapes import excerpt, text_of
 
-Records = Iterable[tuple[int | str, dict]]  # (number or name of a record in its file, record)
-
 
 @dataclass(frozen=True)
 class Item:
@@ -29,20 +27,36 @@ class Item:
     subject: str = ""  # what the record says it is about
 
 
-def _records(path: Path, split: str) -> Records:
-    return ((number, record) for number, record, _ in read_records(str(path)))
-
-
 @dataclass(frozen=True)
-class Source:
-    """One layout of a benchmark. `place` has {subject} and {split} in it: the folder of a data set,
-    or a pattern with `**/` for the benchmark's own files."""
+class Layout:
+    """Where a benchmark's items are and which fields they have; tasks.toml explains each."""
 
     place: str
-    read: Callable[[dict], Exam]
-    splits: dict[str, str] = field(default_factory=dict)  # where a split has another name here
-    subject: str = ""  # the field with the item's subject
-    records: Callable[[Path, str], Records] = _records
+    question: str = "question"
+    options: str | Sequence[str] = ("A", "B", "C", "D")
+    key: str = "answer"
+    first: int | None = None
+    subject: str = ""
+    splits: dict[str, str] = field(default_factory=dict)
+    header: Sequence[str] = ()
+    reader: str = "fields"
+
+    def path(self, subject: str, split: str) -> str:
+        place = self.place.format(subject=subject, split=self.splits.get(split, split))
+        return place if "*" in place else f"{place}/**/{split}*"
+
+    def files(self, data: Path, subject: str, split: str) -> list[Path]:
+        """One file, or the numbered parts of one. Raises InputError for two copies of a split."""
+        files = sorted(data.glob(self.path(subject, split)))
+        if "*" not in self.place:
+            name = re.compile(rf"{re.escape(split)}(-\d+-of-\d+)?\.(jsonl|parquet)")
+            files = [path for path in files if name.fullmatch(path.name)]
+        if len(files) > 1 and not all(re.search(r"-\d+-of-\d+\.", path.name) for path in files):
+            raise InputError(
+                f"{' and '.join(map(str, files))} are both this split; let --data name a folder "
+                "that holds one of them"
+            )
+        return files
 
 
 @dataclass(frozen=True)
@@ -54,72 +68,64 @@ class Split:
     set_aside: int = 0  # items with several right letters, which one letter cannot answer
 
 
-def load(sources: Iterable[Source], data: Path, subject: str, split: str) -> Split:
+def load(layouts: Iterable[Layout], data: Path, subject: str, split: str) -> Split:
     """The split in the first layout that is there. Raises InputError, naming file, record, field
     and remedy, or what was looked for."""
-    for source in sources:
-        if files := _files(source, data, subject, split):
-            items = [item for path in files for item in _items(source, path, split)]
+    for layout in layouts:
+        if files := layout.files(data, subject, split):
+            items = [item for path in files for item in _items(layout, path, split)]
             single = [item for item in items if len(item.exam.answers) == 1]
             return Split(single, files, len(items) - len(single))
-    places = [_place(source, subject, split) for source in sources]
-    raise InputError(f"{data} has none of: {', '.join(places)}; --data names the folder above them")
+    places = ", ".join(layout.path(subject, split) for layout in layouts)
+    raise InputError(f"{data} has none of: {places}; --data names the folder above them")
 
 
-def _place(source: Source, subject: str, split: str) -> str:
-    place = source.place.format(subject=subject, split=source.splits.get(split, split))
-    return place if "*" in place else f"{place}/{split}.jsonl (or .parquet)"
-
-
-def _files(source: Source, data: Path, subject: str, split: str) -> list[Path]:
-    if "*" in source.place:
-        files = sorted(data.glob(_place(source, subject, split)))
-        shards = []
-    else:
-        name = re.compile(rf"{re.escape(split)}(-\d+-of-\d+)?\.(jsonl|parquet)")
-        folder = data / source.place.format(subject=subject, split=split)
-        files = sorted(path for path in folder.rglob("*") if name.fullmatch(path.name))
-        shards = [path for path in files if name.fullmatch(path.name)[1]]
-    if len(files) > 1 and len(shards) < len(files):
-        raise InputError(
-            f"{' and '.join(map(str, files))} are both this split; let --data name a folder that "
-            "holds one of them"
-        )
-    return files
-
-
-def _items(source: Source, path: Path, split: str) -> Iterator[Item]:
-    for number, record in source.records(path, source.splits.get(split, split)):
+def _items(layout: Layout, path: Path, split: str) -> Iterator[Item]:
+    read = {"fields": _by_fields, "exam": _exam, "pubmedqa": _pubmedqa}[layout.reader]
+    for number, record in _records(layout, path, split):
         try:
             if not isinstance(record, dict):
                 raise BadField("(record)", f"expected an object, found {excerpt(record)}")
-            exam = source.read(record)
+            subject = record.get(layout.subject) if layout.subject else ""
+            yield Item(read(layout, record), str(subject or ""))
         except BadField as bad:
             raise InputError(f"{path}, record {number}: {bad}") from None
-        subject = record.get(source.subject) if source.subject else ""
-        yield Item(exam, str(subject or ""))
+
+
+def _records(layout: Layout, path: Path, split: str) -> Iterator[tuple[int | str, Any]]:
+    """(number or name of a record in its file, record)"""
+    if layout.header:
+        yield from _rows(path, layout.header)
+    elif layout.reader == "pubmedqa" and path.suffix == ".json":
+        yield from _pubmedqa_split(path, split)
+    else:
+        yield from ((number, record) for number, record, _ in read_records(str(path)))
+
+
+def _rows(path: Path, header: Sequence[str]) -> Iterator[tuple[int, dict]]:
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        for number, row in enumerate(csv.reader(file, strict=True), 1):
+            if len(row) != len(header):
+                raise InputError(
+                    f"{path}, record {number}: {len(row)} columns, expected {len(header)}: "
+                    f"{', '.join(header)}"
+                )
+            yield number, dict(zip(header, row, strict=True))
 
 
 # ---------------------------------------------------------------- one record
 
 
-def columns(
-    question: str, options: str | list[str], key: str, first: int | None = None
-) -> Callable[[dict], Exam]:
-    """A reader of records with one field for each option, or one that lists them. The key is a
-    letter, or a number that counts from `first`."""
-
-    def read(record: dict) -> Exam:
-        if isinstance(options, list):
-            texts = [_text(record, name) for name in options]
-        elif isinstance(record.get(options), list):
-            texts = [_text({options: text}, options) for text in record[options]]
-        else:
-            raise BadField(options, f"expected a list, found {excerpt(record.get(options))}")
-        lettered = dict(zip(LETTERS, texts, strict=False))
-        return Exam(_text(record, question), lettered, _key(record, key, lettered, first))
-
-    return read
+def _by_fields(layout: Layout, record: dict) -> Exam:
+    if isinstance(layout.options, str):
+        listed = record.get(layout.options)
+        if not isinstance(listed, list):
+            raise BadField(layout.options, f"expected a list, found {excerpt(listed)}")
+        texts = [_text({layout.options: text}, layout.options) for text in listed]
+    else:
+        texts = [_text(record, name) for name in layout.options]
+    options = dict(zip(LETTERS, texts, strict=False))
+    return Exam(_text(record, layout.question), options, _key(layout, record, options))
 
 
 def _text(record: dict, name: str) -> str:
@@ -129,24 +135,21 @@ def _text(record: dict, name: str) -> str:
     return str(value) if isinstance(value, int | float) else text_of(value, name)
 
 
-def _key(record: dict, name: str, options: dict[str, Any], first: int | None) -> str:
-    value, letters = record.get(name), list(options)
-    if first is None and isinstance(value, str) and value.strip() in options:
-        return value.strip()
-    if first is not None and str(value).strip().lstrip("-").isdigit():
-        place = int(value) - first
-        if 0 <= place < len(letters):
-            return letters[place]
-    last = letters[-1] if first is None else first + len(letters) - 1
-    known = f"{letters[0] if first is None else first} to {last}"
-    raise BadField(
-        name,
-        f"{excerpt(value)} is no key, which is {known} here; an item without its key cannot be "
-        "scored: give a split with published answers",
-    )
+def _key(layout: Layout, record: dict, options: dict[str, str]) -> str:
+    first, keys = layout.first, list(options)
+    if first is not None:
+        keys = [str(first + i) for i in range(len(options))]
+    value = str(record.get(layout.key)).strip()
+    if value not in keys:
+        raise BadField(
+            layout.key,
+            f"{excerpt(record.get(layout.key))} is no key, which is {keys[0]} to {keys[-1]} here; "
+            "an item without its key cannot be scored: give a split with published answers",
+        )
+    return LETTERS[keys.index(value)]
 
 
-def listed(record: dict) -> Exam:
+def _exam(layout: Layout, record: dict) -> Exam:
     """Any layout that nanomed/records/exams.py reads, in whatever case its fields are written."""
     lower = {name.lower(): value for name, value in record.items()}
     if "anwer" in lower:  # as FreedomIntelligence/Apollo spells it
@@ -156,10 +159,12 @@ def listed(record: dict) -> Exam:
     raise BadField("options", f"not in this record, whose fields are {', '.join(record)[:200]}")
 
 
+# ---------------------------------------------------------------- PubMedQA
+
 DECISIONS = {"A": "yes", "B": "no", "C": "maybe"}
 
 
-def pubmedqa(record: dict) -> Exam:
+def _pubmedqa(layout: Layout, record: dict) -> Exam:
     contexts, decision = record.get("CONTEXTS"), record.get("final_decision")
     if not isinstance(contexts, list):
         raise BadField("CONTEXTS", f"expected a list of texts, found {excerpt(contexts)}")
@@ -170,53 +175,29 @@ def pubmedqa(record: dict) -> Exam:
     return Exam(_text(record, "QUESTION"), DECISIONS, letters[0], context=context)
 
 
-# ---------------------------------------------------------------- files of their own kind
-
-
-def without_header(*names: str) -> Callable[[Path, str], Records]:
-    """A reader of csv files whose first row is an item already."""
-
-    def records(path: Path, split: str) -> Records:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            for number, row in enumerate(csv.reader(file, strict=True), 1):
-                if len(row) != len(names):
-                    raise InputError(
-                        f"{path}, record {number}: {len(row)} columns, expected {len(names)}: "
-                        f"{', '.join(names)}"
-                    )
-                yield number, dict(zip(names, row, strict=True))
-
-    return records
-
-
-def pubmedqa_records(path: Path, split: str) -> Records:
+def _pubmedqa_split(path: Path, split: str) -> Iterator[tuple[str, dict]]:
     """ori_pqal.json is one object of 1,000 items by PMID; "test" and "train" are what PubMedQA's
     own split_dataset.py makes of it (half for the test, and of the other half the first of ten
     folds for development), in its order."""
     _, whole, _ = next(iter(read_json(str(path))))
-    if not isinstance(whole, dict) or not all(isinstance(v, dict) for v in whole.values()):
-        raise InputError(f"{path}: expected one object of items by PMID, as ori_pqal.json is")
-    if len(whole) != 1000:
+    if not isinstance(whole, dict) or len(whole) != 1000:
         raise InputError(
-            f"{path} has {len(whole)} items and not the 1,000 of ori_pqal.json, of which alone it "
-            "is known which are the test's"
+            f"{path}: expected one object of 1,000 items by PMID, as ori_pqal.json is; of other "
+            "files it is not known which items are the test's"
         )
     rng = random.Random(0)
     rest, test = _parts(whole, list(whole), 2, rng)
     _, *train = _parts(whole, rest, 10, rng)
     chosen = {"test": test, "train": [pmid for fold in train for pmid in fold]}[split]
-    return ((pmid, whole[pmid]) for pmid in chosen)
+    yield from ((pmid, whole[pmid]) for pmid in chosen)
 
 
 def _parts(whole: dict, pmids: list[str], n: int, rng: random.Random) -> list[list[str]]:
     """n parts of about equal size with the labels in equal shares."""
-    labelled = {
-        word: [i for i in pmids if whole[i].get("final_decision") == word] for word in WORDS
-    }
-    for same in labelled.values():
-        rng.shuffle(same)
     parts: list[list[str]] = [[] for _ in range(n)]
-    for same in labelled.values():
+    labelled = [[i for i in pmids if whole[i]["final_decision"] == w] for w in DECISIONS.values()]
+    for same in labelled:
+        rng.shuffle(same)
         size = math.ceil(len(same) / n)
         for i, part in enumerate(parts):
             part += same[i * size : (i + 1) * size]
@@ -226,6 +207,3 @@ def _parts(whole: dict, pmids: list[str], n: int, rng: random.Random) -> list[li
             part.remove(moved)
             parts[-1].append(moved)
     return parts
-
-
-WORDS = tuple(DECISIONS.values())

@@ -30,11 +30,11 @@ class Request:
     gold: int  # which continuation is right
     item: Item
     choices: list[str]  # the continuations without the space before them
-    system: str = ""  # protocol chat: the system text; context is then the user's turn
+    system: str | None = None  # protocol chat: the system text; context is the user's turn
     leaked: bool = False  # the item is among its own shots
 
     def chat(self) -> Chat:
-        return Chat([("user", self.context)], self.system)
+        return Chat([("user", self.context)], self.system or "")
 
     def to_json(self) -> str:
         shown = ("id", "context", "continuations", "shots", "gold")
@@ -53,10 +53,10 @@ def requests_of(
     by default. "chat" puts the same into a chat as lm-eval's --apply_chat_template does: the
     description as the system text, shots and item as one user's turn; the answer then begins
     without a space."""
-    split = load(task.sources, data, task.subject, task.split)
+    split = load(task.layouts, data, task.subject, task.split)
     pool = split
     if n_shots and task.pool != task.split:
-        pool = load(task.sources, data, task.subject, task.pool)
+        pool = load(task.layouts, data, task.subject, task.pool)
     space = "" if protocol == "chat" else " "
     requests = []
     for i, shots in enumerate(_shots(task, len(split.items), len(pool.items), n_shots)):
@@ -73,7 +73,7 @@ def requests_of(
                 _gold(item),
                 item,
                 choices,
-                task.description if protocol == "chat" else "",
+                task.description if protocol == "chat" else None,
                 item.exam in [example.exam for example in examples],
             )
         )
@@ -89,7 +89,7 @@ def _shots(task: Task, n_items: int, n_pool: int, n_shots: int) -> Iterator[list
         )
     rng = random.Random(SHOT_SEED)
     for _ in range(n_items):
-        first = task.first_shots or n_shots == 0
+        first = task.shots == "first" or n_shots == 0
         yield list(range(n_shots)) if first else rng.sample(range(n_pool), n_shots)
 
 
@@ -101,7 +101,7 @@ def _asked(task: Task, item: Item) -> str:
 
 
 def _choices(task: Task, item: Item) -> list[str]:
-    return list(item.exam.options.values() if task.by_text else item.exam.options)
+    return list(item.exam.options.values() if task.scored == "texts" else item.exam.options)
 
 
 def _gold(item: Item) -> int:

@@ -25,7 +25,7 @@ def describe(
     """The model's shape, and its tokenizer with its template. Allocates nothing. The last two may
     be named apart; a tokenizer that gives other ids than the folder's own is an InputError."""
     config = config_of(folder)
-    tok = _tokenizer_of(folder, tokenizer_path)
+    tok = tokenizer_of(folder, tokenizer_path)
     if tok.vocab_size > config.vocab_size:
         raise InputError(
             f"the tokenizer {tok.path} has {tok.vocab_size} ids, the model's embedding only "
@@ -120,7 +120,8 @@ def _checkpoint(folder: str | Path) -> Path:
     raise InputError(f"{folder} is a run without a checkpoint")
 
 
-def _tokenizer_of(folder: str | Path, named: str) -> tokenizer.Tokenizer:
+def tokenizer_of(folder: str | Path, named: str = "") -> tokenizer.Tokenizer:
+    """The folder's own, or the one that is named if it gives the same ids."""
     home = _home(folder)
     if not named:
         return tokenizer.load(home)

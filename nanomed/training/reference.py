@@ -60,10 +60,15 @@ def answer_logps(model: nn.Module, loader: Loader, world: World) -> Tensor:
 
 def fingerprint(model: nn.Module) -> str:
     """Of the weights' bits, whole: the same however they are sharded."""
-    bits = (local(p.detach()).contiguous().view(torch.int32) for p in model.parameters())
-    sums = [x.sum(dtype=torch.int64) for x in bits]
-    total = sum_over_ranks(torch.stack(sums)).cpu()
+    total = sum_over_ranks(sums_of_bits(model)).cpu()
     return hashlib.sha256(total.numpy().tobytes()).hexdigest()[:16]
+
+
+def sums_of_bits(model: nn.Module) -> Tensor:
+    """[parameters] int64: of the numbers that this rank's weights are if read as integers."""
+    words = {2: torch.int16, 4: torch.int32}
+    parts = [local(p.detach()).contiguous() for p in model.parameters()]
+    return torch.stack([x.view(words[x.element_size()]).sum(dtype=torch.int64) for x in parts])
 
 
 def _check_key(run: RunFolder, found: dict, wanted: dict) -> None:

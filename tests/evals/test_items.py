@@ -7,7 +7,7 @@ import pytest
 
 from nanomed.config import InputError
 from nanomed.evals.items import load
-from nanomed.evals.tasks import TASKS
+from nanomed.evals.tasks import tasks as all_tasks
 from tests.conftest import ROOT
 from tests.evals.test_requests import write_lines
 
@@ -94,8 +94,8 @@ def put(folder, name: str, content: list) -> None:
 
 
 def read(task: str, folder):
-    task = TASKS[task]
-    return load(task.sources, folder, task.subject, task.split)
+    task = all_tasks()[task]
+    return load(task.layouts, folder, task.subject, task.split)
 
 
 @pytest.mark.parametrize(
@@ -108,6 +108,20 @@ def test_every_layout_gives_the_same_item(task, name, content, tmp_path):
     assert (item.exam.question, item.exam.options, item.exam.answers) == (QUESTION, ABCD, "C")
     assert split.files == [tmp_path / name]
     assert item.subject == ("Surgery" if "subject_name" in str(content) else "")
+
+
+def test_parquet_shards_are_read_in_their_order(tmp_path):
+    parquet, table = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow").table
+    folder = tmp_path / "cais/mmlu/anatomy"
+    folder.mkdir(parents=True)
+    for i in range(2):
+        rows = {"question": [f"number {i}"], "choices": [[*ABCD.values()]], "answer": [i]}
+        parquet.write_table(table(rows), folder / f"test-0000{i}-of-00002.parquet")
+    exams = [item.exam for item in read("mmlu_anatomy", tmp_path).items]
+    assert [(exam.question, exam.answers) for exam in exams] == [
+        ("number 0", "A"),
+        ("number 1", "B"),
+    ]
 
 
 ONE = "openlifescienceai/medmcqa/validation.jsonl"
@@ -164,7 +178,7 @@ GOOD = {"question": "q", **OPS, "cop": 0}
             [{"QUESTION": "q", "CONTEXTS": ["c"], "final_decision": "unknown"}],
             "'final_decision': \"unknown\" is none of yes, no, maybe",
         ),
-        ("pubmedqa", "ori_pqal.json", [{"1": {"QUESTION": "q"}}], "1 items and not the 1,000"),
+        ("pubmedqa", "ori_pqal.json", [{"1": {"QUESTION": "q"}}], "expected one object of 1,000"),
     ],
 )
 def test_bad_files_are_refused_with_file_record_field_and_remedy(
@@ -178,7 +192,7 @@ def test_bad_files_are_refused_with_file_record_field_and_remedy(
 
 def test_what_was_looked_for_is_named(tmp_path):
     with pytest.raises(
-        InputError, match=r"none of: cais/mmlu/anatomy/test.jsonl.*anatomy_test.csv"
+        InputError, match=r"none of: cais/mmlu/anatomy/\*\*/test\*, .*anatomy_test.csv"
     ):
         read("mmlu_anatomy", tmp_path)
 
@@ -198,12 +212,12 @@ def test_questions_with_several_answers_are_set_aside_and_counted(tmp_path):
 
 def test_pubmedqas_own_split_comes_out_of_the_whole_file(shared_data):
     """Its test half is published as a list of ids; the folds are made in the same way."""
-    task = TASKS["pubmedqa"]
-    test = load(task.sources, shared_data, "", "test")
+    task = all_tasks()["pubmedqa"]
+    test = load(task.layouts, shared_data, "", "test")
     whole = json.loads((shared_data / "pubmedqa_labeled.json").read_text())
     ids = json.loads((shared_data / "pubmedqa_test_ground_truth.json").read_text())
     assert [item.exam.question for item in test.items] == [whole[i]["QUESTION"] for i in ids]
-    train = load(task.sources, shared_data, "", "train")
+    train = load(task.layouts, shared_data, "", "train")
     questions = {item.exam.question for item in train.items}
     assert len(train.items) == 450 and not questions & {item.exam.question for item in test.items}
 

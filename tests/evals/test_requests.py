@@ -9,7 +9,7 @@ import evaluate
 from nanomed.config import InputError
 from nanomed.evals import tasks
 from nanomed.evals.requests import requests_of
-from nanomed.evals.tasks import TASKS
+from nanomed.evals.tasks import tasks as all_tasks
 from tests.conftest import ROOT
 
 GOLDEN = json.loads((ROOT / "tests/evals/golden.json").read_text(encoding="utf-8"))["tasks"]
@@ -38,7 +38,7 @@ def differences(request, item: dict) -> list[str]:
 @pytest.mark.parametrize("golden", GOLDEN, ids=lambda g: f"{g['task']}-{g['shots']}shot")
 def test_requests_are_equal_to_what_lm_eval_recorded(golden, tmp_path):
     write_golden(golden, tmp_path)
-    requests, _ = requests_of(TASKS[golden["task"]], tmp_path, golden["shots"])
+    requests, _ = requests_of(all_tasks()[golden["task"]], tmp_path, golden["shots"])
     for i, item in golden["items"].items():
         assert differences(requests[int(i)], item) == []
     if golden["all_shots"]:
@@ -48,7 +48,7 @@ def test_requests_are_equal_to_what_lm_eval_recorded(golden, tmp_path):
 def test_lm_eval_lets_an_item_be_its_own_shot_where_there_is_only_a_test_split(tmp_path):
     (careqa,) = [golden for golden in GOLDEN if golden["task"] == "careqa_en"]
     write_golden(careqa, tmp_path)
-    requests, _ = requests_of(TASKS["careqa_en"], tmp_path, 3)
+    requests, _ = requests_of(all_tasks()["careqa_en"], tmp_path, 3)
     assert [request.id for request in requests if request.leaked] == ["careqa_en/21"]
 
 
@@ -58,7 +58,7 @@ def test_every_recorded_request():
     n = 0
     for file in sorted(RECORDED.glob("*shot.json")):
         recorded = json.loads(file.read_text(encoding="utf-8"))
-        task = TASKS[recorded["task"]]
+        task = all_tasks()[recorded["task"]]
         requests, _ = requests_of(task, RECORDED / "data", recorded["num_fewshot"])
         pairs = zip(requests, recorded["items"], strict=True)
         assert [
@@ -71,12 +71,11 @@ def test_every_recorded_request():
 def test_a_missing_strip_and_another_separator_would_be_seen(tmp_path):
     mmlu = GOLDEN[0]
     write_golden(mmlu, tmp_path)
-    task = TASKS[mmlu["task"]]
-    other_words = dataclasses.replace(task.wording, options="\n\n")
+    task = all_tasks()[mmlu["task"]]
     for wrong in (
         dataclasses.replace(task, strips=False),
-        dataclasses.replace(task, wording=other_words),
-        dataclasses.replace(task, first_shots=False),
+        dataclasses.replace(task, question=task.question.replace("\n", "\n\n")),
+        dataclasses.replace(task, shots="drawn"),
     ):
         requests, _ = requests_of(wrong, tmp_path, mmlu["shots"])
         assert any(differences(requests[int(i)], item) for i, item in mmlu["items"].items())
@@ -85,7 +84,7 @@ def test_a_missing_strip_and_another_separator_would_be_seen(tmp_path):
 def test_in_a_chat_the_description_is_the_system_text(tmp_path):
     mmlu = GOLDEN[0]
     write_golden(mmlu, tmp_path)
-    task = TASKS[mmlu["task"]]
+    task = all_tasks()[mmlu["task"]]
     plain, _ = requests_of(task, tmp_path, 3)
     chat, _ = requests_of(task, tmp_path, 3, "chat")
     for a, b in zip(plain, chat, strict=True):
@@ -96,7 +95,7 @@ def test_in_a_chat_the_description_is_the_system_text(tmp_path):
 def test_more_shots_than_there_are(tmp_path):
     write_golden(GOLDEN[0], tmp_path)
     with pytest.raises(InputError, match="--shots 6: mmlu_professional_medicine has only 5 items"):
-        requests_of(TASKS["mmlu_professional_medicine"], tmp_path, 6)
+        requests_of(all_tasks()["mmlu_professional_medicine"], tmp_path, 6)
 
 
 def test_names_of_tasks():
@@ -120,8 +119,8 @@ def test_show_prints_one_json_line_for_each_item(tmp_path, capsys):
 
 
 def test_the_samples_exam_in_both_languages():
-    requests, split = requests_of(TASKS["samples_exam"], ROOT / "samples", 0, "chat")
+    requests, split = requests_of(all_tasks()["samples_exam"], ROOT / "samples", 0, "chat")
     assert len(requests) > 100 and split.set_aside == 0
-    texts, _ = requests_of(TASKS["samples_exam_texts"], ROOT / "samples", 0, "chat")
+    texts, _ = requests_of(all_tasks()["samples_exam_texts"], ROOT / "samples", 0, "chat")
     assert texts[0].context == requests[0].context
     assert texts[0].choices == list(texts[0].item.exam.options.values())

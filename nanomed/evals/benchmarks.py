@@ -1,0 +1,212 @@
+"""Benchmarks by likelihood, from requests to a folder of results that goes on after a kill.
+
+OUT/config.json     what the numbers depend on; another run may not go on in this folder
+OUT/items.jsonl     one line for each item, in the order of tasks and items
+OUT/results.json    by task and group: n, acc, acc_norm, stderr and what to hold them against
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+import kernels
+from nanomed.distributed import from_main
+from nanomed.evals.folder import appending, cut_back, sha256
+from nanomed.evals.items import Split
+from nanomed.evals.requests import Request
+from nanomed.evals.score import Encoded, Plan, Scorer
+from nanomed.evals.stats import pooled_stderr, stderr
+from nanomed.evals.tasks import groups
+from nanomed.model.decoder import Aquila
+from nanomed.runs.log import is_terminal
+from nanomed.training.reference import sums_of_bits
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A task that is ready to be scored."""
+
+    name: str
+    requests: list[Request]
+    encoded: list[Encoded]
+    plan: Plan
+    split: Split
+
+
+def identity(model: Aquila, tasks: Sequence[Prepared], data: Path) -> dict[str, Any]:
+    """What the numbers depend on besides the settings: weights, code, files, and all that is asked
+    and counts as right."""
+    device = next(model.parameters()).device
+    asked = {task.name: "".join(r.to_json() for r in task.requests) for task in tasks}
+    return {
+        "dtype": str(next(model.parameters()).dtype),
+        "weights": _short_hash(sums_of_bits(model).cpu().numpy().tobytes()),
+        "kernels": f"{kernels.in_force(device)}, torch {torch.__version__}",
+        "files": {
+            str(path.relative_to(data)): sha256(path) for task in tasks for path in task.split.files
+        },
+        "requests": {name: _short_hash(text.encode()) for name, text in asked.items()},
+    }
+
+
+def _short_hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def score(tasks: Sequence[Prepared], scorer: Scorer, out: Path) -> None:
+    """Fills OUT/items.jsonl, from where an earlier call was stopped. Every rank calls it."""
+    path, is_main = out / "items.jsonl", scorer.world.is_main
+    ends, total = [], 0
+    for task in tasks:
+        ends += [total + row.stop for row in task.plan.rows]
+        total += len(task.requests)
+    done = from_main(cut_back(path, ends) if is_main else None)
+    bar = tqdm(total=total, unit="item", disable=not (is_main and is_terminal()))
+    bar.update(ends[done - 1] if done else 0)
+    with bar, appending(path, is_main) as write:
+        for task in tasks:
+            first, done = min(done, len(task.plan.rows)), max(0, done - len(task.plan.rows))
+            numbers = iter(
+                range(task.plan.rows[first].start if first < len(task.plan.rows) else 0, total)
+            )
+            for row in scorer.run(task.encoded, task.plan, first):
+                lines = [_line(task, next(numbers), logps) for logps in row]
+                write("".join(lines))
+                bar.update(len(lines))
+
+
+def _line(task: Prepared, number: int, logps: list[float]) -> str:
+    request, encoded = task.requests[number], task.encoded[number]
+    pred = _largest(logps)
+    per_character = [logp / len(text) for logp, text in zip(logps, request.choices, strict=True)]
+    line = {
+        "id": request.id,
+        "subject": request.item.subject,
+        "shots": request.shots,
+        "logprobs": logps,
+        "pred": pred,
+        "pred_norm": _largest(per_character),
+        "gold": request.gold,
+        "n_tokens": encoded.n_tokens,
+        "truncated": max(0, encoded.truncated),
+    }
+    return json.dumps(line, ensure_ascii=False) + "\n"
+
+
+def _largest(values: Sequence[float]) -> int:
+    return max(range(len(values)), key=lambda i: (values[i], -i))  # the first one wins a tie
+
+
+def read_items(out: Path) -> list[dict]:
+    lines = (out / "items.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def results(tasks: Sequence[Prepared], items: Sequence[dict]) -> dict[str, dict]:
+    """By task, and by each group of which all tasks are there."""
+    found, by_id = {}, {item["id"]: item for item in items}
+    for task in tasks:
+        mine = [by_id[request.id] for request in task.requests]
+        subjects: dict[str, list[dict]] = {}
+        for item in mine:
+            subjects.setdefault(item["subject"] or task.name, []).append(item)
+        by_subject = {name: _accuracy(part) for name, part in sorted(subjects.items())}
+        found[task.name] = _summary(task.requests, mine) | {
+            "macro": _mean([part["acc"] for part in by_subject.values()]),
+            "subjects": by_subject,
+            "tokens_per_choice": sorted({tuple(item["n_tokens"]) for item in mine})[:10],
+            "truncated": sum(item["truncated"] > 0 for item in mine),
+            "set_aside": task.split.set_aside,
+            "in_own_shots": sum(request.leaked for request in task.requests),
+        }
+    for name, members in groups().items():
+        if set(members) <= set(found):
+            parts = [found[member] for member in members]
+            requests = [r for task in tasks if task.name in members for r in task.requests]
+            found[name] = _of_group(members, parts, requests, by_id)
+    return found
+
+
+def _of_group(
+    members: list[str], parts: list[dict], requests: Sequence[Request], by_id: dict[str, dict]
+) -> dict[str, Any]:
+    """Micro, as lm-eval: every item counts once. Macro: every task does. Distinct: items with the
+    same question and options, which MMLU's subjects share, count once."""
+    distinct = {}
+    for request in requests:
+        exam = request.item.exam
+        distinct.setdefault((exam.question, *exam.options.values()), by_id[request.id])
+    sizes = [part["n"] for part in parts]
+    pooled = {
+        key: pooled_stderr(sizes, [part[key] for part in parts])
+        for key in ("stderr", "stderr_norm")
+    }
+    return (
+        _summary(requests, [by_id[r.id] for r in requests])
+        | pooled
+        | {
+            "macro": _mean([part["acc"] for part in parts]),
+            "distinct": _accuracy(list(distinct.values())),
+            "tasks": members,
+        }
+    )
+
+
+def _summary(requests: Sequence[Request], items: Sequence[dict]) -> dict[str, Any]:
+    """The accuracy, and what it must be held against. `letters` has for each choice how often it
+    was chosen and how often it is right."""
+    names = [request.choices for request in requests]
+    if len({tuple(choices) for choices in names}) > len("ABCDEFG"):  # texts of each item's own
+        names = [list(request.item.exam.options) for request in requests]
+    pairs = list(zip(names, items, strict=True))
+    gold = Counter(choices[item["gold"]] for choices, item in pairs)
+    pred = Counter(choices[item["pred"]] for choices, item in pairs)
+    commonest = max(gold, key=gold.get)
+    return _accuracy(items) | {
+        "chance": _mean([1 / len(choices) for choices in names]),
+        "majority": {"choice": commonest, "acc": gold[commonest] / len(items)},
+        "letters": {name: [pred[name], gold[name]] for name in sorted({*gold, *pred})},
+        "shots": len(items[0]["shots"]),
+        "protocol": "plain" if requests[0].system is None else "chat",
+    }
+
+
+def _accuracy(items: Sequence[dict]) -> dict[str, float]:
+    right = [item["pred"] == item["gold"] for item in items]
+    norm = [item["pred_norm"] == item["gold"] for item in items]
+    return {
+        "n": len(items),
+        "acc": _mean(right),
+        "acc_norm": _mean(norm),
+        "stderr": stderr(right),
+        "stderr_norm": stderr(norm),
+    }
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def warnings(results: dict[str, dict]) -> list[str]:
+    """What a reader of these accuracies must know, each with the tasks that it is true of."""
+    said: dict[str, list[str]] = {}
+    for name, r in results.items():
+        uneven = [counts for counts in r.get("tokens_per_choice", []) if len(set(counts)) > 1]
+        facts = {
+            "choices have different numbers of tokens: a sum over tokens can hardly choose the "
+            "longer ones, so this measures the tokenizer": uneven[0] if uneven else 0,
+            "items that stand, answered, among their own shots": r.get("in_own_shots"),
+            "inputs that were too long and cut on the left": r.get("truncated"),
+            "items with several right letters, which are not scored": r.get("set_aside"),
+        }
+        for fact, value in facts.items():
+            if value:
+                said.setdefault(fact, []).append(f"{name} {value}")
+    return [f"WARNING: {fact}: {', '.join(names)}" for fact, names in said.items()]
