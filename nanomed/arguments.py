@@ -5,7 +5,7 @@ import dataclasses
 import tomllib
 from typing import Any, get_args, get_origin
 
-from nanomed.config import STAGES, UNPUBLISHED, InputError, Run, nearest
+from nanomed.config import STAGES, UNPUBLISHED, InputError, Run, beside_the_scripts, nearest
 
 
 def parse(cls: type[Run], argv: list[str] | None = None, base: dict[str, Any] | None = None) -> Run:
@@ -17,10 +17,13 @@ def parse(cls: type[Run], argv: list[str] | None = None, base: dict[str, Any] | 
     if unknown:
         names = [f"--{f.name}" for f in dataclasses.fields(cls)]
         raise InputError(f"unknown argument {unknown[0]!r}" + nearest(unknown[0], names))
-    from_file = _read_toml(cls, given["config"]) if "config" in given else {}
+    from_file = _read_toml(cls, beside_the_scripts(given["config"])) if "config" in given else {}
     if base is None:
         base = {} if "init" in {**from_file, **given} or "config" in given else cls.FRESH
-    return cls(**{**base, **from_file, **given})
+    run = cls(**{**base, **from_file, **given})
+    found = {n: list(map(beside_the_scripts, getattr(run, n))) for n in ("data", "val_data")}
+    found |= {n: beside_the_scripts(getattr(run, n)) for n in ("tokenizer", "template")}
+    return dataclasses.replace(run, **found)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -4,7 +4,17 @@ is, in which unit, and what the paper used. arguments.py fills them."""
 import dataclasses
 import difflib
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
+
+ROOT = Path(__file__).resolve().parent.parent  # of the project
+
+
+def beside_the_scripts(path: str) -> str:
+    """A path as the documentation writes it, samples/... or configs/..., from any working folder:
+    if it is not here it is the project's. Any other path is taken as it is."""
+    ours = Path(path).parts[:1] in (("samples",), ("configs",))
+    return str(ROOT / path) if ours and not Path(path).exists() else path
 
 
 class InputError(Exception):

@@ -1,26 +1,28 @@
 """Processes, sharding and sums: everything nanomed asks of torch.distributed, in plain sight."""
 
 import ctypes
+import errno
 import os
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.elastic.multiprocessing.errors import record
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.rendezvous import rendezvous
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from nanomed import meeting
 from nanomed.config import InputError
+from nanomed.meeting import PATIENCE, PATIENCE_GPU, rank_from_env
 
 
 @dataclass(frozen=True)
@@ -29,17 +31,11 @@ class World:
     size: int
     device: torch.device
     mesh: DeviceMesh | None = None  # of a process alone
+    launch: tuple[str, str] = ("-", "-")  # no other has the first; a restart changes the second
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
-
-
-def rank_from_env() -> tuple[int, int, int, int]:
-    """(rank, world size, rank on this node, processes on this node), as torchrun sets them;
-    one process if it was not used."""
-    names = ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)
-    return tuple(int(os.environ.get(name, default)) for name, default in names)
 
 
 def pick_device(asked: str) -> torch.device:
@@ -73,21 +69,44 @@ def _driver() -> str:
 
 
 def launch(main: Callable[[], None]) -> None:
-    """Runs a script's main. Bad input is one line on the screen; anything else is a traceback, and
-    `record` puts it into torchrun's closing table too."""
+    """Runs a script's main and ends the process. Bad input and a disk that refuses are one line on
+    the screen; all else is a traceback, and `record` puts it into torchrun's closing table too."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with(os.getppid())
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # its old name
+        # Every packed row has another length: without it what lies between two of them is lost.
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    code = 1
     try:
         record(main)()
-    except InputError as error:
-        if rank_from_env()[0] > 0:  # the same message from rank 0 comes first and ends the others
-            time.sleep(2)
-        sys.exit(f"error: {error}")
-    # All is written and the group is left. Python's own teardown of torch's threads was seen to
-    # abort once in some hundred runs, and torchrun would then call a finished run a failed one.
+        code = 0
+    except SystemExit as ending:
+        code = ending.code or 0
+    except Exception as error:
+        if words := _refusal(error):
+            meeting.tell_torchrun(words)
+            if rank_from_env()[2] > 0 and not hasattr(error, "is_first"):
+                time.sleep(5)  # this machine's first rank says the same first, and that ends us
+            print(words, file=sys.stderr)
+        else:
+            traceback.print_exc()
+    # All is written. Python's own teardown of torch's threads was seen to abort once in some
+    # hundred runs, and torchrun would then call a finished run a failed one; after an error it
+    # would wait for what NCCL has begun and never ends.
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(code)
+
+
+# What a disk may refuse at any place: read-only, not permitted, full.
+DISK = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT}
+
+
+def _refusal(error: Exception) -> str:
+    """The line that says all, or nothing if it takes a traceback."""
+    if isinstance(error, OSError) and error.errno in DISK and error.filename:
+        return f"error: {error.filename}: {error.strerror}"
+    return f"error: {error}" if isinstance(error, InputError) else ""
 
 
 def end_with(parent: int) -> None:
@@ -102,15 +121,12 @@ def end_with(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-# How long a rank waits for the others, that is, for the slowest disk among them: torch's 10 minutes
-# for NCCL are less than a checkpoint takes on some. A rank that is gone is noticed by torchrun.
-PATIENCE = timedelta(hours=2)
-
-
 @contextmanager
 def start(device: torch.device):
     """Joins the process group and yields the World. Tensors on a GPU go through NCCL; what is in
-    host memory, objects included, through gloo, on whatever device the model is."""
+    host memory, objects included, through gloo, on whatever device the model is.
+
+    If several ranks fail, the first has said why, and the others raise SystemExit instead."""
     rank, size, _, local_size = rank_from_env()
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -121,21 +137,30 @@ def start(device: torch.device):
         is_chosen = local_size == 1 and "OMP_NUM_THREADS" in os.environ
         torch.set_num_threads(min(torch.get_num_threads(), most) if is_chosen else most)
         keep_freed_memory()
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(
-        backend, rank=rank, world_size=size, store=_meeting_place(), timeout=PATIENCE
-    )
+    store, named = meeting.place(rank, size)
+    _join("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", rank, size, store)
     failed = False
     try:
-        yield World(rank, size, device, init_device_mesh(device.type, (size,)))
-    except Exception:
+        yield World(rank, size, device, init_device_mesh(device.type, (size,)), named)
+    except Exception as error:
         failed = True
+        if meeting.another_failed_before(store, rank, error):
+            raise SystemExit(1) from None
+        error.is_first = True
         raise
     finally:
         # NCCL would first finish what it has begun: if this rank fails alone, the others never do
         # their part, and the error would be seen after PATIENCE.
         if not (failed and device.type == "cuda"):
             dist.destroy_process_group()
+        if failed and size > 1:
+            time.sleep(1)  # without torchrun the place is rank 0's own: the others ask there why
+
+
+def _join(backend: str, rank: int, size: int, store: dist.Store) -> None:
+    group = dict(rank=rank, world_size=size, store=store, timeout=PATIENCE_GPU)
+    dist.init_process_group(backend, **group)
+    dist.group.WORLD._get_backend(torch.device("cpu"))._set_default_timeout(PATIENCE)
 
 
 def keep_freed_memory() -> bool:
@@ -160,19 +185,6 @@ def alone_or_start(device: torch.device):
     return nullcontext(World(0, 1, device))
 
 
-def _meeting_place() -> dist.Store:
-    """Where processes find one another. A group that torchrun has restarted gets a part of it to
-    itself: else it would find the addresses of the processes that are gone (torch 2.13, gloo)."""
-    if "MASTER_ADDR" not in os.environ:
-        return dist.HashStore()
-    store, *_ = next(rendezvous("env://"))
-    return dist.PrefixStore(f"attempt {restart_count()}", store)
-
-
-def restart_count() -> int:
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-
-
 def shard(model: nn.Module, world: World, compute_dtype: torch.dtype) -> nn.Module:
     """FSDP2: parameters, gradients and optimizer state live sharded in float32; each unit is
     gathered in compute_dtype around its forward and backward.
@@ -182,21 +194,33 @@ def shard(model: nn.Module, world: World, compute_dtype: torch.dtype) -> nn.Modu
     """
     precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
     for unit in (model.embed_tokens, *model.layers, model.norm, model.lm_head, model):
-        fully_shard(unit, mesh=world.mesh, mp_policy=precision)
+        # Backward begins with what forward ends with: it is gathered once for both. Not the last
+        # layer, too: it would be there at the peak of memory, in the head's backward, which in turn
+        # hides its second gathering.
+        keeps = unit in (model.norm, model.lm_head)
+        fully_shard(unit, mesh=world.mesh, mp_policy=precision, reshard_after_forward=not keeps)
+        if keeps:
+            unit.register_forward_hook(_reshard_without_backward)
         # Gradients are plain sums: fit() divides by the trained tokens of the whole step. gloo
         # cannot divide within a reduction, so without the second line the first raises there. Alone
         # there is nothing to divide by, and FSDP would make a copy of each gradient to divide by 1.
         if world.size > 1:
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)
+    model.embed_tokens.set_unshard_in_backward(False)  # its gradient needs the ids alone
     return model
+
+
+def _reshard_without_backward(unit: FSDPModule, *_) -> None:
+    if not torch.is_grad_enabled():
+        unit.reshard()
 
 
 def host_mesh() -> DeviceMesh:
     """All ranks, for tensors in host memory, joined by a gloo group of its own: another thread may
     exchange there while this one trains. Whoever is early there waits for the slowest disk; a rank
     that is gone is noticed at once, by its closed connection. All ranks call it."""
-    return DeviceMesh.from_group(dist.new_group(backend="gloo", timeout=timedelta(days=1)), "cpu")
+    return DeviceMesh.from_group(dist.new_group(backend="gloo", timeout=PATIENCE), "cpu")
 
 
 def fill(param: Tensor, full: Tensor) -> None:

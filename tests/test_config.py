@@ -4,6 +4,7 @@ import pytest
 
 from nanomed.arguments import parse
 from nanomed.config import CPT, DPO, SFT, InputError
+from nanomed.stages import stage
 from tests.conftest import ROOT
 
 
@@ -105,3 +106,22 @@ def test_every_stage_has_a_demonstration(cls):
     c = parse(cls, [])
     assert {name: getattr(c, name) for name in cls.FRESH} == cls.FRESH
     assert all((ROOT / path).exists() for path in c.data)
+
+
+def test_what_the_project_brings_is_found_from_any_folder(tmp_path, monkeypatch, encoder):
+    """And nothing else is looked for there; what stands here under that name goes first."""
+    monkeypatch.chdir(tmp_path)
+    assert parse(SFT, ["--config", "configs/sft.toml"]).batch_size == 128
+    c = parse(SFT, ["--tokenizer", "samples/tokenizer.model"])
+    assert c.data == [str(ROOT / "samples/sft.jsonl")]
+    assert c.tokenizer == str(ROOT / "samples/tokenizer.model") and stage.may_show_text(c)
+    assert parse(CPT, ["--data", "samples/x.jsonl:0.5"]).data == [str(ROOT / "samples/x.jsonl:0.5")]
+    assert parse(SFT, ["--data", "docs/x", "--tokenizer", "t"]).data == ["docs/x"]
+    _, found = stage.model_and_encoder(SFT())
+    assert found.tokenizer.fingerprint() == encoder.tokenizer.fingerprint()
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples/sft.jsonl").touch()
+    own = parse(SFT, [])
+    assert own.data == ["samples/sft.jsonl"] and not stage.may_show_text(own)
+    monkeypatch.chdir(ROOT)
+    assert parse(SFT, []).data == ["samples/sft.jsonl"] and stage.may_show_text(parse(SFT, []))

@@ -9,12 +9,16 @@ A resume takes the highest step-N, after comparing sizes and hashes. Random numb
 here: dropout is seeded by (seed, step, rank), the order of examples by (seed, epoch).
 """
 
+import errno
 import hashlib
 import json
 import math
 import os
 import re
 import shutil
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -62,6 +66,18 @@ def check_space(folder: Path, model: nn.Module, n: int) -> None:
             f"{n} checkpoints need {needed / 1e9:.1f} GB in {folder}, {free / 1e9:.1f} GB are "
             "there; make room, lower --keep_last, or choose another --out"
         )
+
+
+def check_links(folder: Path) -> None:
+    """Raises InputError if the disk has none."""
+    try:
+        point(folder / ".link", folder)
+        (folder / ".link").unlink()
+    except OSError as error:
+        raise InputError(
+            f"{folder} cannot hold symbolic links ({error.strerror}), as `latest` and `best` are; "
+            "choose an --out on another disk"
+        ) from None
 
 
 # ---------------------------------------------------------------- load
@@ -134,6 +150,21 @@ def described(path: Path) -> dict:
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {"size": path.stat().st_size, "sha256": digest}
+
+
+CACHED = 60.0  # seconds that NFS may go on showing what was there before
+
+
+def appears(there: Callable[[], bool]) -> bool:
+    """Whether this machine sees, soon enough, what another one has written."""
+    until = time.monotonic() + CACHED
+    while True:
+        with suppress(OSError):
+            if there():
+                return True
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.1)
 
 
 def read_state(folder: Path) -> dict:
@@ -225,5 +256,8 @@ def fsync(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
+    except OSError as error:
+        if error.errno != errno.EINVAL or not path.is_dir():  # some disks cannot flush a folder
+            raise
     finally:
         os.close(fd)

@@ -1,7 +1,6 @@
 """The run folder and what a run says: one line per logged step, a progress bar, metrics.jsonl."""
 
 import dataclasses
-import fcntl
 import json
 import os
 import re
@@ -10,14 +9,15 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from nanomed import locks
 from nanomed.batches.packing import Row
 from nanomed.config import InputError, ModelConfig, Run
-from nanomed.distributed import World, from_main, restart_count
+from nanomed.distributed import World, from_all, from_main
 from nanomed.runs import checkpoint
 
 # Dense bf16 FLOP/s from the vendor's data sheets: what MFU is a share of. The first that is in the
@@ -41,25 +41,44 @@ class RunFolder:
         self.world = world
         self.identity = json.loads(json.dumps(identity or {}))
         self.describe = describe  # an evaluation's values -> a sentence on them
-        self.path, self.resume_from = from_main(_choose(config) if world.is_main else None)
+        self._agree(config)
+        chosen = _choose(config, *world.launch) if world.is_main else None
+        self.path, self.resume_from = from_main(chosen)
         self.checkpoints = self.path / "checkpoints"
         if world.is_main:
-            self._lock = _locked(self.path)
+            self._lock = locks.take(self.path / ".lock", LOCK_PATIENCE)
             if self.resume_from:
                 self._compare()
-            try:
-                self._begin(config)
-            except OSError as error:
-                raise InputError(f"cannot write to {self.path}: {error.strerror}") from None
+        self._write(self._mark)
+        self._see_the_mark()
+        self._write(lambda: self._begin(config))
+
+    def _agree(self, config: Run) -> None:
+        """Raises InputError, on all ranks, if one was started with other settings or data."""
+        settings = dataclasses.asdict(config)
+        own = {n: v for n, v in settings.items() if n not in MAY_DIFFER} | self.identity
+        _join(_differences(from_main(own), own, "{} is {} on rank 0 and {} here"))
+
+    def _mark(self) -> None:
+        checkpoint.check_links(self.path)
+        (self.path / LAUNCH).write_text(" ".join(self.world.launch))
+
+    def _see_the_mark(self) -> None:
+        """Raises InputError, on all ranks, if one is on a machine that has another disk."""
+        mark, wanted = self.path / LAUNCH, " ".join(self.world.launch)
+        seen = checkpoint.appears(lambda: mark.read_text() == wanted)
+        _join([] if seen else [f"it does not see {self.path}; all must share the disk of --out"])
+
+    def _write(self, work: Callable[[], None]) -> None:
+        try:
+            if self.world.is_main:
+                work()
+        except OSError as error:
+            raise InputError(f"cannot write to {self.path}: {error.strerror}") from None
 
     def _compare(self) -> None:
         saved = checkpoint.read_state(self.resume_from).get("identity", {})
-        differences = [
-            f"{name} was {_short(value)}, is {_short(self.identity.get(name))}"
-            for name, value in saved.items()
-            if self.identity.get(name) != value
-        ]
-        if differences:
+        if differences := _differences(saved, self.identity, "{} was {}, is {}"):
             raise InputError(
                 f"--resume: {self.resume_from} is of another run: {'; '.join(differences)}. Give "
                 "the settings and files that it was started with, or start a run of its own in "
@@ -68,7 +87,6 @@ class RunFolder:
 
     def _begin(self, config: Run) -> None:
         self.write_json("config.json", {"stage": config.stage, **dataclasses.asdict(config)})
-        (self.path / LAUNCH).write_text(os.environ.get("TORCHELASTIC_RUN_ID", ""))
         if self.path.parent == Path("runs"):
             checkpoint.point(Path("runs") / config.stage, self.path)
         step, validated = -1, True
@@ -111,31 +129,17 @@ class RunFolder:
             sys.stdout.flush()
 
 
-LAUNCH = ".torchrun"  # holds the id of the launch, by which its restarts find the folder
+# What each machine may name otherwise, or rank 0 alone looks at.
+MAY_DIFFER = {"config", "data", "val_data", "tokenizer", "template", "out", "resume"}
+LAUNCH = ".launch"  # holds World.launch, by which a restart finds the folder
 LOCK_PATIENCE = 3.0  # seconds: the workers of a torchrun that was killed end within one or two
 
 
-def _locked(path: Path) -> IO[str]:
-    try:
-        path.mkdir(parents=True, exist_ok=True, mode=0o700)  # data may be patients'
-        lock = open(path / ".lock", "w")
-    except OSError as error:
-        raise InputError(f"cannot write to {path}: {error.strerror}") from None
-    until = time.monotonic() + LOCK_PATIENCE
-    while True:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return lock
-        except OSError:
-            if time.monotonic() > until:
-                raise InputError(f"another run is writing to {path}") from None
-            time.sleep(0.1)
-
-
-def _choose(config: Run) -> tuple[Path, Path | None]:
+def _choose(config: Run, launch: str, attempt: str) -> tuple[Path, Path | None]:
     """(the run's folder, the checkpoint it goes on from or None)."""
     named = config.out if config.resume in ("", "latest", "auto") else config.resume
-    if restart_count() and (path := Path(named) if named else _of_this_launch(config.stage)):
+    known = [Path(named)] if named else Path("runs").glob(f"{config.stage}-*")
+    if path := next((p for p in known if _began(p, launch, attempt)), None):
         return path, checkpoint.newest(path / "checkpoints")
     if config.resume:
         path = Path(named) if named else (Path("runs") / config.stage).resolve()
@@ -155,11 +159,26 @@ def _choose(config: Run) -> tuple[Path, Path | None]:
     return Path("runs") / f"{config.stage}-{max(taken, default=0) + 1:03d}", None
 
 
-def _of_this_launch(stage: str) -> Path | None:
-    """The folder that this torchrun's first attempt chose for itself, if it came so far."""
-    marks = sorted(Path("runs").glob(f"{stage}-*/{LAUNCH}"), key=lambda p: p.stat().st_mtime)
-    mine = [p.parent for p in marks if p.read_text() == os.environ.get("TORCHELASTIC_RUN_ID")]
-    return mine[-1] if mine else None
+def _began(path: Path, launch: str, attempt: str) -> bool:
+    """Whether an earlier attempt of this launch, which torchrun has restarted, chose the folder."""
+    try:
+        found, _, earlier = (path / LAUNCH).read_text().partition(" ")
+    except OSError:
+        return False
+    return found == launch and earlier != attempt
+
+
+def _join(problems: list[str]) -> None:
+    """Raises InputError, on all ranks, if a rank has a reason not to join the others."""
+    for rank, (host, found) in enumerate(from_all((os.uname().nodename, problems))):
+        if found:
+            raise InputError(f"rank {rank} on {host} cannot join: {'; '.join(found)}")
+
+
+def _differences(other: dict[str, Any], own: dict[str, Any], words: str) -> list[str]:
+    """`words` take a name, its value there and its value here."""
+    names = [name for name, value in other.items() if own.get(name) != value]
+    return [words.format(name, _short(other[name]), _short(own.get(name))) for name in names]
 
 
 def _short(value: Any) -> str:

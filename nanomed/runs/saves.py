@@ -175,6 +175,9 @@ def _write(tensors: dict, unfinished: Path, group: dist.ProcessGroup | None) -> 
 def _complete(unfinished: Path, target: Path, state: dict, hashes: list[dict]) -> None:
     (unfinished / "state.json").write_text(json.dumps(state, ensure_ascii=False, indent=2))
     files = {name: facts for shards in hashes for name, facts in shards.items()}
+    for path, size in [(unfinished / name, facts["size"]) for name, facts in files.items()]:
+        if not checkpoint.appears(lambda path=path, size=size: path.stat().st_size == size):
+            raise SaveFailed(f"{path}, which another rank has written, is not seen by rank 0")
     for name in (".metadata", "state.json"):
         files[name] = checkpoint.described(unfinished / name)
     (unfinished / "manifest.json").write_text(json.dumps({"files": files}, indent=2))

@@ -14,7 +14,7 @@ import torch
 from nanomed.batches.loader import Loader, split
 from nanomed.batches.slices import Slices
 from nanomed.config import InputError, ModelConfig, Run, nearest
-from nanomed.distributed import rank_from_env
+from nanomed.meeting import rank_from_env
 from nanomed.model.decoder import Aquila
 from nanomed.runs.log import PEAK_FLOPS, flops_of
 from nanomed.stages import memory

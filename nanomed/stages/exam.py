@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanomed.batches.loader import Loader
+from nanomed.config import ROOT
 from nanomed.model.decoder import Aquila
 from nanomed.model.generation import greedy_in_lockstep
 from nanomed.records import Chat, read_json
@@ -14,7 +15,7 @@ from nanomed.runs.log import RunFolder
 from nanomed.stages.answers import held_out_chats, taught_facts
 from nanomed.text.template import Encoder
 
-EXAM = Path("samples/exam.jsonl")
+EXAM = ROOT / "samples/exam.jsonl"
 OPTION = re.compile(r"^\s*([A-H])\s*[.．、:：)）]", re.MULTILINE)
 LETTER = re.compile(r"[A-H]([^A-Za-z0-9\s]|\s*$)")  # "B", "B。..." and not "A fever ..."
 SEVERAL = re.compile(r"[A-H]\s*([、,，;；/&+和及与或]|and\b|or\b)\s*[A-H](?![A-Za-z0-9])")
@@ -32,10 +33,10 @@ def show_exam(model: Aquila, encoder: Encoder, loader: Loader, run: RunFolder) -
     """Prints the shares for held-out option chats and, where the sample world was trained on, its
     exam. Every rank calls it."""
     sets = {"held-out option questions": held_out_items(loader)}
-    if all(Path(path).parent == EXAM.parent for path in loader.data.meta["files"]):
+    if all(Path(path).resolve().parent == EXAM.parent for path in loader.data.meta["files"]):
         taught = taught_facts(loader)
         for name, wanted in (("stated in training", True), ("never stated", False)):
-            sets[f"{EXAM}, facts {name}"] = exam_items(EXAM, taught, wanted)
+            sets[f"samples/{EXAM.name}, facts {name}"] = exam_items(EXAM, taught, wanted)
     run.print("share of right letters (greedy, the first letter of the answer):")
     for name, items in sets.items():
         if items:

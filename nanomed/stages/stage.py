@@ -11,9 +11,10 @@ import kernels
 from nanomed import hf
 from nanomed.batches import slices
 from nanomed.batches.loader import Loader
-from nanomed.config import MODELS, InputError, ModelConfig, Run
-from nanomed.distributed import World, from_main, rank_from_env, shard
+from nanomed.config import MODELS, ROOT, InputError, ModelConfig, Run, beside_the_scripts
+from nanomed.distributed import World, from_main, shard
 from nanomed.hf import pretrained
+from nanomed.meeting import rank_from_env
 from nanomed.model.decoder import Aquila, init_weights
 from nanomed.model.recompute import set_recompute
 from nanomed.runs import checkpoint
@@ -21,8 +22,6 @@ from nanomed.runs.log import RunFolder
 from nanomed.stages import data_report, memory
 from nanomed.text import template, tokenizer
 from nanomed.training.optim import lr_at
-
-OUR_TOKENIZER = "samples/tokenizer.model"
 
 
 def model_and_encoder(c: Run) -> tuple[ModelConfig, template.Encoder]:
@@ -39,7 +38,7 @@ def model_and_encoder(c: Run) -> tuple[ModelConfig, template.Encoder]:
 
 
 def _fresh(c: Run) -> tuple[ModelConfig, template.Encoder]:
-    tok = tokenizer.load(c.tokenizer or OUR_TOKENIZER)
+    tok = tokenizer.load(c.tokenizer or beside_the_scripts("samples/tokenizer.model"))
     encoder = template.Encoder(template.load(c.template or "chatml"), tok)
     model = MODELS[c.model or "tiny"]
     if model is MODELS["tiny"]:
@@ -150,7 +149,7 @@ def with_newest_sft(c: Run) -> Run:
         return c
     sft = Path("runs/sft")
     if (sft / "checkpoints").exists():
-        return dataclasses.replace(c, init=str(sft.resolve().relative_to(Path.cwd().resolve())))
+        return dataclasses.replace(c, init=str(sft.with_name(sft.resolve().name)))
     if rank_from_env()[0] == 0:
         print(
             "no fine-tuned model in runs/: this starts from an untrained one and shows little; run "
@@ -175,7 +174,7 @@ def export(c: Run, model: Aquila, encoder: template.Encoder, run: RunFolder) -> 
     about = {"stage": c.stage} | dataclasses.asdict(c)
     hf.export(model, encoder.tokenizer, folder, dtype, encoder.template, replace=True, about=about)
     run.print(f"exported to {folder} ({dtype}), for transformers and vLLM".replace("torch.", ""))
-    run.print(f"run folder: {run.path}")
+    run.print(f"run folder: {run.path.absolute()}")
 
 
 # Of the demonstration: a tenth of stage 1's learning rate, as in the paper, and chats among the
@@ -200,7 +199,8 @@ def second_stage(c: Run, run: RunFolder) -> str:
 
 def may_show_text(c: Run) -> bool:
     """Real records may be patients'; they stay off the screen unless asked for."""
-    return c.show_text or all(Path(path).parts[:1] == ("samples",) for path in c.data)
+    ours = ROOT / "samples"
+    return c.show_text or all(Path(path).resolve().is_relative_to(ours) for path in c.data)
 
 
 def begin(
@@ -243,7 +243,8 @@ def begin(
     lrs = [lr_at(k, n, c.lr, c.warmup_ratio, c.min_lr_ratio) for k in points]
     run.print(
         f"plan: {n:,} steps of {c.batch_size} examples, {loader.steps_per_epoch:,} per epoch; "
-        f"lr at 0, 25, 50, 75, 100%: {', '.join(f'{lr:.1e}' for lr in lrs)}; into {run.path}"
+        f"lr at 0, 25, 50, 75, 100%: {', '.join(f'{lr:.1e}' for lr in lrs)}; "
+        f"into {run.path.absolute()}"
     )
 
 

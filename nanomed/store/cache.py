@@ -1,6 +1,5 @@
-"""Which store belongs to which input: the cache's keys, its locks, and what both kinds share."""
+"""Which store belongs to which input: the cache's keys, and what both kinds of stores share."""
 
-import fcntl
 import hashlib
 import json
 import os
@@ -11,18 +10,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from nanomed import locks
 from nanomed.config import InputError
 
 CACHE = Path("runs/cache")
 PACKAGE = Path(__file__).parent.parent
-# The code that turns files into ids.
-READERS = ("records/__init__", "records/files", "records/shapes", "records/chats")
-FORMATTER = (*READERS, "text/template", "text/tokenizer", "text/tokenizer_files", "store/cache")
-
-
-def code(names: tuple[str, ...]) -> dict[str, str]:
-    """Each file's SHA-256: the version of the code that a store was written by."""
-    return {name: digest(PACKAGE / f"{name}.py") for name in names}
+PROBED = 16  # records of each file whose ids are a part of the key
 
 
 def digest(path: str | Path) -> str:
@@ -56,18 +49,40 @@ def progress(files: list[str], done: int = 0) -> tqdm:
 def cached(kind: str, parts: list[str], write: Callable[[Path], None]) -> Path:
     """The folder of the store under the key of `parts`. Where it does not exist yet, one process
     of each machine writes it and the others wait, before any process group exists that could time
-    out."""
+    out. On a disk whose locks are each machine's own several may write: the first to end wins."""
     folder = CACHE / f"{kind}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]}"
     if ranks()[1] > 0:
         while not folder.exists():
             time.sleep(0.1)
-    CACHE.mkdir(parents=True, exist_ok=True, mode=0o700)  # the data may be patients'
-    with open(f"{folder}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # a second launch on the same data waits here
+        return folder
+    try:
+        lock = locks.take(Path(f"{folder}.lock"))  # a second launch on the same data waits here
+    except InputError as error:
+        raise InputError(
+            f"{error}. Tokenised data is kept in {CACHE.absolute()}: start the script from a "
+            "folder that you may write to"
+        ) from None
+    with lock:
         if not folder.exists():
-            unfinished = Path(f"{folder}.unfinished")
-            shutil.rmtree(unfinished, ignore_errors=True)
-            unfinished.mkdir()
+            unfinished = _own(folder)
             write(unfinished)
-            unfinished.rename(folder)
+            try:
+                unfinished.rename(folder)
+            except OSError:
+                if not folder.exists():
+                    raise
+                shutil.rmtree(unfinished)
     return folder
+
+
+def _own(folder: Path) -> Path:
+    """An empty folder beside this one that only this process writes; those of processes of this
+    machine that are gone are deleted."""
+    prefix = f"{folder.name}.unfinished-{os.uname().nodename}-"
+    for left in folder.parent.glob(f"{prefix}*"):
+        if not Path(f"/proc/{left.name.removeprefix(prefix)}").exists():
+            shutil.rmtree(left, ignore_errors=True)
+    own = folder.with_name(f"{prefix}{os.getpid()}")
+    shutil.rmtree(own, ignore_errors=True)
+    own.mkdir()
+    return own

@@ -10,18 +10,18 @@ import json
 from array import array
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
 from nanomed.config import InputError
 from nanomed.records import Chat, PreferencePair, names_of, read_chats, read_pairs
-from nanomed.store.cache import FORMATTER, cached, code, digest, group_key, progress
+from nanomed.store.cache import PROBED, cached, digest, group_key, progress
 from nanomed.store.tally import Tally, report_of
+from nanomed.store.versions import versions
 from nanomed.text import segment
 from nanomed.text.template import Encoder, Segment
-
-CODE = (*FORMATTER, "records/pairs", "store/tally", "store/examples")
 
 
 class Store:
@@ -140,7 +140,8 @@ def _open(kind, files, read, encode, encoder, seq_len, allow_drop, fields) -> St
         encoder.tokenizer.fingerprint(),
         encoder.template.to_json(),
         str(seq_len),
-        *code(CODE).values(),
+        json.dumps(versions(encoder, kind)),
+        *(_first_ids(path, fields, read, encode) for path in files),
     ]
     write = lambda folder: _write(folder, kind, files, fields, read, encode, seq_len)  # noqa: E731
     store = Store(cached(kind, parts, write))
@@ -148,6 +149,16 @@ def _open(kind, files, read, encode, encoder, seq_len, allow_drop, fields) -> St
         raise InputError(f"{store.folder} is damaged; delete it and start again")
     _check_drops(store.meta["report"], seq_len, allow_drop)
     return store
+
+
+def _first_ids(path: str, fields: Sequence[str], read, encode) -> str:
+    """A hash of what a file's first records become: a line that somebody changes to try it takes
+    effect, though it has raised no number of VERSIONS."""
+    found = hashlib.sha256()
+    for _, example, _ in islice(read(path, names_of(fields)), PROBED):
+        segments = [] if example.dropped else encode(example)[0]
+        found.update(repr((example.group, segments)).encode())
+    return found.hexdigest()
 
 
 def _check_drops(report: dict, seq_len: int, allow_drop: float) -> None:

@@ -23,6 +23,7 @@ from nanomed.config import InputError
 from nanomed.store.cache import digest
 from nanomed.store.shards import DTYPES, file_of
 from nanomed.store.texts import RENDERED
+from nanomed.store.versions import check_versions
 
 
 class Piece(NamedTuple):
@@ -179,7 +180,7 @@ def read_manifest(folder: Path) -> dict:
 
 
 def check(store: Documents, identity: dict) -> None:
-    """Raises InputError unless the store was written with this tokenizer, template and code."""
+    """Raises InputError unless the ids are those that this tokenizer, template and code make."""
     found = store.manifest
     if found.get("tokenizer") != identity["tokenizer"]:
         raise InputError(f"{store.folder} was tokenised with another tokenizer than this run's")
@@ -187,12 +188,8 @@ def check(store: Documents, identity: dict) -> None:
     for name in ("document_end", *(["template"] if rendered else [])):
         if found.get(name) != identity[name]:
             raise InputError(f"{store.folder} was tokenised with another {name} than this run's")
-    code = found.get("code") or {}
-    if changed := [name for name in identity["code"] if code.get(name) != identity["code"][name]]:
-        raise InputError(
-            f"{store.folder} was written by another version of nanomed ({', '.join(changed)} "
-            "changed); tokenise the files again"
-        )
+    wanted = {p: n for p, n in identity["versions"].items() if rendered or p != "chats"}
+    check_versions(str(store.folder), found.get("versions", {}), wanted)
 
 
 def verify(folder: Path) -> None:

@@ -1,31 +1,32 @@
 """Files into a store of documents: in order, shard by shard, and on from the last whole one."""
 
-import fcntl
 import hashlib
 import json
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
+from nanomed import locks
 from nanomed.config import InputError
-from nanomed.records import names_of
-from nanomed.store.cache import FORMATTER, cached, code, digest, progress
+from nanomed.records import names_of, read_texts
+from nanomed.store.cache import PROBED, cached, digest, progress
 from nanomed.store.pool import in_order, n_cores
 from nanomed.store.shards import Shard, file_of, finished, write_json
 from nanomed.store.stream import Documents, check
 from nanomed.store.tally import Facts, Tally, report_of
-from nanomed.store.texts import Encoded, batches
+from nanomed.store.texts import Batch, Encoded, batches, encode
+from nanomed.store.versions import check_versions, versions
 from nanomed.text.template import Encoder
 
 SHARD_TOKENS = 32 << 20  # at most, 128 MiB; a document longer than that has a shard of its own
 SMALL = 8 << 20  # bytes of files that are read before other processes have started
 SOURCES = 100  # of so many in a file each is named in the report, the rest together
-CODE = (*FORMATTER, "store/shards", "store/texts", "store/writing")
 
 
 def documents(files: list[str], encoder: Encoder, fields: Sequence[str] = ()) -> Documents:
@@ -38,7 +39,8 @@ def documents(files: list[str], encoder: Encoder, fields: Sequence[str] = ()) ->
         folder = Path(files[0])
     else:
         plan = _plan(files, encoder, fields, SHARD_TOKENS)
-        parts = [json.dumps(plan), *map(digest, files)]
+        first = [_first_ids(path, encoder, fields) for path in files]
+        parts = [json.dumps(plan), *map(digest, files), *first]
         small = sum(map(os.path.getsize, files)) < SMALL
         processes = 1 if small else n_cores()
 
@@ -49,6 +51,18 @@ def documents(files: list[str], encoder: Encoder, fields: Sequence[str] = ()) ->
     store = Documents(folder)
     check(store, _identity(encoder))
     return store
+
+
+def _first_ids(path: str, encoder: Encoder, fields: Sequence[str]) -> str:
+    """A hash of what a file's first records become: a line that somebody changes to try it takes
+    effect, though it has raised no number of VERSIONS."""
+    first = islice(read_texts(path, names_of(fields)), PROBED)
+    records = [(number, record) for number, record, _ in first]
+    if not records:
+        return ""
+    found = encode(Batch(0, path, records, 0), encoder)
+    content = repr((found.ids.tolist(), found.lengths, found.keys))
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def build(
@@ -62,15 +76,16 @@ def build(
     """Writes the store, or what of it is not written yet. Raises InputError as documents() does,
     and if the folder holds another store or the files have changed since it was begun. The
     number of processes changes nothing in it."""
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # the data may be patients'
     plan = _plan(files, encoder, fields, shard_tokens)
     if not (folder / "manifest.json").exists():
-        with _locked(folder / "unfinished.json") as begun:
+        with locks.take(folder / "unfinished.json", patience=0) as begun:
+            begun.seek(0)
             _go_on(folder, begun, plan, files)
             _write(folder, files, encoder, plan, n_processes)
     (folder / "unfinished.json").unlink(missing_ok=True)
     store = Documents(folder)
     _same(folder, plan, store.manifest)
+    check(store, plan)
     return store
 
 
@@ -131,7 +146,7 @@ def _identity(encoder: Encoder) -> dict:
         "tokenizer": encoder.tokenizer.fingerprint(),
         "document_end": encoder.document_end,
         "template": encoder.template.to_json(),
-        "code": code(CODE),
+        "versions": versions(encoder, "documents", "chats"),
     }
 
 
@@ -148,7 +163,9 @@ def _go_on(folder: Path, begun, plan: dict, files: list[str]) -> None:
         raise InputError(f"{error.filename}: {error.strerror}") from None
     text = begun.read()
     if any(folder.glob("shard-*")):
-        _same(folder, plan, json.loads(text or "{}"))
+        found = json.loads(text or "{}")
+        _same(folder, plan, found)
+        check_versions(str(folder), found.get("versions", {}), plan["versions"])
         return
     begun.truncate(0)  # what was begun, if anything, had come to nothing
     begun.write(json.dumps(plan))
@@ -157,22 +174,12 @@ def _go_on(folder: Path, begun, plan: dict, files: list[str]) -> None:
 
 
 def _same(folder: Path, plan: dict, found: dict) -> None:
-    if other := [name for name in plan if plan[name] != found.get(name)]:
+    names = set(plan) - {"versions"}
+    if other := sorted(name for name in names if plan[name] != found.get(name)):
         raise InputError(
             f"{folder} holds a store of other input ({', '.join(other)} differ); delete it or give "
             "--out another folder"
         )
-
-
-@contextmanager
-def _locked(path: Path):
-    with open(path, "a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(f"another process is writing to {path.parent}") from None
-        file.seek(0)
-        yield file
 
 
 class _Builder:

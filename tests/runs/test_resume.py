@@ -1,5 +1,6 @@
 """--resume: what it finds, what it refuses, and how a group restarted by torchrun goes on."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -61,23 +62,30 @@ def test_auto_starts_or_goes_on(world, tmp_path):
 
 
 def test_a_group_restarted_by_torchrun_goes_on_in_its_own_folder(world, tmp_path, monkeypatch):
-    """Although another run of the stage has started since, and without --resume."""
+    """Although another run has started since, and without --resume; whichever machine's
+    torchrun counts the restart. A launch that died before it had a folder starts its own, though
+    torchrun gives all the same id ("none")."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "mine")
-    mine = begun(world, Path("runs/sft-001"))
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "theirs")
-    theirs = RunFolder(SFT(), world, RUN)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    of = lambda launch, attempt: dataclasses.replace(world, launch=(launch, attempt))  # noqa: E731
+    mine = begun(of("mine", "1"), Path("runs/sft-001"))
+    theirs = RunFolder(SFT(), of("theirs", "1"), RUN)
     assert theirs.path.name == "sft-002"
     theirs.close()
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "mine")
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    again = RunFolder(SFT(), world, RUN)
+    again = RunFolder(SFT(), of("mine", "2"), RUN)
     assert again.path == mine.path and again.resume_from.name == "step-000003"
     again.close()
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "theirs")  # which had not saved yet
-    again = RunFolder(SFT(), world, RUN)
+    again = RunFolder(SFT(), of("theirs", "2"), RUN)  # which had not saved yet
     assert again.path == theirs.path and again.resume_from is None
     again.close()
+    other = RunFolder(SFT(), of("died at once", "2"), RUN)
+    assert other.path.name == "sft-003" and other.resume_from is None
+    other.close()
+    with pytest.raises(InputError, match="already holds a run"):
+        RunFolder(SFT(out=str(mine.path)), of("another", "1"), RUN)
+    second = RunFolder(SFT(), of("mine", "2"), RUN)  # of one process, and no restart
+    assert second.path.name == "sft-004"
+    second.close()
 
 
 def test_a_folder_that_cannot_be_written_is_an_error_before_the_first_step(world):

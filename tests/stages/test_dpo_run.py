@@ -32,6 +32,11 @@ def test_without_a_fine_tuned_model_the_user_is_told_what_to_run(tmp_path, monke
     (tmp_path / "runs/sft-002/checkpoints").mkdir(parents=True)
     (tmp_path / "runs/sft").symlink_to("sft-002")
     assert stage.with_newest_sft(DPO()).init == "runs/sft-002"
+    shutil.move(tmp_path / "runs", tmp_path / "large disk")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    Path("runs").symlink_to("../large disk")
+    assert stage.with_newest_sft(DPO()).init == "runs/sft-002"
     assert capsys.readouterr().out == ""
 
 
@@ -51,9 +56,8 @@ def run_on(pairs: str, monkeypatch) -> None:
 def workplace(tmp_path, monkeypatch, encoder) -> Path:
     """Twenty pairs of the samples and a model of random weights."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "samples").mkdir()
     lines = (ROOT / "samples/dpo.jsonl").read_text("utf-8").splitlines(True)
-    (tmp_path / "samples/few.jsonl").write_text("".join(lines[:20]), "utf-8")
+    (tmp_path / "few.jsonl").write_text("".join(lines[:20]), "utf-8")
     torch.manual_seed(0)
     model = Aquila(ModelConfig(encoder.tokenizer.vocab_size, 1, 64, 2, 1, 96, 512, 1e6, 1e-5, True))
     hf.export(model, encoder.tokenizer, tmp_path / "start", torch.float32, encoder.template)
@@ -79,7 +83,7 @@ def answers_of_transformers(folder: Path, encoder, questions: list[str]) -> list
 def test_dpo_shows_answers_before_and_after(workplace, monkeypatch, capsys, encoder):
     """Held-out questions with the chosen answer as the reference, answered by the weights before
     the first step and by those of the best checkpoint: transformers says the same of both."""
-    run_on("samples/few.jsonl", monkeypatch)
+    run_on("few.jsonl --show_text", monkeypatch)
     said = capsys.readouterr().out
     start, before, after = (
         "start: loss within", "answered by the model as it starts (greedy):",
@@ -90,7 +94,7 @@ def test_dpo_shows_answers_before_and_after(workplace, monkeypatch, capsys, enco
     assert said.count(before) == said.count(after) == 1
 
     parts = said[places[1] : places[2]], said[places[4] :]
-    records = {r["conversations"][0]["value"]: r for _, r, _ in read_records("samples/few.jsonl")}
+    records = {r["conversations"][0]["value"]: r for _, r, _ in read_records("few.jsonl")}
     questions = [q for q in records if f"  question   {q}" in parts[0]]
     assert 2 <= len(questions) <= 6
     both = [answers_of_transformers(Path(f), encoder, questions) for f in ("start", "run/export")]
@@ -104,11 +108,13 @@ def test_dpo_shows_answers_before_and_after(workplace, monkeypatch, capsys, enco
 
 
 def test_text_that_may_be_a_patients_stays_off_the_screen(workplace, monkeypatch, capsys):
-    shutil.move("samples/few.jsonl", "clinic.jsonl")
-    run_on("clinic.jsonl", monkeypatch)
+    """Also where it lies in a folder that is called samples, but is not the project's."""
+    (workplace / "samples").mkdir()
+    shutil.move("few.jsonl", "samples/clinic.jsonl")
+    run_on("samples/clinic.jsonl", monkeypatch)
     said = capsys.readouterr().out
     assert "step 2/2" in said and "answered by" not in said
-    for _, record, _ in read_records("clinic.jsonl"):
+    for _, record, _ in read_records("samples/clinic.jsonl"):
         texts = record["conversations"][0]["value"], record["chosen"], record["rejected"]
         assert not any(text in said for text in texts)
 

@@ -187,9 +187,9 @@ DAMAGE = {
     "other counts": (lambda f: change(f, "tokens", 1), "manifest.json is damaged .the shards"),
     "other tokenizer": (lambda f: change(f, "tokenizer", "0"), "with another tokenizer than"),
     "other end": (lambda f: change(f, "document_end", 5), "with another document_end"),
-    "other code": (
-        lambda f: change(f, "code", {"store/texts": "0"}),
-        r"another version of nanomed \(records/__init__, .*; tokenise the files again",
+    "other ids": (
+        lambda f: change(f, "versions", {}),
+        "has ids of version none of 'documents', .*; tokenise the files again",
     ),
     "no store": (lambda f: (f / "manifest.json").unlink(), "not a finished store"),
 }

@@ -45,12 +45,12 @@ def test_what_goes_in_comes_out(file, encoder):
 
 def test_a_second_launch_reads_nothing_again(file, encoder, monkeypatch):
     first = build(file, encoder)
-    monkeypatch.setattr(examples, "read_chats", lambda path: pytest.fail("tokenised twice"))
+    monkeypatch.setattr(examples, "_write", lambda *_: pytest.fail("tokenised twice"))
     assert build(file, encoder).folder == first.folder
 
 
-def test_the_key_covers_all_that_the_ids_depend_on(file, encoder, tmp_path, monkeypatch):
-    """Data, tokenizer, template, seq_len and code."""
+def test_the_key_covers_all_that_the_ids_depend_on(file, encoder, tmp_path):
+    """Data, tokenizer, template, seq_len; test_versions.py has the code."""
     keys = {build(file, encoder).folder}
     keys.add(build(file, encoder, seq_len=255).folder)
     other = dataclasses.replace(CHATML, system="Other.")
@@ -58,12 +58,10 @@ def test_the_key_covers_all_that_the_ids_depend_on(file, encoder, tmp_path, monk
     text = (ROOT / "samples/sft.jsonl").read_text().splitlines()[:300]
     tokenizer.train(text, tmp_path / "other.model", vocab_size=5000)
     keys.add(build(file, Encoder(CHATML, tokenizer.load(tmp_path / "other.model"))).folder)
-    monkeypatch.setattr(examples, "CODE", examples.CODE[:-1])  # as if code had changed
-    keys.add(build(file, encoder).folder)
     with open(file, "a") as handle:
         handle.write('\n{"instruction": "a", "output": "b"}')
     keys.add(build(file, encoder).folder)
-    assert len(keys) == 6
+    assert len(keys) == 5
 
 
 def test_too_many_dropped_chats_stop_the_run(tmp_path, encoder):
@@ -130,10 +128,8 @@ def test_the_report_has_every_file_and_source(tmp_path, encoder):
 def test_one_process_tokenises_and_the_others_wait_without_a_collective(file, encoder, monkeypatch):
     """Threads stand in for the other ranks; there is no process group here."""
     passes, opened = [], []
-    original = examples.read_chats
-    monkeypatch.setattr(
-        examples, "read_chats", lambda *read: (passes.append(1), original(*read))[1]
-    )
+    original = examples._write
+    monkeypatch.setattr(examples, "_write", lambda *a: (passes.append(1), original(*a))[1])
     local_rank = threading.local()
     monkeypatch.setattr(cache, "ranks", lambda: (0, local_rank.value))
 

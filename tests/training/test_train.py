@@ -221,7 +221,7 @@ def test_a_folder_that_is_written_to_is_left_alone(tmp_path, world):
 
     first = RunFolder(SFT(out=str(tmp_path / "x")), world)
     (tmp_path / "x/config.json").unlink()
-    with pytest.raises(InputError, match="another run is writing"):
+    with pytest.raises(InputError, match="another process is writing"):
         RunFolder(SFT(out=str(tmp_path / "x")), world)
     first.close()
 

@@ -1,0 +1,117 @@
+"""Where processes find one another, before they are a group; and when one has failed, who says why.
+
+torchrun on each machine starts processes, counts their restarts by itself, and keeps one place that
+all processes see: a store of keys and values. It outlives them.
+"""
+
+import json
+import os
+import sys
+import time
+import uuid
+from datetime import timedelta
+
+import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
+
+from nanomed.config import InputError
+
+# How long a rank waits for the others. On a GPU, where nobody waits for a disk, a few minutes: a
+# link or a GPU that hangs is noticed by nothing else. In host memory, for the slowest disk among
+# them. A rank that is gone is noticed by torchrun.
+PATIENCE_GPU, PATIENCE = timedelta(minutes=15), timedelta(hours=2)
+
+
+def rank_from_env() -> tuple[int, int, int, int]:
+    """(rank, world size, rank on this node, processes on this node), as torchrun sets them;
+    one process if it was not used."""
+    names = ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)
+    return tuple(int(os.environ.get(name, default)) for name, default in names)
+
+
+def place(rank: int, size: int) -> tuple[dist.Store, tuple[str, str]]:
+    """Where processes find one another, and World.launch. torchrun keeps the place over its
+    restarts, with the addresses of the processes that are gone: each attempt has a part of it to
+    itself."""
+    needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    if lacking := [name for name in needed if name not in os.environ]:
+        if size > 1:
+            raise InputError(
+                f"WORLD_SIZE is {size}, but {', '.join(lacking)} not set; torchrun sets all of them"
+            )
+        return dist.HashStore(), (uuid.uuid4().hex, "")
+    store, *_ = next(rendezvous("env://", timeout=PATIENCE))
+    launch = store.compare_set("launch", "", uuid.uuid4().hex).decode()
+    attempt = _attempt(store, rank, size)
+    return dist.PrefixStore(attempt, store), (launch, attempt)
+
+
+WAIT_IS_SAID = 60.0  # seconds between two lines of who waits for others
+LINGER = 10.0  # seconds: the first to fail comes to its message, and torchrun then ends the others
+
+
+def _attempt(store: dist.Store, rank: int, size: int) -> str:
+    """A new name, the same on all ranks. No count serves: each machine's torchrun counts restarts
+    by itself. So rank 0 makes a name, every other rank answers with it and a name of its own, and
+    once all have answered rank 0 shows their answers: whoever finds its own among them goes on.
+    What an earlier attempt has left in the store is in nobody's answer."""
+    mine, (_, _, local_rank, _) = uuid.uuid4().hex, rank_from_env()
+    since = said = time.monotonic()
+    while True:
+        name, missing = _call(store, size, mine) if rank == 0 else _answer(store, rank, mine)
+        if name:
+            return name
+        now = time.monotonic()
+        waits = f"rank {rank} has waited {now - since:.0f} s for {missing} to start"
+        if now - since > PATIENCE.total_seconds():
+            raise InputError(f"{waits}; look at the screens of the other machines")
+        if now - said > WAIT_IS_SAID and local_rank == 0:
+            print(waits, flush=True)
+            said = now
+        time.sleep(0.1)
+
+
+def _call(store: dist.Store, size: int, name: str) -> tuple[str, str]:
+    """(the attempt's name once all have answered to it, else who has not)."""
+    store.set("attempt", name)
+    answers = [_read(store, f"answer {rank}") for rank in range(1, size)]
+    missing = [rank for rank, answer in enumerate(answers, 1) if not answer.startswith(name)]
+    if not missing:
+        store.set("answers", " ".join(answers))
+    return "" if missing else name, f"ranks {missing[:8]}" + " and more" * (len(missing) > 8)
+
+
+def _answer(store: dist.Store, rank: int, mine: str) -> tuple[str, str]:
+    name = _read(store, "attempt")
+    store.set(f"answer {rank}", f"{name}:{mine}")
+    heard = f"{name}:{mine}" in _read(store, "answers").split()
+    return name if heard else "", "rank 0"
+
+
+def _read(store: dist.Store, key: str) -> str:
+    return store.get(key).decode() if store.check([key]) else ""
+
+
+def tell_torchrun(words: str) -> None:
+    """Its closing table shows the words in place of a traceback."""
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        about = {"py_callstack": words, "timestamp": str(int(time.time()))}
+        with open(file, "w") as out:
+            json.dump({"message": {"message": words, "extraInfo": about}}, out)
+
+
+def another_failed_before(store: dist.Store, rank: int, error: Exception) -> bool:
+    """What a rank meets when another has failed is a connection that was closed: the reason is on
+    that one's screen. Where that is another machine's, one line says it here too."""
+    _, _, local_rank, _ = rank_from_env()
+    mine = json.dumps([os.uname().nodename, rank, f"{type(error).__name__}: {error}"])
+    try:
+        host, first, reason = json.loads(store.compare_set("failed", "", mine))
+    except RuntimeError:  # the place is gone
+        return False
+    if first == rank:
+        return False
+    if host != os.uname().nodename and local_rank == 0:
+        print(f"error: rank {first} on {host} has failed: {reason}", file=sys.stderr)
+    time.sleep(LINGER)
+    return True

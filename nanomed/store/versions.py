@@ -1,0 +1,37 @@
+"""Which version of the code a store's ids come from.
+
+What turns a file into ids has parts, and each part a number: how many lines it has here. A store
+keeps the numbers of the parts that made it and is read as long as they are these; so it survives
+any change of the code that does not change its ids. tests/store/test_versions.py holds every number
+to the ids it makes: if they change, it asks for a line, which says what is other.
+"""
+
+from nanomed.config import InputError
+from nanomed.text.template import Encoder
+
+FIRST = "the first that has a number"
+VERSIONS = {
+    "documents": [FIRST],  # texts of files
+    "chats": [FIRST],  # chats of files, rendered by a template
+    "pairs": [FIRST],  # preference pairs, likewise
+    "SentencePieceTokenizer": [FIRST],
+    "RankTokenizer": [FIRST],
+    "JsonTokenizer": [FIRST],
+}
+
+
+def versions(encoder: Encoder, *parts: str) -> dict[str, int]:
+    """The numbers of these parts and of the tokenizer's kind."""
+    named = (*parts, type(encoder.tokenizer).__name__)
+    return {part: len(VERSIONS.get(part, ())) for part in named}
+
+
+def check_versions(store: str, found: dict[str, int], wanted: dict[str, int]) -> None:
+    """Raises InputError, saying what has changed since, if a store has other numbers than these."""
+    for part, version in wanted.items():
+        if (since := found.get(part, 0)) != version:
+            changes = "; ".join(VERSIONS[part][since:]) or "a later nanomed has written it"
+            raise InputError(
+                f"{store} has ids of version {since or 'none'} of {part!r}, this nanomed makes "
+                f"version {version} ({changes}); tokenise the files again"
+            )
