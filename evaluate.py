@@ -3,6 +3,7 @@
     python evaluate.py --model MODEL --tasks paper --data benchmarks --shots 3 --out evals/sft
     torchrun --nproc_per_node 8 evaluate.py --model MODEL ...              the same on several GPUs
     python evaluate.py show mmlu_anatomy --data benchmarks --shots 3       the exact prompts
+    python evaluate.py compare evals/sft evals/dpo                         which items changed
 
 The first is scored by likelihood; stopped at any moment, the same command goes on. What the numbers
 mean is in docs/evaluation.md.
@@ -18,6 +19,7 @@ import torch
 from nanomed.config import InputError
 from nanomed.distributed import alone_or_start, launch, pick_device
 from nanomed.evals import benchmarks, report, tasks
+from nanomed.evals import compare as pairs
 from nanomed.evals.folder import open_folder
 from nanomed.evals.items import Split
 from nanomed.evals.requests import PROTOCOLS, Request, requests_of
@@ -120,6 +122,19 @@ def show(argv: list[str]) -> None:
         print(f"right: {request.continuations[request.gold]!r}\n")
 
 
+def compare(argv: list[str]) -> None:
+    """Two evaluations of the same items: exact McNemar, and the difference with its interval."""
+    parser = _parser("compare", compare.__doc__)
+    parser.add_argument("a", type=Path, help="the --out of one model")
+    parser.add_argument("b", type=Path, help="the --out of the other")
+    parser.add_argument(
+        "--json", action="store_true", help="all of it, with the changed items' ids"
+    )
+    c = parser.parse_args(argv)
+    found = pairs.compare(c.a, c.b)
+    print(json.dumps(found, indent=2) if c.json else report.differences(found))
+
+
 def _parser(command: str, does: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(
         prog=f"evaluate.py {command}".strip(),
@@ -149,7 +164,7 @@ def _load(c: argparse.Namespace, device: torch.device) -> Aquila:
     return pretrained.load(c.model, device, stage.compute_dtype(c, device))
 
 
-COMMANDS = {"show": show}
+COMMANDS = {"show": show, "compare": compare}
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
-"""What an evaluation shows: a table on the screen, and one page of HTML."""
+"""What an evaluation shows: tables on the screen, and one page of HTML."""
 
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -8,14 +9,34 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     against (chance, always the commonest letter), and how often each letter was chosen."""
     rows = [("", "n", "acc", "+-", "acc_norm", "macro", "chance", "commonest", "chosen (right)")]
     for name, r in results.items():
-        common = f"{r['majority']['acc']:.1%}" if "majority" in r else ""
-        letters = [f"{k} {p} ({g})" for k, (p, g) in r.get("letters", {}).items()]
+        letters = [
+            f"{choice} {chosen} ({right})" for choice, (chosen, right) in r["letters"].items()
+        ]
         shares = [f"{r[key]:.2%}" for key in ("acc", "stderr", "acc_norm", "macro", "chance")]
+        common = f"{r['majority']['acc']:.1%}"
         rows.append((name, f"{r['n']:,}", *shares, common, "  ".join(letters)))
+    return aligned(rows)
+
+
+def differences(found: dict[str, dict[str, Any]]) -> str:
+    rows = [("", "n", "first", "second", "difference", "95% interval", "only 1st", "only 2nd", "p")]
+    for name, r in found.items():
+        low, high = r["interval"]
+        accuracies = [f"{acc:.2%}" for acc in r["acc"]]
+        only = [str(len(r[side])) for side in ("only_a", "only_b")]
+        interval = f"{100 * low:+.2f} to {100 * high:+.2f}"
+        change = f"{100 * r['difference']:+.2f}"
+        rows.append((name, f"{r['n']:,}", *accuracies, change, interval, *only, f"{r['p']:.3g}"))
+    return aligned(rows)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Columns of text; the first one and a last one of words begin at the left."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    wordy = {0} | ({len(widths) - 1} if " " in rows[0][-1] else set())
     return "\n".join(
         "  ".join(
-            cell.ljust(width) if i in (0, 8) else cell.rjust(width)
+            cell.ljust(width) if i in wordy else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in rows

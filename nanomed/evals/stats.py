@@ -43,14 +43,12 @@ def bootstrap(
 ) -> tuple[float, float]:
     """The 95% interval of the mean. Drawn again are whole clusters (a dialogue's turns are not
     independent of each other), by default single values."""
-    values = np.asarray(values, float)
-    _, which = np.unique(
-        np.arange(len(values)) if clusters is None else clusters, return_inverse=True
-    )
-    sums, sizes = np.bincount(which, values), np.bincount(which)
-    rng, means = np.random.default_rng(seed), np.empty(N_BOOTSTRAP)
-    for i in range(N_BOOTSTRAP):
-        drawn = rng.integers(len(sums), size=len(sums))
-        means[i] = sums[drawn].sum() / sizes[drawn].sum()
-    low, high = np.quantile(means, [0.025, 0.975])
+    labels = range(len(values)) if clusters is None else clusters
+    _, which = np.unique(np.asarray(labels), return_inverse=True)
+    sums, sizes = np.bincount(which, np.asarray(values, float)), np.bincount(which)
+    # Clusters of the same sum and size are alike: how often each kind is drawn is multinomial.
+    kinds, counts = np.unique(np.stack([sums, sizes], 1), axis=0, return_counts=True)
+    rng = np.random.default_rng(seed)
+    drawn = rng.multinomial(len(sums), counts / len(sums), N_BOOTSTRAP)
+    low, high = np.quantile(drawn @ kinds[:, 0] / (drawn @ kinds[:, 1]), [0.025, 0.975])
     return float(low), float(high)
