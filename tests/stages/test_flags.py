@@ -17,6 +17,7 @@ from tests.ranks import script
 FLAGS = {
     "init": "start", "tokenizer": str(ROOT / "samples/tokenizer.model"), "template": "chatml",
     "data": "data.jsonl", "val_data": "val.jsonl", "val_fraction": "0.3", "out": "run",
+    "fields": "source=kind",
     "steps": "2", "epochs": "3", "batch_size": "4", "micro_tokens": "600", "seq_len": "300",
     "lr": "0.01", "min_lr_ratio": "0.2", "warmup_ratio": "0.5", "weight_decay": "0.2",
     "grad_clip": "0.5", "dropout": "0.2", "seed": "7", "recompute": "lean",
