@@ -134,8 +134,9 @@ class Run:
         1.0, "largest global gradient norm; 0: no clipping", (UNPUBLISHED,) * 4
     )
     dropout: float = _flag(
-        0.1,
-        "share of each residual branch set to 0 in training",
+        0.0,
+        "share of each residual branch set to 0 in training; weights that were trained without it\n"
+        "lose much by it: docs/recipe.md",
         (UNPUBLISHED, UNPUBLISHED, "0.1", UNPUBLISHED),
     )
     seed: int = _flag(0, "number that decides the order of examples, fresh weights and dropout")
@@ -219,7 +220,6 @@ class SFT(Run):
         "lr": 1e-3,
         "epochs": 6,
         "batch_size": 16,
-        "dropout": 0.0,
         "seq_len": 1024,
         "min_lr_ratio": 0.1,
         "warmup_ratio": 0.05,
@@ -254,7 +254,6 @@ class CPT(Run):
     seq_len: int = _default("seq_len", 4096)
     lr: float = _default("lr", 1e-4)
     warmup_ratio: float = _default("warmup_ratio", 0.05)
-    dropout: float = _default("dropout", 0.0)
     hardware: str = _default("hardware", "24xA100-40G")
 
 
@@ -274,7 +273,6 @@ class DPO(Run):
     batch_size: int = _default("batch_size", 64)
     lr: float = _default("lr", 2e-7)
     warmup_ratio: float = _default("warmup_ratio", 0.1)
-    dropout: float = _default("dropout", 0.0)
     beta: float = _flag(
         0.03, "weight of a nat of log-probability ratio in the loss", (NO_MATTER,) * 3 + ("0.03",)
     )

@@ -17,7 +17,7 @@ def test_without_arguments_the_demonstration():
 def test_with_weights_the_recipe():
     c = parse(SFT, ["--init", "folder"])
     assert (c.lr, c.batch_size, c.seq_len, c.epochs) == (2e-6, 128, 2048, 2)
-    assert (c.dropout, c.weight_decay, c.val_fraction) == (0.1, 0.1, 0.1)
+    assert (c.dropout, c.weight_decay, c.val_fraction) == (0.0, 0.1, 0.1)
 
 
 def test_file_then_flags(tmp_path):

@@ -13,7 +13,7 @@ from nanomed.runs.log import Meter, RunFolder, is_terminal, step_line
 from nanomed.runs.saves import Saver
 from nanomed.training.faults import Signals, Spikes, note_bad, note_spike
 from nanomed.training.optim import adamw, lr_at
-from nanomed.training.step import Loss, Step, evaluate, reduced, train_step
+from nanomed.training.step import Loss, Step, dropout_cost, evaluate, reduced, train_step
 
 
 def fit(config: Run, model: nn.Module, loader: Loader, loss: Loss, run: RunFolder) -> None:
@@ -33,6 +33,8 @@ def fit(config: Run, model: nn.Module, loader: Loader, loss: Loss, run: RunFolde
         if _due(config.eval_every, loader, start) and not validated:
             saver.validated(evaluate(model, loader, loss, run, start))
     else:
+        if model.config.dropout:
+            _say_dropout(model.config.dropout, run, *dropout_cost(model, loader))
         evaluate(model, loader, loss, run, start)
 
     meter, spikes = Meter(model.config, run.world.size), Spikes()
@@ -74,6 +76,16 @@ def fit(config: Run, model: nn.Module, loader: Loader, loss: Loss, run: RunFolde
             f"the last checkpoint could not be saved; make room and go on with --out {run.path} "
             "--resume"
         )
+
+
+def _say_dropout(share: float, run: RunFolder, dropped: float, whole: float) -> None:
+    much = not dropped <= 1.1 * whole  # a loss that is not finite, too
+    run.print(
+        ("WARNING: " if much else "")
+        + f"--dropout {share} makes the loss of the first row {dropped:.3f}, without it "
+        f"{whole:.3f} ({dropped / whole - 1:+.1%})"
+        + ("; such weights were trained without: --dropout 0 (docs/recipe.md)" if much else "")
+    )
 
 
 def _due(every: int, loader: Loader, done: int) -> bool:

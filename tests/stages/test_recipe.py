@@ -22,12 +22,14 @@ REPORT = {
     "epochs": (1, 1, 2, 2),
     "val_fraction": (None, None, 0.1, None),
     "weight_decay": (None, None, 0.1, None),
-    "dropout": (None, None, 0.1, None),
+    "dropout": (None, None, 0.1, None),  # not followed: SPOILS says why
     "dtype": (None, None, "bf16", None),
     "beta": (None, None, None, 0.03),
     "hardware": ("24xA100-40G", "24xA100-40G", "8xA100-40G", "8xA100-40G"),
     "examples": (math.ceil(60e9 / 4096), math.ceil(20e9 / 4096), 320_000, 12_727),
 }
+
+SPOILS = ("dropout", "sft")  # published and not followed, for the reason that the ledger gives
 
 
 def config(name: str) -> Run:
@@ -59,6 +61,9 @@ def test_configs_equal_the_ledger_and_the_report(column, name):
         cell, value = cells[column], getattr(c, flag, "—")
         assert type(value)(cell.strip("*")) == value, (name, flag)
         published = REPORT.get(flag, (None,) * 4)[column]
+        if (flag, name) == SPOILS:
+            assert value != published and f"published is {published}" in cells[4]
+            published = None
         assert (published is not None) == ("*" not in cell and cell != "—"), (name, flag)
         if published is not None:
             assert value == published, (name, flag)
