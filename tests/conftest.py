@@ -3,6 +3,7 @@
 import functools
 import os
 import sys
+import tempfile
 from contextlib import suppress
 from pathlib import Path
 
@@ -10,6 +11,15 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+# Two threads wait for each other at every operation; on a busy machine one is faster. In the
+# environment it holds for the scripts that tests run, too.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+if sys.dont_write_bytecode:  # each process would compile all of torch's Python anew, for seconds
+    compiled = tempfile.TemporaryDirectory(prefix="nanomed-tests-")
+    sys.dont_write_bytecode, sys.pycache_prefix = False, compiled.name
+    os.environ |= {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": compiled.name}
 
 import torch  # noqa: E402
 
@@ -35,7 +45,6 @@ from nanomed.config import ModelConfig  # noqa: E402
 from nanomed.text import template, tokenizer  # noqa: E402
 from tests.ranks import Pool  # noqa: E402
 
-# Two threads wait for each other at every operation; on a busy machine one is faster.
 torch.set_num_threads(1)
 
 
@@ -75,6 +84,13 @@ def pool():
     """Four processes that stay warm: pool(n, function, *arguments) runs it on n ranks."""
     with Pool(4) as joined:
         yield joined
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _started_early(request):
+    """The pool's processes import torch while the first tests run, if any test needs them."""
+    if any("pool" in item.fixturenames for item in request.session.items):
+        request.getfixturevalue("pool")
 
 
 @pytest.fixture(scope="session")

@@ -25,10 +25,11 @@ from tests.documents import random_documents, slices_of
 
 SMALL = ModelConfig(97, 2, 128, 2, 1, 96, 512, 1e6, 1e-5, True)
 N_STEPS = 12
+ROWS = 256  # tokens of a row, by the number of ranks: each has two rows a step
 
 
 def settings(out: str, **changes) -> SFT:
-    fixed = dict(lr=1e-2, batch_size=16, epochs=3, seq_len=64, micro_tokens=128, warmup_ratio=0.0)
+    fixed = dict(lr=1e-2, batch_size=16, epochs=3, seq_len=64, micro_tokens=ROWS, warmup_ratio=0.0)
     return SFT(**{**fixed, "save_every": 2, "eval_every": 4, "out": out, **changes})
 
 
@@ -46,7 +47,7 @@ def loader_of(world, c: SFT) -> Loader:
     lengths = random.Random(5)
     data = ListData.of_lengths([lengths.randrange(3, 60) for _ in range(71)])
     return Loader(
-        data, np.arange(64), np.arange(64, 71), batch_size=16, micro_tokens=c.micro_tokens,
+        data, np.arange(64), np.arange(64, 71), batch_size=16, micro_tokens=ROWS // world.size,
         epochs=c.epochs, rank=world.rank, world_size=world.size,
     )  # fmt: skip
 
@@ -59,7 +60,8 @@ def _sft(world, given: dict):
 def _dpo(world, given: dict):
     from tests.training import test_dpo
 
-    fixed = dict(lr=1e-3, beta=0.1, batch_size=16, epochs=3, seq_len=64, micro_tokens=128)
+    rows = ROWS // world.size
+    fixed = dict(lr=1e-3, beta=0.1, batch_size=16, epochs=3, seq_len=64, micro_tokens=rows)
     c = DPO(**fixed, save_every=2, eval_every=4, **given)
     loss = test_dpo.loss_of(test_dpo.random_reference(71), c)
     return c, test_dpo.loader_of(world, c, 64, n_val=7), loss
@@ -67,7 +69,8 @@ def _dpo(world, given: dict):
 
 def _cpt(world, given: dict):
     """Two sources, one of which is gone through again in the middle of the run."""
-    fixed = dict(lr=1e-3, batch_size=16, epochs=3, seq_len=32, micro_tokens=128, steps=N_STEPS)
+    rows = ROWS // world.size
+    fixed = dict(lr=1e-3, batch_size=16, epochs=3, seq_len=32, micro_tokens=rows, steps=N_STEPS)
     c = CPT(**fixed, save_every=2, eval_every=4, **given)
     sources = [random_documents(60, 0), random_documents(20, 1)]
     data = slices_of(sources, c.seq_len, [Fraction(1, 2)] * 2, [random_documents(5, 2)] * 2, 0)
@@ -182,7 +185,7 @@ POINTS = {
     "between the note and best": (checkpoint, "point_best", None, 0),
     "while best moves": (checkpoint, "point", _is("best"), 0),
     "while an old checkpoint is deleted": (checkpoint.shutil, "rmtree", _is("step-000002.old"), 0),
-    "in the middle of accumulation": (torch.Tensor, "backward", "third", -1),
+    "in the middle of accumulation": (torch.Tensor, "backward", 4, -1),
     "before the update": (torch.optim.AdamW, "step", None, -1),
     "at an epoch's edge": (trainer, "train_step", lambda *a: a[5] == 8, 0),
     "while a line is logged": (log.RunFolder, "append", None, 0),
@@ -193,7 +196,7 @@ BESIDE_A_WRITER = {
     "a validation, while shards are written": (Aquila, "forward", _validates_meanwhile, 0),
     "a validation is over, its save is not": (saves.Saver, "validated", _meanwhile, 0),
     "the next save waits": (saves.Saver, "save", _meanwhile, -1),
-    "the copy of the next save, before it is whole": (saves.HostCopy, "_copied", "third", -1),
+    "the copy of the next save, before it is whole": (saves.HostCopy, "_copied", 3, -1),
 }
 
 
@@ -208,7 +211,8 @@ def arm(name: str, world, run) -> None:
     def dying(*arguments, **named):
         armed = any(path.name >= "step-000004" for path in checkpoint.steps(run.checkpoints))
         calls["n"] += armed
-        due = calls["n"] == 3 if when == "third" else when is None or when(*arguments)
+        nth = isinstance(when, int)  # the fourth backward pass is a step's second
+        due = calls["n"] == when if nth else when is None or when(*arguments)
         if armed and due:
             if attribute == "rmtree":  # half of it is gone
                 next(Path(arguments[0]).iterdir()).unlink()

@@ -4,6 +4,7 @@ import importlib
 import multiprocessing as mp
 import os
 import tempfile
+import threading
 import traceback
 from contextlib import chdir, nullcontext
 from unittest import mock
@@ -18,6 +19,7 @@ class Pool:
         self.size = size
 
     def __enter__(self) -> "Pool":
+        """Returns at once; the first call waits until they are there."""
         # A fork is cheaper by seconds, but forks hash strings alike. Processes that torchrun starts
         # do not, so what goes through a set in another order on each rank must be seen here too.
         contexts = [mp.get_context("spawn"), *[server()] * (self.size - 1)]
@@ -27,17 +29,19 @@ class Pool:
             context.Process(target=_serve, args=(theirs,), daemon=True)
             for context, (_, theirs) in zip(contexts, pipes, strict=True)
         ]
-        for process in self.processes:
-            process.start()
+        self.starting = threading.Thread(target=lambda: [p.start() for p in self.processes])
+        self.starting.start()
         return self
 
     def __exit__(self, *_) -> None:
+        self.starting.join()
         for process in self.processes:
             process.kill()
             process.join()
 
     def __call__(self, n_ranks: int, function, *arguments) -> list:
         """function(world, *arguments) on each of n_ranks ranks of a new group; the results."""
+        self.starting.join()
         with tempfile.TemporaryDirectory() as folder:
             for rank, pipe in enumerate(self.pipes[:n_ranks]):
                 pipe.send((function, arguments, rank, n_ranks, folder))

@@ -70,7 +70,7 @@ def fuzz(reader, fuzzer, folder, n: int) -> None:
 @pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("fuzzer", [fuzz_records, fuzz_bytes])
 def test_only_named_errors(reader, fuzzer, tmp_path):
-    fuzz(reader, fuzzer, tmp_path, 200)
+    fuzz(reader, fuzzer, tmp_path, 100)
 
 
 @pytest.mark.slow

@@ -254,7 +254,7 @@ def train(world, model_config, out, changes, dies=(), n_steps=20):
     """A run in the folder `out`; `dies` (module, name, step) is a function that ends it once that
     step is saved. What it leaves behind."""
     saving = dict(save_every=5, eval_every=10, save="blocking", out=out)
-    c = settings(batch_size=16, micro_tokens=128, epochs=5, **saving, **changes)
+    c = settings(batch_size=16, micro_tokens=256, epochs=5, **saving, **changes)
     model = sharded(world, model_config, dropout=c.dropout)
     run = RunFolder(c, world)
     loader = loader_of(world, 61, c, max_steps=n_steps)

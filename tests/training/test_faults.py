@@ -109,7 +109,7 @@ class One:
 
 def test_five_in_a_row_end_the_run_and_lose_nothing(pool, tmp_path):
     """Four do not. What was trained before them is saved, and a resume goes on behind them."""
-    four = pool(2, train, str(tmp_path / "four"), {5, 6, 7, 8})
+    four = pool(1, train, str(tmp_path / "four"), {5, 6, 7, 8}, 0)
     assert four[0]["outcome"] is None
     five = pool(2, train, str(tmp_path / "five"), {5, 6, 7, 8, 9})
     for rank in (0, 1):

@@ -107,7 +107,7 @@ SAVES = ["blocking", "background"]
 OTHERS = sorted(set(STAGES) - {"sft"})
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", [2, 5, 6, 7])  # one and two ranks, early and late
 def test_killed_at_a_random_time(forks, straight, tmp_path, seed):
     kill_at_a_random_time(forks, straight, tmp_path / "run", 1 + seed % 2, seed)
 
@@ -117,12 +117,12 @@ IN_THE_SUITE = {
     "between shards and manifest": (2, "background"),
     "between manifest and rename": (1, "blocking"),
     "between rename and latest": (1, "background"),
-    "in the middle of validation": (2, "blocking"),
+    "in the middle of validation": (1, "blocking"),
     "between the note and best": (1, "background"),
     "while an old checkpoint is deleted": (1, "background"),
     "in the middle of accumulation": (2, "background"),
     "a step, while shards are written": (2, "background"),
-    "a validation is over, its save is not": (2, "background"),
+    "a validation is over, its save is not": (1, "background"),
 }
 
 
