@@ -102,7 +102,8 @@ def _document(record: dict) -> list[Document]:
     ]
 
 
-ITEM = (*OPENING, *QUESTION, *exams.KEYS, "explanation")
+ASKED = (*OPENING, "instruction", "context", "input")
+ITEM = (*ASKED, *exams.KEYS, "explanation")
 FORMATS = [
     Format(CHAT, "messages", chats.dialogue, (*OPENING, "instruction")),
     Format(PAIR, "chosen rejected", pairs.chosen_rejected, (*OPENING, *pairs.PROMPTS)),
@@ -112,7 +113,7 @@ FORMATS = [
     Format(CHAT, "question|instruction answer_idx|answer|output A B", chats.exam,
            (*ITEM, *exams.LETTERS), exams.in_columns),
     Format(CHAT, "question|prompt|instruction|input answer|output", chats.question_answer,
-           (*OPENING, "instruction", "context", "input"), lambda record: not _is_pair(record)),
+           ASKED, lambda record: not _is_pair(record)),
     Format(CHAT, "ask answer", chats.toyhom, (*OPENING, "title")),
     Format(CHAT, "data", chats.question_list, OPENING, lambda r: isinstance(r["data"], list)),
     Format(CHAT, "prompt completion", chats.prompt_completion, OPENING),

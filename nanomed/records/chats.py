@@ -4,8 +4,8 @@ line in nanomed/records/__init__.py."""
 import re
 from typing import Any
 
-from nanomed.records.exams import BARE, exam_of, render
-from nanomed.records.fields import given
+from nanomed.records.exams import BARE, KEYS, exam_of, render
+from nanomed.records.fields import filled, given
 from nanomed.records.shapes import (
     BadField,
     Chat,
@@ -67,9 +67,12 @@ def _paired(
 
 def exam(record: dict) -> list[Chat]:
     """CMB, C-Eval, CMExam, MMLU and others: the options are asked with the question."""
+    if not filled(record[given(record, KEYS)]):
+        return question_answer(record)  # and it is dropped
     item, chat = exam_of(record), opening(record)
     chat.turns += render(item).turns
     chat.group = item.question  # the options may stand in another order
+    chat.dropped = "empty question" * blank(item.question)
     return [chat]
 
 

@@ -36,12 +36,13 @@ NO_PROMPT = (
 )
 
 
-def chosen_rejected(record: dict) -> list[PreferencePair]:
+def chosen_rejected(record: dict, chosen: str = "chosen") -> list[PreferencePair]:
     """TRL, MedicalGPT, LLaMA-Factory: both answers are texts, single turns or lists of turns. What
     both lists begin with is (the rest of) the prompt, compared turn by turn and never within a
     text."""
-    answers = {name: json_of(record[name]) for name in ("chosen", "rejected")}
-    before, prompt = opening(record), _prompt(record)
+    answers = {name: json_of(record[name]) for name in (chosen, "rejected")}
+    rest = {name: value for name, value in record.items() if name not in answers}
+    before, prompt = opening(record), _prompt(rest)
     if all(isinstance(answer, str | None) for answer in answers.values()):
         texts = [text_of(answer, name) for name, answer in answers.items()]
         return [_of_texts(record, before, prompt, texts)]
@@ -77,8 +78,7 @@ def rejected_beside(record: dict) -> list[PreferencePair]:
     chosen, rejected = json_of(record[name]), json_of(record["rejected"])
     if isinstance(chosen, list) and isinstance(rejected, str):
         rejected = [*chosen[:-1], {"role": "assistant", "content": rejected}]
-    rest = {key: value for key, value in record.items() if key != name}
-    return chosen_rejected(rest | {"chosen": chosen, "rejected": rejected})
+    return chosen_rejected(record | {name: chosen, "rejected": rejected}, name)
 
 
 def output_pair(record: dict) -> list[PreferencePair]:
@@ -107,7 +107,8 @@ def checked(pair: PreferencePair, record: dict) -> PreferencePair:
     pair.dropped = pair.dropped or next((cause for holds, cause in why if holds), "")
     if any(map(ADDRESS.fullmatch, (pair.chosen, pair.rejected))):
         pair.notes.append(ADDRESS_NOTE)
-    said = words_of("".join([pair.system, *(text for _, text in pair.turns)]))
+    texts = [pair.system, *(text for _, text in pair.turns), pair.chosen, pair.rejected]
+    said = words_of("".join(texts))
     for name in PROMPTS:
         if any(words_of(text) not in said for text in _texts_in(json_of(record.get(name)))):
             pair.unread.append(name)
