@@ -21,8 +21,10 @@ def parse(cls: type[Run], argv: list[str] | None = None, base: dict[str, Any] | 
     if base is None:
         base = {} if "init" in {**from_file, **given} or "config" in given else cls.FRESH
     run = cls(**{**base, **from_file, **given})
-    found = {n: list(map(beside_the_scripts, getattr(run, n))) for n in ("data", "val_data")}
-    found |= {n: beside_the_scripts(getattr(run, n)) for n in ("tokenizer", "template")}
+    lists = [n for n in ("data", "val_data") if hasattr(run, n)]
+    found = {n: list(map(beside_the_scripts, getattr(run, n))) for n in lists}
+    paths = [n for n in ("tokenizer", "template") if hasattr(run, n)]
+    found |= {n: beside_the_scripts(getattr(run, n)) for n in paths}
     return dataclasses.replace(run, **found)
 
 
@@ -33,7 +35,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser(cls: type[Run]) -> argparse.ArgumentParser:
     parser = _Parser(
-        prog=f"train_{cls.stage}.py",
+        prog=getattr(cls, "script", "") or f"train_{cls.stage}.py",
         allow_abbrev=False,  # --batch would silently mean --batch_size
         argument_default=argparse.SUPPRESS,  # what was not given leaves no trace
         formatter_class=argparse.RawTextHelpFormatter,

@@ -12,7 +12,16 @@ from tests.conftest import ROOT
 
 CORE = {"torch", "sentencepiece", "numpy", "safetensors", "tqdm"}
 # Imported where used.
-OPTIONAL = {"tiktoken", "tokenizers", "triton", "matplotlib", "jinja2", "pyarrow", "zstandard"}
+OPTIONAL = {
+    "tiktoken",
+    "tokenizers",
+    "triton",
+    "matplotlib",
+    "jinja2",
+    "pyarrow",
+    "ray",
+    "zstandard",
+}
 SOURCES = sorted([*ROOT.glob("*.py"), *ROOT.glob("nanomed/**/*.py"), *ROOT.glob("kernels/*.py")])
 
 

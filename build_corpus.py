@@ -1,0 +1,279 @@
+"""A medical corpus out of a general one, on one page.
+
+    python build_corpus.py                                     a demonstration on samples/raw
+    python build_corpus.py --data RAW/*.jsonl.gz --out corpus  all cores of this machine
+    torchrun --nproc_per_node 16 build_corpus.py ...           or a Slurm array: ranks share shards
+    python build_corpus.py --engine ray ...                    a cluster (needs ray[default])
+
+Every stage keeps a document or drops it with a reason, a value and a limit (OUT/report.html). The
+same command goes on after a kill, and its result does not depend on who did the work. docs/data.md
+explains the stages.
+"""
+
+import json
+import sys
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+from nanomed import arguments
+from nanomed.build import classifier, decontaminate, duplicates, labels, report, rules
+from nanomed.build.labeller import Endpoint
+from nanomed.build.pipeline import Build, run
+from nanomed.build.runner import ENGINES, Runner, mark
+from nanomed.build.shards import Judge, Tally
+from nanomed.config import InputError, beside_the_scripts, nearest
+
+KINDS = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet")  # in a folder; each also as .gz
+
+
+def _flag(default: Any, help: str, paper: str = "", choices: tuple = ()) -> Any:
+    words = f"{help}{f' (the paper: {paper})' if paper else ''}"
+    return field(default=default, metadata={"help": words, "paper": (), "choices": choices})
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The settings. Those without a mark below decide what the result is; a folder has one set."""
+
+    script: ClassVar[str] = "build_corpus.py"
+    FRESH: ClassVar[dict[str, Any]] = {}
+
+    config: str = _flag("", "TOML file with any of these settings; flags come after it and win")
+    data: list[str] = _flag((), "files or folders of documents; default: samples/raw")
+    out: str = _flag("", "the build's folder; the demonstration's is runs/corpus")
+    fields: list[str] = _flag((), "other names of fields, as KNOWN=THEIRS: text=body")
+    min_tokens: int = _flag(20, "rule: fewest tokens (Chinese characters, words)", "unpublished")
+    max_special: float = _flag(
+        0.2, "rule: largest share of characters that are no letters and no common punctuation",
+        "unpublished",
+    )  # fmt: skip
+    max_repetition: float = _flag(0.3, "rule: largest share of 10-token runs that come again")
+    max_toxic: float = _flag(5.0, "rule: most toxic words per 1,000 characters", "unpublished")
+    toxic_words: str = _flag("", "file of toxic words, one a line; default: ours")
+    private: str = _flag(
+        "drop", "rule: documents with private data", "drops them", ("drop", "mask", "keep")
+    )
+    labels: list[str] = _flag((), "files of labelled documents: text, and domain or quality")
+    labeller: str = _flag("", "endpoint that labels documents of the pool: http://HOST/v1")
+    labeller_model: str = _flag("", "the model it is asked for", "GPT-4")
+    label_documents: int = _flag(20_000, "documents it is asked about, twice each", "20,000")
+    min_domain: float = _flag(0.5, "least probability of medicine where no label chooses a limit")
+    min_quality: float = _flag(3.0, "least quality, of 0 to 6, for stage 2", "unpublished")
+    general: float = _flag(0.02, "share of the other documents that is put aside for stage 1")
+    near_dup_jaccard: float = _flag(0.8, "least share of 5-token runs that near duplicates share")
+    decontaminate: list[str] = _flag((), "files of benchmarks whose questions must not be learned")
+    shard_chars: int = _flag(32 << 20, "characters in a shard, what one process works at")
+    # These change nothing in the result.
+    stop_after: str = _flag("", "the last stage to run; default: all")
+    engine: str = _flag("auto", "who works; auto: ranks under a launcher, else this machine",
+                        choices=ENGINES)  # fmt: skip
+    workers: int = _flag(0, "processes of this machine; 0: one per core")
+    max_cost: float = _flag(-1.0, "most that the labeller may cost in all; -1: no limit")
+    price_in: float = _flag(-1.0, "price of a million tokens that it reads; -1: not given")
+    price_out: float = _flag(-1.0, "price of a million tokens that it writes; -1: not given")
+    send_texts_to: str = _flag("", "host that documents' texts may be sent to")
+    retry_failed: bool = _flag(False, "ask the labeller again where its answer could not be read")
+    show_text: bool = _flag(False, "texts of dropped documents in the lists and the report")
+
+    def __post_init__(self) -> None:
+        for name in ("max_special", "max_repetition", "min_domain", "general"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"--{name} is {getattr(self, name)}; it must be between 0 and 1")
+        if not 0 < self.near_dup_jaccard <= 1:
+            raise InputError("--near_dup_jaccard must be above 0 and at most 1")
+        for name in ("private", "engine"):
+            choices = self.__dataclass_fields__[name].metadata["choices"]
+            if getattr(self, name) not in choices:
+                raise InputError(
+                    f"--{name} is {getattr(self, name)!r}; it must be one of {choices}"
+                )
+        if self.stop_after and self.stop_after not in STAGES:
+            hint = nearest(self.stop_after, STAGES)
+            raise InputError(
+                f"--stop_after {self.stop_after}: stages are {', '.join(STAGES)}{hint}"
+            )
+
+
+CHANGE_NOTHING = (
+    *("config", "out", "data", "stop_after", "engine", "workers", "max_cost", "price_in"),
+    *("price_out", "send_texts_to", "retry_failed", "show_text"),
+)
+DEMONSTRATION = {
+    "data": ["samples/raw"],
+    "labels": ["samples/raw_labels.jsonl.gz"],
+    "decontaminate": ["samples/exam.jsonl"],
+    "general": 0.5,
+    "show_text": True,
+}
+
+
+# ---------------------------------------------------------------- the stages, in their order
+
+
+def exact(c: Corpus, build: Build, folder: Path, shards: list[Path], tally: Tally) -> Judge:
+    return duplicates.find(build, folder, shards, tally.kept, least=0.0)
+
+
+def by_rules(c: Corpus, *_: Any) -> Judge:
+    words = Path(c.toxic_words) if c.toxic_words else rules.WORDS
+    limits = (c.min_tokens, c.max_special, c.max_repetition, c.max_toxic)
+    return rules.Limits(*limits, c.private, words).judge
+
+
+def domain(c: Corpus, build: Build, folder: Path, shards: list[Path], tally: Tally) -> Judge | str:
+    """The others are put aside, a share of them: general text for stage 1."""
+    return scored("domain", c, build, folder, shards, tally, c.min_domain, c.general)
+
+
+def near(c: Corpus, build: Build, folder: Path, shards: list[Path], tally: Tally) -> Judge:
+    return duplicates.find(build, folder, shards, tally.kept, least=c.near_dup_jaccard)
+
+
+def quality(c: Corpus, build: Build, folder: Path, shards: list[Path], tally: Tally) -> Judge | str:
+    """Stage 1 takes them all; so those below the limit are put aside."""
+    return scored("quality", c, build, folder, shards, tally, c.min_quality, 1.0)
+
+
+def without_benchmarks(c: Corpus, *_: Any) -> Judge | str:
+    if not c.decontaminate:
+        return "no benchmark is protected: give --decontaminate FILES"
+    return decontaminate.Benchmarks(tuple(c.decontaminate)).judge
+
+
+STAGES = {
+    "exact": exact,
+    "rules": by_rules,
+    "domain": domain,
+    "near": near,
+    "quality": quality,
+    "decontaminate": without_benchmarks,
+}
+
+
+def scored(
+    kind: str, c: Corpus, build: Build, folder: Path, shards: list[Path], tally: Tally,
+    limit: float, aside: float,
+) -> Judge | str:  # fmt: skip
+    """A model is trained on labelled documents, and its score has a limit."""
+    known = labels.read_labels(kind, c.labels)
+    if not known and not c.labeller:
+        return f"no labels with {kind!r}: give --labels FILE or --labeller URL"
+    chosen = labels.sample(build, folder, shards, tally, c.label_documents) if c.labeller else []
+
+    def all_labels() -> list[labels.Label]:
+        return known + (labels.ask(endpoint_of(c), kind, chosen, c.retry_failed) if chosen else [])
+
+    model = folder / "model/model.safetensors"
+    task = partial(classifier.write_model, path=model, kind=kind, labels=all_labels, limit=limit)
+    (facts,) = build.runner.run(model.parent, task, 1)
+    return classifier.Scorer(kind, model, facts["limits"], aside).judge
+
+
+def endpoint_of(c: Corpus) -> Endpoint:
+    return Endpoint(
+        c.labeller,
+        c.labeller_model,
+        Path(c.out) / "answers.jsonl",
+        price_in=None if c.price_in < 0 else c.price_in,
+        price_out=None if c.price_out < 0 else c.price_out,
+        max_cost=None if c.max_cost < 0 else c.max_cost,
+        send_texts_to=c.send_texts_to,
+    )
+
+
+# ---------------------------------------------------------------- a run
+
+
+def settings() -> Corpus:
+    c = arguments.parse(Corpus, base={})
+    if not c.data:
+        c = replace(c, **{k: v for k, v in DEMONSTRATION.items() if not getattr(c, k)})
+        c = replace(c, out=c.out or "runs/corpus", general=DEMONSTRATION["general"])
+    if not c.out:
+        raise InputError("give --out, the folder of the build")
+    lists = ("data", "labels", "decontaminate")
+    return replace(c, **{n: list(map(beside_the_scripts, getattr(c, n))) for n in lists})
+
+
+def files_of(paths: list[str]) -> list[str]:
+    """Files as they are, folders with all they hold, in the order of their names."""
+    found = []
+    for path in paths:
+        inside = sorted(map(str, Path(path).rglob("*"))) if Path(path).is_dir() else [path]
+        inside = (
+            [p for p in inside if p.removesuffix(".gz").endswith(KINDS)]
+            if inside != [path]
+            else inside
+        )
+        if not inside:
+            raise InputError(f"--data {path}: no file in it is {', '.join(KINDS)}")
+        found += inside
+    if len(set(found)) < len(found):
+        raise InputError(f"--data names {max(found, key=found.count)} twice")
+    return sorted(found)
+
+
+def deciding(c: Corpus) -> dict[str, Any]:
+    """The settings that the result depends on."""
+    return {name: value for name, value in vars(c).items() if name not in CHANGE_NOTHING}
+
+
+def facts(c: Corpus, build: Build, found: list[tuple[str, Tally | str]]) -> dict[str, Any]:
+    """What the report says beside the tallies."""
+    tallies = {name: tally for name, tally in found if isinstance(tally, Tally)}
+    more: dict[str, Any] = {
+        "settings": deciding(c),
+        "files": build.files,
+        "models": {},
+        "duplicates": {},
+    }
+    for number, name in enumerate(STAGES, 1):
+        folder = build.out / f"{number}-{name}"
+        for part, key, place in (("gone", "duplicates", "largest"), ("model", "models", "")):
+            if name in tallies and (said := mark(folder / part, 0)).exists():
+                content = json.loads(said.read_text("utf-8"))
+                more[key][name] = content[place] if place else content
+    if "decontaminate" in tallies:
+        index = decontaminate.index_of(tuple(c.decontaminate))
+        asked, missed = Counter(item.file for item in index.items), index.unprotected()
+        more["benchmarks"] = {
+            path: dict(
+                zip(
+                    ("touched", "dropped"),
+                    tallies["decontaminate"].touched.get(path, [0, 0]),
+                    strict=True,
+                )
+            )
+            | {"items": n, "unprotected": missed[path]}
+            for path, n in asked.items()
+        }
+    return more
+
+
+def main() -> None:
+    c = settings()
+    out, files = Path(c.out), files_of(c.data)
+    n = list(STAGES).index(c.stop_after) + 1 if c.stop_after else len(STAGES)
+    with Runner(c.engine, c.workers) as runner:
+        build = Build(out, files, list(c.fields), c.show_text, c.shard_chars, runner)
+        build.begin(deciding(c), [*c.labels, *c.decontaminate, *filter(None, [c.toxic_words])])
+        decontaminate.index_of(tuple(c.decontaminate))  # what cannot be read stops the run now
+        if c.labeller and runner.is_main:
+            endpoint_of(c).cache.file.close()
+        stages = [(name, partial(prepare, c)) for name, prepare in STAGES.items()][:n]
+        found = run(build, stages)
+        if runner.is_main:
+            report.write(out, found, facts(c, build, found))
+            print(
+                f"{out}/report.html says what became of every document; {out}/final has the corpus"
+            )
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"error: {error}")

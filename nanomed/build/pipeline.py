@@ -1,0 +1,174 @@
+"""A build from its files to its last stage: the plan, the stages in their order, what they kept.
+
+The same command goes on where a killed one stopped. A build whose settings, files or code differ
+from those of its folder is refused: it belongs in another folder.
+"""
+
+import gzip
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from nanomed.build import shards
+from nanomed.build.runner import Runner, whole
+from nanomed.build.shards import Judge, Tally, packed
+from nanomed.config import InputError
+from nanomed.locks import take
+from nanomed.store.cache import PACKAGE, digest
+
+PAGES = (
+    *("text.py", "shards.py", "duplicates.py", "rules.py", "private.py", "decontaminate.py"),
+    *("labels.py", "classifier.py", "words.txt", "prompts.toml"),
+)
+EDGE = 1 << 20  # bytes: a file is known by its size, its beginning and its end
+
+
+@dataclass
+class Build:
+    out: Path
+    files: list[str]  # sorted: their order is part of the documents' ids
+    fields: list[str]
+    show_text: bool
+    shard_chars: int  # a shard is some seconds' work, and what a kill may cost
+    runner: Runner
+
+    def begin(self, settings: dict[str, Any], others: list[str]) -> None:
+        """Writes the plan or compares it with the one that is there; `others` are files that the
+        result depends on, too. Raises InputError."""
+        facts = {path: [os.path.getsize(path), _edges(path)] for path in self.files + others}
+        pages = [*sorted(PACKAGE.glob("records/*.py")), *(PACKAGE / f"build/{p}" for p in PAGES)]
+        code = {str(page.relative_to(PACKAGE)): digest(page) for page in pages}
+        plan = {"settings": settings, "files": facts, "code": code}
+        plan, path = json.loads(json.dumps(plan)), self.out / "plan.json"
+        if self.runner.is_main:
+            self._lock = take(self.out / ".lock", patience=3.0)  # a killed run's workers end
+            for stale in self.out.rglob("*.unfinished"):
+                stale.unlink(missing_ok=True)
+            if not path.exists():
+                with whole(path) as file:
+                    file.write(json.dumps(plan, ensure_ascii=False, indent=1).encode())
+        while not path.exists():
+            time.sleep(0.1)
+        if differences := _differences(json.loads(path.read_text("utf-8")), plan):
+            raise InputError(
+                f"{self.out} holds a build with {'; '.join(differences)}. Give the settings and "
+                "files that it was begun with, or another --out"
+            )
+
+    def read(self) -> tuple[list[Path], list[int], Tally]:
+        """Cuts all files into shards: (their paths, the group of files of each, the tally)."""
+        out, groups = self.out / "0-read", shards.groups(self.files)
+        how = dict(files=self.files, fields=self.fields, show_text=self.show_text)
+        task = partial(shards.read_group, out=out, shard_chars=self.shard_chars, **how)
+        marks = self.runner.run(out / "groups", task, len(groups))
+        names = [f"{g:05d}-{k:03d}" for g, said in enumerate(marks) for k in range(said["shards"])]
+        tallies = [json.loads((out / f"{name}.done.json").read_text("utf-8")) for name in names]
+        paths = [out / f"{name}.jsonl.gz" for name in names]
+        return paths, [int(name[:5]) for name in names], Tally.of(tallies)
+
+    def judge(
+        self, folder: Path, paths: list[Path], judge: Judge, aside: bool = False
+    ) -> tuple[list[Path], Tally]:
+        """One stage: what it keeps of each shard, and the tally."""
+        how = dict(files=self.files, show_text=self.show_text)
+        how |= dict(judge=judge, aside=aside)
+        task = partial(shards.judge_shard, shards=paths, out=folder, **how)
+        tally = Tally.of(self.runner.run(folder, task, len(paths)))
+        return [folder / f"{i:05d}.jsonl.gz" for i in range(len(paths))], tally
+
+    def gather(self, name: str, folder: Path, paths: list[Path], groups: list[int]) -> None:
+        """Puts shards together, group by group of files, in `folder`; OUT/name points there."""
+        of_group = [[] for _ in shards.groups(self.files)]
+        for path, group in zip(paths, groups, strict=True):
+            of_group[group].append(path)
+        self.runner.run(folder, partial(write_final, out=folder, shards=of_group), len(of_group))
+        if self.runner.is_main:
+            new = self.out / f".{name}"
+            new.unlink(missing_ok=True)
+            new.symlink_to(folder.relative_to(self.out))
+            new.rename(self.out / name)
+
+    def say(self, text: str) -> None:
+        if self.runner.is_main:
+            print(text, flush=True)
+
+
+# A stage: (build, its folder, the shards, their tally) -> its judge, or why it does not run.
+Prepare = Callable[[Build, Path, list[Path], Tally], Judge | str]
+# What stages put aside, and the folder that it ends in when the last stage has judged it too.
+ASIDE = {"domain": "stage1-general", "quality": "stage1-medical"}
+
+
+def run(build: Build, stages: list[tuple[str, Prepare]]) -> list[tuple[str, Tally | str]]:
+    """All stages, one after another, then OUT/final and what was put aside for stage 1. The name
+    and the tally of each stage, `read` first, or why it did not run."""
+    paths, groups, tally = build.read()
+    found: list[tuple[str, Tally | str]] = [("read", tally)]
+    build.say(described("read", tally))
+    last, aside, judge = build.out / "0-read", {}, None
+    for number, (name, prepare) in enumerate(stages, 1):
+        folder = build.out / f"{number}-{name}"
+        judge = prepare(build, folder, paths, tally)
+        if isinstance(judge, str):
+            build.say(f"{name} DOES NOT RUN: {judge}")
+            found.append((name, judge))
+            continue
+        paths, tally = build.judge(folder, paths, judge, aside=name in ASIDE)
+        if name in ASIDE:
+            aside[ASIDE[name]] = [folder / path.name.replace(".", ".aside.", 1) for path in paths]
+        found.append((name, tally))
+        build.say(described(name, tally))
+        if build.runner.is_main:
+            for large in folder.glob("*/*.npy"):  # what later stages do not look at
+                large.unlink() if large.parent.name != "gone" else None
+        last = folder
+    build.gather("final", last / "final", paths, groups)
+    for kind, put in aside.items() if found[-1][0] == "decontaminate" else ():
+        if not isinstance(judge, str):
+            put, _ = build.judge(last / kind, put, judge)
+        build.gather(kind, last / f"{kind}-final", put, groups)
+    return found
+
+
+def described(name: str, tally: Tally) -> str:
+    dropped = ", ".join(f"{n:,} {reason}" for reason, n in sorted(tally.dropped.items()))
+    return f"{name}: {tally.read:,} read, {tally.kept:,} kept, dropped: {dropped or 'none'}"
+
+
+def write_final(g: int, out: Path, shards: list[list[Path]]) -> dict[str, int]:
+    """What the last stage kept of a group of files, in one file: its bytes do not depend on how the
+    group was cut into shards."""
+    n = 0
+    with whole(out / f"{g:05d}.jsonl.gz") as raw, packed(raw) as file:
+        for path in shards[g]:
+            with gzip.open(path) as lines:
+                for line in lines:
+                    file.write(line)
+                    n += 1
+    if not n:
+        (out / f"{g:05d}.jsonl.gz").unlink()  # an empty file would stop whoever reads it
+    return {"documents": n}
+
+
+def _edges(path: str) -> str:
+    """The digest of a file's beginning and end."""
+    with open(path, "rb") as file:
+        digest = hashlib.sha256(file.read(EDGE))
+        file.seek(max(0, os.path.getsize(path) - EDGE))
+        digest.update(file.read())
+    return digest.hexdigest()[:16]
+
+
+def _differences(was: dict, now: dict) -> list[str]:
+    return [
+        f"{name}: {was[part].get(name)!s:.60} there, {now[part].get(name)!s:.60} here"
+        for part in ("settings", "files", "code")
+        for name in sorted({*was[part], *now[part]})
+        if was[part].get(name) != now[part].get(name)
+    ]

@@ -1,0 +1,179 @@
+"""What became of every document: OUT/report.json for programs, OUT/report.html for people."""
+
+import json
+from collections.abc import Iterable
+from html import escape
+from math import log2
+from pathlib import Path
+from typing import Any
+
+from nanomed.build.runner import whole
+from nanomed.build.shards import BINS, SCALES, Tally
+
+SIZES = ("documents", "bytes", "tokens")
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 62em; margin: 2em auto; padding: 0 1em;
+  color: #222; background: #fff; }
+table { border-collapse: collapse; margin: .5em 0 1.5em; }
+td, th { padding: .15em .7em; text-align: right; border-bottom: 1px solid #ddd;
+  vertical-align: top; }
+td:first-child, th:first-child, td.text { text-align: left; }
+td.text { max-width: 34em; overflow-wrap: anywhere; white-space: pre-wrap; font-size: 13px; }
+svg { background: #f6f6f4; margin: .2em 0; }
+figure { margin: 0 1.5em 1em 0; display: inline-block; }
+.bar { background: #4a7a8c; height: .8em; } .note { background: #fff3d6; padding: .5em 1em; }
+summary { cursor: pointer; }
+"""
+
+
+def write(out: Path, stages: list[tuple[str, Tally | str]], more: dict[str, Any]) -> None:
+    """`stages`: the name and tally of each, or why it did not run; `more`: what else is known."""
+    for name, text in (
+        ("report.json", as_json(stages, more)),
+        ("report.html", as_html(stages, more)),
+    ):
+        with whole(out / name) as file:
+            file.write(text.encode())
+
+
+def as_json(stages: list[tuple[str, Tally | str]], more: dict[str, Any]) -> str:
+    """`stages` is a list of {name, read, kept, dropped: {reason: n}, ...}."""
+    found, kept = [], 0
+    for name, tally in stages:
+        if isinstance(tally, str):
+            found.append(
+                {"name": name, "read": kept, "kept": kept, "dropped": {}, "not_run": tally}
+            )
+            continue
+        kept = tally.kept
+        flow = [dict(zip(("source", "lang"), key.split("\t"), strict=True))
+                | dict(zip(SIZES, sizes, strict=True))
+                for key, sizes in sorted(tally.flow.items())]  # fmt: skip
+        found.append({"name": name, "read": tally.read, "kept": kept, "dropped": tally.dropped,
+                      "flow": flow, "limits": tally.limits, "histograms": tally.bins})  # fmt: skip
+    return json.dumps({"stages": found, **more}, ensure_ascii=False, indent=1)
+
+
+# ---------------------------------------------------------------- the page
+
+
+def as_html(stages: list[tuple[str, Tally | str]], more: dict[str, Any]) -> str:
+    ran = [(name, tally) for name, tally in stages if isinstance(tally, Tally)]
+    skipped = [f"{name} did not run: {why}" for name, why in stages if isinstance(why, str)]
+    parts = [f"<p class=note>{escape(text)}</p>" for text in skipped]
+    parts += ["<h2>What each stage kept</h2>", waterfall(ran)]
+    parts += ["<h2>By source and language</h2>", by_source(ran)]
+    for title, rows in tables(more).items():
+        parts += [f"<h2>{title}</h2>", table(rows)]
+    for name, tally in ran:
+        if tally.bins:
+            parts += [f"<h2>{name}: values and limits</h2>", *map(str, figures(tally))]
+            parts += [
+                examples(key, tally) for key in sorted({k.rpartition("\t")[0] for k in tally.near})
+            ]
+    body = "\n".join(parts)
+    return (
+        f"<!doctype html><html lang=en><meta charset=utf-8><title>Corpus</title>"
+        f"<style>{STYLE}</style><h1>What became of every document</h1>\n{body}</html>"
+    )
+
+
+def waterfall(ran: list[tuple[str, Tally]]) -> str:
+    rows, first = [["stage", *SIZES, "", "dropped"]], None
+    for name, tally in ran:
+        sizes = total(tally)
+        first = first or max(1, sizes[0] + sum(tally.dropped.values()))
+        bar = Raw(f"<div class=bar style='width:{160 * sizes[0] / first:.0f}px'></div>")
+        why = ", ".join(f"{n:,} {reason}" for reason, n in sorted(tally.dropped.items()))
+        rows.append([name, *sizes, bar, why])
+    return table(rows)
+
+
+def by_source(ran: list[tuple[str, Tally]]) -> str:
+    keys = sorted({key for _, tally in ran for key in tally.flow})
+    rows = [["source, language", *(name for name, _ in ran)]]
+    for size, what in enumerate(SIZES):
+        rows.append([Raw(f"<b>{what}</b>"), *[""] * len(ran)])
+        for key in keys:
+            counts = [tally.flow.get(key, [0] * 3)[size] for _, tally in ran]
+            rows.append([key.replace("\t", ", "), *counts])
+    return table(rows)
+
+
+def total(tally: Tally) -> list[int]:
+    return [sum(sizes[i] for sizes in tally.flow.values()) for i in range(3)]
+
+
+def tables(more: dict[str, Any]) -> dict[str, list[list]]:
+    found = {}
+    if more.get("benchmarks"):
+        rows = [["benchmark", "questions", "not protected", "documents with a run", "dropped"]]
+        for path, facts in more["benchmarks"].items():
+            rows.append([path, *(facts[k] for k in ("items", "unprotected", "touched", "dropped"))])
+        found["Benchmarks"] = rows
+    for name, groups in more.get("duplicates", {}).items():
+        if groups:
+            rows = [["kept document", "record", "dropped for it"], *groups]
+            found[f"Largest groups, {name}"] = rows
+    for name, facts in more.get("models", {}).items():
+        flat = [[k, json.dumps(v, ensure_ascii=False)] for k, v in facts.items()]
+        found[f"The model of {name}"] = [["", ""], *flat]
+    return found
+
+
+def figures(tally: Tally) -> Iterable[str]:
+    """A histogram of each value and language, its limit drawn."""
+    for key, bars in sorted(tally.bins.items()):
+        name, lang = key.split("\t")
+        high, grows = SCALES.get(name, (1.0, False))
+        limit = tally.limits[key]
+        at = log2(1 + limit) / log2(1 + high) if grows else limit / high
+        most = max(bars)
+        rects = "".join(
+            f"<rect x={6 * i} y={80 - 75 * n / most:.1f} width=5 height={75 * n / most:.1f} "
+            f"fill=#4a7a8c><title>{n:,}</title></rect>"
+            for i, n in enumerate(bars)
+            if n
+        )
+        x = min(1.0, max(0.0, at)) * 6 * BINS
+        line = f"<line x1={x:.1f} x2={x:.1f} y1=0 y2=80 stroke=#c33 stroke-width=2 />"
+        yield (
+            f"<figure><svg width={6 * BINS} height=80 role=img>{rects}{line}</svg>"
+            f"<figcaption>{escape(name)}, {lang}: 0 to {high:,.0f}{', logarithmic' * grows}; "
+            f"limit {limit:.4g}</figcaption></figure>"
+        )
+
+
+def examples(key: str, tally: Tally) -> str:
+    name, lang = key.split("\t")
+    parts = []
+    for side in ("kept", "dropped"):
+        rows = [[value, file, record, Text(text)] for *_, file, record, value, text in
+                tally.near.get(f"{key}\t{side}", [])]  # fmt: skip
+        if rows:
+            parts.append(f"<h4>{side}</h4>" + table([["value", "file", "record", "text"], *rows]))
+    title = f"{name}, {lang}: nearest to the limit"
+    return f"<details><summary>{escape(title)}</summary>{''.join(parts)}</details>"
+
+
+class Raw(str):
+    """HTML as it is."""
+
+
+class Text(str):
+    """A document's text."""
+
+
+def table(rows: list[list]) -> str:
+    head, *others = rows
+    lines = ["<tr>" + "".join(f"<th>{cell(value)}</th>" for value in head) + "</tr>"]
+    for row in others:
+        cells = (f"<td{' class=text' * isinstance(v, Text)}>{cell(v)}</td>" for v in row)
+        lines.append(f"<tr>{''.join(cells)}</tr>")
+    return f"<table>{''.join(lines)}</table>"
+
+
+def cell(value: Any) -> str:
+    if isinstance(value, Raw):
+        return value
+    return f"{value:,}" if isinstance(value, int) else escape(str(value))

@@ -1,0 +1,172 @@
+"""Who runs the tasks of a build: processes of this machine, ranks of a launcher, or a Ray cluster.
+
+A task is a function of a number: task(i) writes files and returns what its mark is to say. The mark
+(FOLDER/00017.done.json) comes last, so what has its mark is whole, and what has none is done again.
+Tasks depend on nothing but their number and on files of tasks before them: whoever runs them, how
+many at a time, and after whatever kills, the files are the same byte for byte.
+"""
+
+import json
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from tqdm import tqdm
+
+from nanomed.config import InputError
+
+Task = Callable[[int], dict[str, Any]]
+ENGINES = ("auto", "local", "ranks", "ray")
+AHEAD = 2  # tasks handed over for each worker: millions are not submitted at once
+PATIENCE = 60.0  # seconds between two lines on what other ranks have not finished
+
+
+class Runner:
+    """engine: `local`, processes of this machine; `ranks`, this process takes its share, as RANK
+    and WORLD_SIZE (torchrun) or a Slurm array's variables say; `ray`. auto: ranks where a launcher
+    has set these, else local. workers: how many at once, 0 for one per core."""
+
+    def __init__(self, engine: str = "auto", workers: int = 0):
+        self.rank, self.n_ranks = _place()
+        if engine == "auto":
+            engine = "ranks" if self.n_ranks > 1 else "local"
+        self.engine, self.workers = engine, workers or len(os.sched_getaffinity(0))
+        self._pool: ProcessPoolExecutor | None = None
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            end_with(os.getppid())
+
+    @property
+    def is_main(self) -> bool:
+        return self.engine != "ranks" or self.rank == 0
+
+    def run(self, folder: Path, task: Task, n: int) -> list[dict[str, Any]]:
+        """What the marks of task(0) to task(n - 1) say; those without one are run first. Raises
+        what a task raises, at the first that does, and InputError if a worker dies."""
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # data may be patients'
+        todo = [i for i in range(n) if not mark(folder, i).exists()]
+        if self.engine == "ranks":
+            for i in todo:
+                if i % self.n_ranks == self.rank:
+                    _one(task, folder, i)
+            self._wait_for_others(folder, todo)
+        elif len(todo) == 1 or (self.engine == "local" and self.workers == 1):
+            for i in todo:
+                _one(task, folder, i)
+        elif todo:
+            self._submit(task, folder, todo)
+        return [json.loads(mark(folder, i).read_text("utf-8")) for i in range(n)]
+
+    def _submit(self, task: Task, folder: Path, todo: list[int]) -> None:
+        start, finished = self._ray() if self.engine == "ray" else self._local()
+        waiting, most = set(), AHEAD * self.workers
+        with tqdm(total=len(todo), desc=folder.name, unit="task", disable=None) as bar:
+            for k, i in enumerate(todo, 1):
+                waiting.add(start(task, folder, i))
+                while len(waiting) == most or (k == len(todo) and waiting):
+                    done = finished(waiting)
+                    waiting -= done
+                    bar.update(len(done))
+
+    def _local(self) -> tuple[Callable, Callable]:
+        if self._pool is None:  # spawned: a fork would copy this process's threads and locks
+            context = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(self.workers, context, end_with, (os.getpid(),))
+
+        def finished(waiting: set[Future]) -> set[Future]:
+            done, _ = wait(waiting, return_when=FIRST_COMPLETED)
+            try:
+                for future in done:
+                    future.result()
+            except BrokenProcessPool:
+                raise InputError(
+                    "a worker was killed, often for lack of memory (--workers starts fewer); what "
+                    "is finished is kept, the same command goes on"
+                ) from None
+            return done
+
+        return lambda *what: self._pool.submit(_one, *what), finished
+
+    def _ray(self) -> tuple[Callable, Callable]:
+        try:
+            import ray
+        except ImportError:
+            raise InputError('--engine ray: pip install "ray[default]"') from None
+        if not ray.is_initialized():
+            root = str(Path(__file__).parents[2])  # the same path on every node
+            ray.init(runtime_env={"env_vars": {"PYTHONPATH": root}}, log_to_driver=False)
+        self.workers = int(ray.cluster_resources().get("CPU", 1))
+        submit = ray.remote(_one).options(max_retries=3).remote
+
+        def finished(waiting: set) -> set:
+            done, _ = ray.wait(list(waiting))
+            ray.get(done)
+            return set(done)
+
+        return submit, finished
+
+    def _wait_for_others(self, folder: Path, todo: list[int]) -> None:
+        said = time.monotonic()
+        while todo := [i for i in todo if not mark(folder, i).exists()]:
+            time.sleep(0.1)
+            if time.monotonic() - said > PATIENCE:
+                said = time.monotonic()
+                ranks = sorted({i % self.n_ranks for i in todo})
+                print(f"{folder}: waiting for {len(todo):,} tasks of ranks {ranks[:20]}")
+
+    def __enter__(self) -> "Runner":
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._pool:
+            self._pool.shutdown(cancel_futures=True)
+
+
+def mark(folder: Path, i: int) -> Path:
+    return folder / f"{i:05d}.done.json"
+
+
+def _one(task: Task, folder: Path, i: int) -> None:
+    said = task(i)
+    with whole(mark(folder, i)) as file:
+        file.write(json.dumps(said, ensure_ascii=False).encode())
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[BinaryIO]:
+    """A file that has its name only when it is complete and on the disk. The unfinished one is this
+    process's own: the worker of a run that was killed may still be at the same task."""
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
+    with open(unfinished, "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.rename(path)
+
+
+def end_with(parent: int) -> None:
+    """Ends this process soon after its parent, which may be killed without a word."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.2)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _place() -> tuple[int, int]:
+    """(rank, number of ranks) as the launcher says."""
+    env = os.environ
+    if "SLURM_ARRAY_TASK_ID" in env:
+        mine, first, count, step = (
+            int(env.get(f"SLURM_ARRAY_TASK_{name}", 1)) for name in ("ID", "MIN", "COUNT", "STEP")
+        )
+        return (mine - first) // step, count
+    return int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
