@@ -19,8 +19,8 @@ from nanomed.runs.log import RunFolder
 from nanomed.training.losses import segment_counts, segment_logps
 from nanomed.training.trainer import fit
 from tests.data import ListData
-from tests.loss_oracle import check_loss
-from tests.training.test_dpo import C, PairData, check_learned, random_reference
+from tests.loss_oracle import check_learned, check_loss
+from tests.training.test_dpo import C, PairData, random_reference
 from tests.training.test_dpo import loader_of as dpo_loader
 from tests.training.test_exactness import sharded
 
