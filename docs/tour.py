@@ -69,7 +69,7 @@ def blocks() -> dict[str, str]:
     before = weight[0, 0].item()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip).item()
     gradient = weight.grad[0, 0].item()
-    lr = lr_at(0, loader.n_steps, c.lr, c.warmup_ratio, c.min_lr_ratio)
+    lr = lr_at(c, 0, loader.n_steps)
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()

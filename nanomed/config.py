@@ -17,6 +17,12 @@ def beside_the_scripts(path: str) -> str:
     return str(ROOT / path) if ours and not Path(path).exists() else path
 
 
+# Bytes of a parameter in training: its value and its gradient are float32, and the optimizer keeps
+# AdamW's two moments of it, float32, too. What memory, checkpoints and their space are counted by.
+WEIGHT_BYTES, OPTIMIZER_BYTES = 4, 8
+SAVED_BYTES = WEIGHT_BYTES + OPTIMIZER_BYTES
+
+
 class InputError(Exception):
     """Something that was given cannot work; the message says what, where, and the remedy."""
 
@@ -158,8 +164,8 @@ class Run:
     eval_every: int = _flag(0, "steps between two validations; 0: at each epoch's end")
     save_every: int = _flag(0, "steps between two checkpoints; 0: at each validation")
     save: str = _flag(
-        "auto", "background: training goes on while a copy in host memory (12 bytes per parameter, "
-        "shared among processes) is written; auto: that on CPU, blocking on CUDA",
+        "auto", "background: training goes on while a copy in host memory (as large "
+        "as a checkpoint, shared among processes) is written; auto: that on CPU, blocking on CUDA",
         choices=("auto", "background", "blocking"),
     )  # fmt: skip
     keep_last: int = _flag(2, "newest checkpoints kept; the best one always is")

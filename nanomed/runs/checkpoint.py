@@ -33,11 +33,10 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
-from nanomed.config import InputError
+from nanomed.config import SAVED_BYTES, InputError
 from nanomed.distributed import from_all, from_main
 from nanomed.runs.untrusted import Planner, Reader
 
-BYTES_PER_PARAM = 12  # the weight and Adam's two moments, float32
 UNFINISHED = ".unfinished"
 
 
@@ -46,7 +45,7 @@ UNFINISHED = ".unfinished"
 
 def size_of(model: nn.Module) -> int:
     """Bytes of one checkpoint: 98.7 GB for 8.22 billion parameters."""
-    return BYTES_PER_PARAM * sum(param.numel() for param in model.parameters())
+    return SAVED_BYTES * sum(param.numel() for param in model.parameters())
 
 
 def free_space(folder: Path) -> int:
@@ -86,9 +85,14 @@ def check_links(folder: Path) -> None:
 def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
     """Fills model and optimizer, on any number of ranks, and returns the state of save(). Raises
     InputError, on all ranks, for a damaged checkpoint, naming the file."""
+    # Moments are the checkpoint's. Rates, decay and what else a group has are the settings'.
+    ours = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     weights, moments = get_state_dict(model, optimizer)
+    moments["param_groups"] = [{"params": group["params"]} for group in moments["param_groups"]]
     _read({"model": weights, "optimizer": moments}, folder)
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
+    for group, settings in zip(optimizer.param_groups, ours, strict=True):
+        group.update(settings)
     return read_state(folder)
 
 

@@ -83,8 +83,9 @@ def begin(
 
 
 class HostCopy:
-    """This rank's shard of weights and moments in host memory: 12 bytes per parameter, shared among
-    the ranks. It is allocated at the first save and kept; page-locked if the model is on a GPU."""
+    """This rank's shard of weights and moments in host memory: SAVED_BYTES per parameter, shared
+    among the ranks. It is allocated at the first save and kept; page-locked if the model is on a
+    GPU."""
 
     def __init__(self) -> None:
         self.mesh = host_mesh()

@@ -13,7 +13,7 @@ import torch
 
 from nanomed.batches.loader import Loader, split
 from nanomed.batches.slices import Slices
-from nanomed.config import InputError, ModelConfig, Run, nearest
+from nanomed.config import SAVED_BYTES, InputError, ModelConfig, Run, nearest
 from nanomed.meeting import rank_from_env
 from nanomed.model.decoder import Aquila
 from nanomed.runs.log import PEAK_FLOPS, flops_of
@@ -102,7 +102,7 @@ def disk(c: Run, model: ModelConfig, tokens: float) -> dict[str, float]:
     """Bytes: float32 weights and moments for each checkpoint (the last ones, the best, and the one
     being written), weights in bf16 for the export, 4 bytes and a flag for each token."""
     return {
-        "checkpoints": (c.keep_last + 2) * 12 * model.n_params(),
+        "checkpoints": (c.keep_last + 2) * SAVED_BYTES * model.n_params(),
         "export": 2 * model.n_params(),
         "token store": 5 * tokens,
     }

@@ -17,7 +17,7 @@ import torch
 import kernels
 from kernels.chunk import most_tokens
 from kernels.linear_nll_chunked import CHUNK_CUDA
-from nanomed.config import ModelConfig, Run
+from nanomed.config import OPTIMIZER_BYTES, WEIGHT_BYTES, ModelConfig, Run
 from nanomed.model.recompute import POLICIES
 
 GIB = 2**30
@@ -36,8 +36,9 @@ def width(c: Run) -> int:
 
 def states(model: ModelConfig, n_gpus: int) -> dict[str, float]:
     """Bytes of what FSDP shards, all in float32."""
-    share = 4 * model.n_params() / n_gpus
-    return {"weights": share, "gradients": share, "optimizer": 2 * share}
+    n = model.n_params() / n_gpus
+    weights = WEIGHT_BYTES * n
+    return {"weights": weights, "gradients": weights, "optimizer": OPTIMIZER_BYTES * n}
 
 
 def kept_per_token(model: ModelConfig, c: Run) -> dict[str, float]:
@@ -162,9 +163,9 @@ def remedy(model: ModelConfig, c: Run, n_gpus: int, limit: float) -> str:
 
 
 WHAT = {
-    "weights": "4 bytes x parameters / GPUs: float32",
-    "gradients": "4 bytes x parameters / GPUs: float32",
-    "optimizer": "8 bytes x parameters / GPUs: AdamW's two moments in float32",
+    "weights": f"{WEIGHT_BYTES} bytes x parameters / GPUs: float32",
+    "gradients": f"{WEIGHT_BYTES} bytes x parameters / GPUs: float32",
+    "optimizer": f"{OPTIMIZER_BYTES} bytes x parameters / GPUs: AdamW's two moments in float32",
     "activations": "{c.micro_tokens:,} tokens in a row, recompute {c.recompute}",
     "loss's chunk": "the logits that exist at once",
     "computed again": "of one layer",

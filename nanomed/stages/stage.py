@@ -240,7 +240,7 @@ def begin(
         run.print(f"data: {line}")
     n = loader.n_steps
     points = [min(n - 1, round(share * n)) for share in (0, 0.25, 0.5, 0.75, 1)]
-    lrs = [lr_at(k, n, c.lr, c.warmup_ratio, c.min_lr_ratio) for k in points]
+    lrs = [lr_at(c, k, n) for k in points]
     run.print(
         f"plan: {n:,} steps of {c.batch_size} examples, {loader.steps_per_epoch:,} per epoch; "
         f"lr at 0, 25, 50, 75, 100%: {', '.join(f'{lr:.1e}' for lr in lrs)}; "

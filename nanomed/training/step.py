@@ -52,7 +52,7 @@ def train_step(
     # hash in every process.
     torch.manual_seed(hash((config.seed, step, loader.rank)))
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_scale"]
     model.train()
     divisor = loader.divisor(step)
     sums: dict[str, Tensor] = {}

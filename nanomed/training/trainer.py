@@ -42,7 +42,7 @@ def fit(config: Run, model: nn.Module, loader: Loader, loss: Loss, run: RunFolde
     bar = tqdm(total=loader.n_steps, initial=start, unit="step", disable=not shown)
     with Signals() as signals, saver, bar:
         for step in range(start, loader.n_steps):
-            lr = lr_at(step, loader.n_steps, config.lr, config.warmup_ratio, config.min_lr_ratio)
+            lr = lr_at(config, step, loader.n_steps)
             stop = bool(signals.received)
             result = train_step(config, model, optimizer, loader, loss, step, lr, meter, stop)
             done = step + 1

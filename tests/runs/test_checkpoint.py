@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint.state_dict import get_state_dict
 
 from nanomed.config import InputError
 from nanomed.distributed import from_all, local
@@ -123,14 +124,32 @@ def test_a_payload_in_the_metadata_is_not_run(world, tmp_path):
 
 def test_a_payload_among_the_settings_of_the_optimizer_is_not_run(world, tmp_path):
     """What is no tensor is pickled inside a shard, and DCP's own planner reads it with
-    weights_only=False."""
+    weights_only=False. load() does not ask for these settings; who asks is refused."""
     model, optimizer = trained(world)
     optimizer.param_groups[0]["eps"] = Payload(tmp_path / "ran")
     saved = saves.save(tmp_path, model, optimizer, {"step": 3})
     optimizer.param_groups[0]["eps"] = 1e-8
+    _, moments = get_state_dict(model, optimizer)
     with pytest.raises(InputError, match=r"Weights only load failed"):
-        checkpoint.load(saved, model, optimizer)
+        checkpoint._read({"optimizer": moments}, saved)
+    checkpoint.load(saved, model, optimizer)
     assert not (tmp_path / "ran").exists()
+
+
+def test_rates_and_decay_are_the_settings_and_moments_the_checkpoints(world, tmp_path):
+    """A checkpoint of before lr_scale is read; one with another decay does not bring it along."""
+    model, optimizer = trained(world)
+    for group in optimizer.param_groups:
+        del group["lr_scale"]
+        group["weight_decay"] = 0.7
+    saved = saves.save(tmp_path, model, optimizer, {"step": 3})
+    model = build(world)
+    other = adamw(model, 0.1)
+    checkpoint.load(saved, model, other)
+    assert [g["weight_decay"] for g in other.param_groups] == [0.1, 0.0]
+    assert [g["lr_scale"] for g in other.param_groups] == [1.0, 1.0]
+    moments = [[local(s["exp_avg"]) for s in o.state.values()] for o in (optimizer, other)]
+    assert all(a.any() and torch.equal(a, b) for a, b in zip(*moments, strict=True))
 
 
 @pytest.mark.parametrize("name", ["../__0_0.distcp", "/etc/passwd", "a/b", ".."])

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanomed.config import ModelConfig
+from nanomed.config import SAVED_BYTES, ModelConfig
 from nanomed.distributed import keep_freed_memory, local, shard
 from nanomed.model.decoder import Aquila, init_weights
-from nanomed.runs import checkpoint, saves
+from nanomed.runs import saves
 from nanomed.runs.log import RunFolder
 from nanomed.training.optim import adamw
 from tests.forks import Group, server
@@ -34,7 +34,7 @@ def saving(world, out: str, save: str) -> None:
     for param in model.parameters():
         param.grad = torch.zeros_like(param)
     optimizer.step()  # and the gradients stay, for a save not to live in the room they leave
-    size = checkpoint.BYTES_PER_PARAM * sum(local(p).numel() for p in model.parameters())
+    size = SAVED_BYTES * sum(local(p).numel() for p in model.parameters())
     c = settings(out, save=save, keep_last=1)
     run = RunFolder(c, world)
     found = []

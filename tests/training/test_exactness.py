@@ -75,7 +75,7 @@ class Recorder:
     """Stands in for the optimizer: keeps the whole gradients that it was given."""
 
     def __init__(self, model):
-        self.model, self.param_groups = model, [{}]
+        self.model, self.param_groups = model, [{"lr_scale": 1.0}]
 
     def step(self):
         grads = [full(p.grad).clone() for p in self.model.parameters()]
