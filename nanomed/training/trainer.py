@@ -33,8 +33,8 @@ def fit(config: Run, model: nn.Module, loader: Loader, loss: Loss, run: RunFolde
         if _due(config.eval_every, loader, start) and not validated:
             saver.validated(evaluate(model, loader, loss, run, start))
     else:
-        if model.config.dropout:
-            _say_dropout(model.config.dropout, run, *dropout_cost(model, loader))
+        if config.dropout:
+            _say_dropout(config.dropout, run, *dropout_cost(model, loader))
         evaluate(model, loader, loss, run, start)
 
     meter, spikes = Meter(model.config, run.world.size), Spikes()
