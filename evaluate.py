@@ -3,6 +3,8 @@
     python evaluate.py --model MODEL --tasks paper --data benchmarks --shots 3 --out evals/sft
     torchrun --nproc_per_node 8 evaluate.py --model MODEL ...              the same on several GPUs
     python evaluate.py show mmlu_anatomy --data benchmarks --shots 3       the exact prompts
+    python evaluate.py cmb --model MODEL --data QUESTIONS --key KEY        CMB-Exam, in words
+    python evaluate.py answer --model MODEL --set cmb-clin --history model      dialogues
     python evaluate.py compare evals/sft evals/dpo                         which items changed
 
 The first is scored by likelihood; stopped at any moment, the same command goes on. What the numbers
@@ -18,9 +20,9 @@ import torch
 
 from nanomed.config import InputError
 from nanomed.distributed import alone_or_start, launch, pick_device
-from nanomed.evals import benchmarks, report, tasks
+from nanomed.evals import answers, benchmarks, cmb, report, tasks
 from nanomed.evals import compare as pairs
-from nanomed.evals.folder import open_folder
+from nanomed.evals.folder import open_folder, sha256
 from nanomed.evals.items import Split
 from nanomed.evals.requests import PROTOCOLS, Request, requests_of
 from nanomed.evals.score import Scorer, bos_of, encode, plan
@@ -95,10 +97,13 @@ def _asked(c: argparse.Namespace) -> list[tuple[tasks.Task, list[Request], Split
     return found
 
 
+def _write_json(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+
 def _finish(prepared: list[benchmarks.Prepared], out: Path) -> None:
     results = benchmarks.results(prepared, benchmarks.read_items(out))
-    text = json.dumps(results, ensure_ascii=False, indent=2)
-    (out / "results.json").write_text(text + "\n", encoding="utf-8")
+    _write_json(out / "results.json", results)
     print(report.table(results))
     print(*benchmarks.warnings(results), f"all in {out}", sep="\n")
 
@@ -120,6 +125,74 @@ def show(argv: list[str]) -> None:
         asked = f"{request.system or ''}{request.context}".replace(" ", "·")
         print(asked + " ".join(f"⟦{text.replace(' ', '·')}⟧" for text in request.continuations))
         print(f"right: {request.continuations[request.gold]!r}\n")
+
+
+def answer(argv: list[str]) -> None:
+    """A model's answers to dialogues, turn by turn."""
+    parser = _parser("answer", answer.__doc__)
+    _model(parser)
+    _generation(parser)
+    parser.add_argument(
+        "--set", required=True, choices=[*answers.SETS, "file"], help="file: --data"
+    )
+    parser.add_argument("--data", type=Path, default=Path("benchmarks"), help="folder, or the file")
+    parser.add_argument(
+        "--history", default="gold", choices=("gold", "model"), help="earlier answers"
+    )
+    c = parser.parse_args(argv)
+    path = c.data if c.set == "file" else answers.file_of(c.set, c.data)
+    asked, aside = answers.dialogues(path)
+    if aside:
+        print(f"{aside} records that are no dialogues were set aside", file=sys.stderr)
+    out = c.out or Path("evals") / f"{Path(c.model).resolve().name}-{c.set}-{c.history}"
+    lines = _answered(c, asked, out, {"history": c.history, "file": sha256(path)})
+    if lines:
+        cut = sum(line["end"] == "length" for line in lines)
+        shortened = sum(line["dropped_turns"] > 0 for line in lines)
+        print(f"{len(lines)} answers to {len(asked)} dialogues in {out / 'answers.jsonl'}")
+        print(f"{cut} were cut off at --max_new {c.max_new}, {shortened} lost their oldest turns")
+
+
+def exam(argv: list[str]) -> None:
+    """CMB-Exam, answered in words: its own reading of the letters and a strict one side by side."""
+    parser = _parser("cmb", exam.__doc__)
+    _model(parser)
+    _generation(parser)
+    parser.add_argument("--data", type=Path, required=True, help="the file of questions")
+    parser.add_argument("--key", type=Path, required=True, help="CMB-test-choice-answer.json")
+    c = parser.parse_args(argv)
+    asked, key = cmb.questions(c.data, c.key)
+    out = c.out or Path("evals") / f"{Path(c.model).resolve().name}-cmb"
+    files = {"file": sha256(c.data), "key": sha256(c.key)}
+    if lines := _answered(c, asked, out, {"history": "gold"} | files):
+        found = {"cmb": cmb.results(lines, key)}
+        _write_json(out / "results.json", found)
+        print(report.readings(found["cmb"]), f"all in {out}", sep="\n")
+
+
+def _answered(
+    c: argparse.Namespace, asked: list[answers.Dialogue], out: Path, more: dict
+) -> list[dict]:
+    """The answers, on rank 0."""
+    device = pick_device(c.device)
+    _, encoder = pretrained.describe(c.model, c.tokenizer, c.template)
+    model = _load(c, device)
+    identity = {
+        "max_new": c.max_new,
+        "batch_size": c.batch_size,
+        "tokenizer": encoder.tokenizer.fingerprint(),
+        "template": encoder.template.to_json(),
+    }
+    identity |= more | benchmarks.identity(model, [], c.data)
+    pack_linears(model)
+    with alone_or_start(device) as world:
+        if world.is_main:
+            open_folder(out, identity)
+        answerer = answers.Answerer(
+            model, encoder, world, c.max_new, c.batch_size, more["history"] == "model"
+        )
+        lines = answerer.run(asked, out)
+        return lines if world.is_main else []
 
 
 def compare(argv: list[str]) -> None:
@@ -158,13 +231,19 @@ def _model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="auto", choices=("auto", "bf16", "fp32"))
 
 
+def _generation(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, help="default: a folder of evals/ named after both")
+    parser.add_argument("--max_new", type=int, default=512, help="most tokens of an answer")
+    parser.add_argument("--batch_size", type=int, default=16, help="answers at a time; default 16")
+
+
 def _load(c: argparse.Namespace, device: torch.device) -> Aquila:
     if warning := stage.bf16_warning(c, device):
         print(warning, file=sys.stderr)
     return pretrained.load(c.model, device, stage.compute_dtype(c, device))
 
 
-COMMANDS = {"show": show, "compare": compare}
+COMMANDS = {"show": show, "answer": answer, "cmb": exam, "compare": compare}
 
 
 def main() -> None:

@@ -30,6 +30,24 @@ def differences(found: dict[str, dict[str, Any]]) -> str:
     return aligned(rows)
 
 
+def readings(found: dict[str, Any]) -> str:
+    """CMB's score by the benchmark's own reading of the answers and by the strict one."""
+    sides = [found["official"], found["strict"]]
+    unread = [side["rules"].get("none", 0) for side in sides]
+    several = [side["several_answers"]["acc"] for side in sides]
+    rows = [
+        (f"of {found['n']:,} questions", "official", "strict"),
+        *((name, *(f"{side[key]:.2%}" for side in sides)) for name, key in _CMB.items()),
+        *((t, *(f"{side['types'][t]:.2%}" for side in sides)) for t in sides[0]["types"]),
+        ("several answers", *("" if share is None else f"{share:.2%}" for share in several)),
+        ("no letter found", *map(str, unread)),
+    ]
+    return aligned(rows)
+
+
+_CMB = {"micro": "acc", "+-": "stderr", "mean of classes": "class_macro"}
+
+
 def aligned(rows: Sequence[Sequence[str]]) -> str:
     """Columns of text; the first one and a last one of words begin at the left."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

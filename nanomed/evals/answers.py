@@ -1,0 +1,193 @@
+"""Answers in words: dialogues from files, and a model's greedy answer to each of their turns."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from nanomed.config import InputError
+from nanomed.distributed import World, from_all, from_main
+from nanomed.evals.folder import appending, cut_back
+from nanomed.model.decoder import Aquila
+from nanomed.model.generation import Sampling, generate
+from nanomed.records import BadField, Chat, chats_of, read_json
+from nanomed.records.shapes import text_of
+from nanomed.runs.log import is_terminal
+from nanomed.text.template import Encoder
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    id: str
+    turns: list[tuple[str, str]]  # (question, reference answer), in order
+
+
+# Where a set's file stands under --data: its published names.
+SETS = {
+    "huatuo": "**/*[Hh]uatuo*.json*",
+    "cmtmedqa": "**/*[Cc][Mm]t[Mm]ed[Qq][Aa]*.json*",
+    "cmb-clin": "**/CMB-*qa.json*",
+}
+
+
+def file_of(name: str, data: Path) -> Path:
+    """Raises InputError unless the set has one file under --data, which may be that file itself."""
+    files = [data] if data.is_file() else sorted(data.glob(SETS[name]))
+    if len(files) != 1:
+        found = ", ".join(map(str, files)) or "nothing"
+        raise InputError(
+            f"--set {name}: one file {SETS[name]} is wanted in {data}, found {found}; --data may "
+            "name the file"
+        )
+    return files[0]
+
+
+def dialogues(path: Path) -> tuple[list[Dialogue], int]:
+    """The chats of a file of any format that training reads, or CMB-Clin's cases; and how many
+    records were set aside: CMtMedQA's safety questions are no dialogues. Raises InputError for a
+    turn without its question or its reference answer."""
+    found, aside = [], 0
+    for number, record, _ in read_json(str(path)):
+        if isinstance(record, dict) and "instruct" in record:
+            aside += 1
+            continue
+        try:
+            is_case = isinstance(record, dict) and "QA_pairs" in record
+            turns = _case(record) if is_case else _turns(chats_of(record)[0])
+            if not turns or not all(q.strip() and a.strip() for q, a in turns):
+                raise BadField("(record)", "a turn lacks its question or its reference answer")
+        except BadField as bad:
+            raise InputError(f"{path}, record {number}: {bad}") from None
+        found.append(Dialogue(str(number - 1), turns))
+    return found, aside
+
+
+def _turns(chat: Chat) -> list[tuple[str, str]]:
+    roles = [role for role, _ in chat.turns]
+    if chat.dropped or roles != ["user", "assistant"] * (len(roles) // 2):
+        raise BadField("(record)", chat.dropped or "questions and answers do not take turns")
+    texts = [text for _, text in chat.turns]
+    return list(zip(texts[::2], texts[1::2], strict=True))
+
+
+def _case(record: dict) -> list[tuple[str, str]]:
+    """CMB-Clin: the case stands before the first question. Answers are `solution` in later
+    releases, `answer` in the first."""
+    turns = [
+        (
+            text_of(pair.get("question"), "question"),
+            text_of(pair.get("solution", pair.get("answer")), "solution"),
+        )
+        for pair in record["QA_pairs"]
+    ]
+    case = f"以下是一位病人的病例：\n{text_of(record.get('description'), 'description')}\n"
+    return [
+        (case + question if i == 0 else question, answer)
+        for i, (question, answer) in enumerate(turns)
+    ]
+
+
+Turn = tuple[Dialogue, int]  # a dialogue and the number of one of its turns
+
+
+class Answerer:
+    """A model that answers greedily. With `own_history` what it sees of earlier turns is its own
+    answers, else the references."""
+
+    def __init__(
+        self,
+        model: Aquila,
+        encoder: Encoder,
+        world: World,
+        max_new: int,
+        batch_size: int,
+        own_history: bool,
+    ):
+        self.model, self.encoder, self.world = model, encoder, world
+        self.sampling, self.batch_size = Sampling(max_new=max_new), batch_size
+        self.own_history = own_history
+        self.known: dict[tuple[str, int], dict] = {}  # answers by dialogue and round
+
+    def run(self, asked: Sequence[Dialogue], out: Path) -> list[dict]:
+        """Every turn's answer, in OUT/answers.jsonl too: round by round, each in batches of about
+        the same length, batch b by rank b % size. It goes on where an earlier call was stopped.
+        Every rank calls it."""
+        path, world = out / "answers.jsonl", self.world
+        batches = self._batches(asked)
+        ends = [sum(map(len, batches[: i + 1])) for i in range(len(batches))]
+        done = from_main(cut_back(path, ends) if world.is_main else None)
+        lines = from_main(
+            path.read_text(encoding="utf-8").split("\n")[:-1] if world.is_main else None
+        )
+        self._keep(map(json.loads, lines))
+        bar = tqdm(total=ends[-1], unit="answer", disable=not (world.is_main and is_terminal()))
+        bar.update(len(self.known))
+        with bar, appending(path, world.is_main) as write:
+            while done < len(batches):
+                # At once only batches of one round: the next may need this one's answers.
+                together = [
+                    b for b in batches[done : done + world.size] if b[0][1] == batches[done][0][1]
+                ]
+                mine = together[world.rank] if world.rank < len(together) else None
+                for part in filter(None, from_all(self._answered(mine) if mine else None)):
+                    self._keep(part)
+                    write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in part))
+                    bar.update(len(part))
+                done += len(together)
+        return list(self.known.values())
+
+    def _keep(self, lines) -> None:
+        self.known |= {(line["id"], line["round"]): line for line in lines}
+
+    def _batches(self, asked: Sequence[Dialogue]) -> list[list[Turn]]:
+        batches = []
+        for i in range(max(len(d.turns) for d in asked)):
+            turns = [(d, i) for d in asked if len(d.turns) > i]
+            turns.sort(key=lambda turn: sum(len(q) + len(a) for q, a in turn[0].turns[: i + 1]))
+            size = self.batch_size
+            batches += [turns[j : j + size] for j in range(0, len(turns), size)]
+        return batches
+
+    def _answered(self, batch: list[Turn]) -> list[dict]:
+        lines, prompts = [], []
+        for dialogue, i in batch:
+            history = list(dialogue.turns[:i])
+            if self.own_history:
+                history = [
+                    (q, self.known[dialogue.id, j + 1]["answer"])
+                    for j, (q, _) in enumerate(history)
+                ]
+            question, reference = dialogue.turns[i]
+            ids, dropped = self._prompt(dialogue.id, history, question)
+            prompts.append(ids)
+            named = {
+                "id": dialogue.id,
+                "round": i + 1,
+                "history": history[dropped:],
+                "question": question,
+            }
+            lines.append(named | {"reference": reference, "dropped_turns": dropped})
+        stop = {self.encoder.turn_end, self.encoder.document_end}
+        texts = generate(self.model, prompts, stop, self.sampling)
+        decode = self.encoder.tokenizer.decode
+        return [
+            line | {"answer": decode(ids), "end": end}
+            for line, (ids, end) in zip(lines, texts, strict=True)
+        ]
+
+    def _prompt(
+        self, name: str, history: list[tuple[str, str]], question: str
+    ) -> tuple[list[int], int]:
+        """(ids, how many of the oldest turns had to go so that the prompt fits)."""
+        longest = self.model.config.max_seq_len
+        for dropped in range(len(history) + 1):
+            turns = [t for q, a in history[dropped:] for t in (("user", q), ("assistant", a))]
+            ids = self.encoder.prompt(Chat([*turns, ("user", question)]))
+            if len(ids) < longest:
+                return ids, dropped
+        raise InputError(
+            f"dialogue {name}: a question of {len(ids)} tokens leaves no room for an answer, the "
+            f"model reads {longest}; take it out of the file"
+        )
