@@ -171,8 +171,7 @@ def main() -> None:
             lines += tokenising(work, size, corpus, rounds, results)
             print(table([shown(line) for line in lines[-4:]]), flush=True)
         lines.append(loading(folder / "store", encoder, n_steps, results))
-    print(table([shown(lines[-1])]))
-    print(lines[-1]["convention"])
+    print(table([shown(lines[-1])]), lines[-1]["convention"], sep="\n")
 
 
 if __name__ == "__main__":

@@ -48,7 +48,6 @@ part attention 20 60 python3 -m bench.kernels --ops attention --tokens 4096 8192
 part kernels 30 110 python3 -m bench.kernels --ops rmsnorm linear_nll swiglu rope --tokens 8192 \
     "${flags[@]}"
 part layer 20 45 python3 -m bench.kernels --ops layer --tokens 8192 "${flags[@]}"
-part head 15 40 python3 -m bench.head --tokens 8192 32768 "${flags[@]}"
 part growth 30 75 "${step[@]}" --only scaling fsdp "${flags[@]}"
 part rows 30 120 python3 -m bench.kernels --ops attention rmsnorm swiglu rope linear_nll \
     --tokens 32768 "${flags[@]}"

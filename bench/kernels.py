@@ -27,7 +27,6 @@ from torch import Tensor
 
 from bench import ceilings, counts
 from bench.cases import Case, build, documents
-from bench.counts import Count
 from bench.measure import against_first, quartiles, shown, table
 from bench.setting import Setting, arguments
 
@@ -122,9 +121,6 @@ def passes(op: str) -> tuple[str, ...]:
 def measure(s: Setting, case: Case, rates: dict[str, float]) -> None:
     """Times every version, forward alone and with backward. One that cannot run this row (a rival
     of another torch, or out of memory) is a line that says so."""
-    element = torch.finfo(s.dtype).bits // 8
-    forward, backward = counts.of(case.op, s.model, case.lengths, element)
-    total = {"forward": forward, "backward": backward, "forward+backward": forward + backward}
     for what in passes(case.op):
         calls, memory = {}, {}
         for version, work in case.works.items():
@@ -137,7 +133,7 @@ def measure(s: Setting, case: Case, rates: dict[str, float]) -> None:
                 calls.pop(version, None)
                 s.results.add("kernel", f"{case.op} {what}: {version}", [],
                               shapes=_shapes(case), dtype=s.dtype, note=said(error))  # fmt: skip
-        add_times(s, case, what, total[what], calls, memory, rates)
+        add_times(s, case, what, calls, memory, rates)
 
 
 def said(error: Exception) -> str:
@@ -191,15 +187,11 @@ def peak_gib(s: Setting, run: Callable[[], object]) -> float | None:
     return (torch.cuda.max_memory_allocated() - before) / 2**30
 
 
-def add_times(
-    s: Setting,
-    case: Case,
-    what: str,
-    count: Count,
-    calls: dict[str, Callable],
-    memory: dict[str, float | None],
-    rates: dict[str, float],
-) -> None:
+def add_times(s: Setting, case: Case, what: str, calls: dict, memory: dict, rates: dict) -> None:
+    """Of one pass, by version: calls, the GiB of each, and what the machine does at most."""
+    element = torch.finfo(s.dtype).bits // 8
+    forward, backward = counts.of(case.op, s.model, case.lengths, element)
+    count = {"forward": forward, "backward": backward}.get(what, forward + backward)
     first = next(iter(calls))
     samples, faster = against_first(calls, s.rounds, 3, s.device)
     for version in calls:

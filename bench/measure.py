@@ -144,6 +144,7 @@ def fingerprint(device: torch.device | str = "cpu") -> dict:
         "torch": torch.__version__,
         "triton": _version("triton"),
         "cpu": _cpu_name(),
+        "capability": _capability(),
         "cores": cores,
         "threads": torch.get_num_threads(),
         "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
@@ -190,6 +191,14 @@ def _version(package: str) -> str | None:
         return __import__(package).__version__
     except ImportError:
         return None
+
+
+def _capability() -> str:
+    """The vector instructions that torch and oneDNN use, and whether any are made for bfloat16."""
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    words = [torch.backends.cpu.get_cpu_capability(), f"bfloat16 {['emulated', 'native'][native]}"]
+    names = "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA"
+    return ", ".join(words + [f"{n}={os.environ[n]}" for n in names if n in os.environ])
 
 
 def _cpu_name() -> str:

@@ -31,22 +31,12 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
-    """One document after the other, one key/value head after the other: a long document's scores
-    need memory. PyTorch's kernels for float32 do not keep scores at all."""
-    group = q.shape[1] // k.shape[1]
+    """One document after the other. PyTorch's kernels for float32 and float64 keep no scores."""
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     parts = []
     for document in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True):
-        qd, kd, vd = (x.transpose(0, 1)[None] for x in document)  # [1,H or K,n,E]
-        heads = [
-            F.scaled_dot_product_attention(
-                qd[:, i * group : (i + 1) * group],
-                kd[:, i : i + 1].expand(-1, group, -1, -1),
-                vd[:, i : i + 1].expand(-1, group, -1, -1),
-                is_causal=True,
-            )
-            for i in range(k.shape[1])
-        ]
-        parts.append(torch.cat(heads, 1)[0].transpose(0, 1))
+        heads = (x.transpose(0, 1)[None] for x in document)  # [1,H,n,E]
+        parts.append(F.scaled_dot_product_attention(*heads, is_causal=True)[0].transpose(0, 1))
     return torch.cat(parts)
 
 

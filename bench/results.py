@@ -21,8 +21,9 @@ README = ROOT / "README.md"
 FIGURES = r"(?s)(?<=<!-- figures -->\n).*?(?=\n *<!-- end of figures -->)"
 RIVALS = {
     "SFT: TRL as shipped": "TRL as shipped",
-    "SFT: TRL packing, no checkpointing": "TRL's packing without checkpointing",
     "SFT: TRL no checkpointing, by length": "TRL's batches by length without checkpointing",
+    "SFT: TRL packing, no checkpointing": "TRL's packing without checkpointing",
+    "DPO: TRL as shipped": "TRL as shipped",
     "CPT: transformers loop, full rows": "a plain transformers loop over full rows of text",
 }
 
@@ -81,14 +82,6 @@ KINDS = {
         "python -m bench.kernels",
         "python -m bench.kernels --tokens 4096 8192 16384 32768\n"
         "python -m bench.kernels --ops layer",
-    ),
-    "head": Kind(
-        "The head's gradient in forward",
-        "What the loss would save if it made its gradient in forward, which needs tokens of the "
-        "same weight, as in CPT and SFT. It is compared with linear_nll as it is, where backward "
-        "computes the logits of all chunks but the last again.",
-        "python -m bench.head --device cpu --tokens 2048",
-        "python -m bench.head --tokens 8192 32768",
     ),
     "step": Kind(
         "A training step",
@@ -169,6 +162,7 @@ def _median(ratio: str) -> float:
 def machine(run: dict) -> str:
     """Where, with what and in which state a run was taken, in one line."""
     cpu = f"{run['cpu']}, {run['cores']} cores, {run['threads']} threads"
+    cpu += f", {run['capability']}" if "capability" in run else ""
     where = cpu
     if "gpu" in run:
         where = f"{run['gpu']} ({run['memory_gib']} GiB, {run.get('power.limit', 'power unknown')})"
@@ -182,23 +176,26 @@ def machine(run: dict) -> str:
 
 
 def figures(paths: list[Path]) -> str:
-    """What README says of speed: nanomed beside each rival, in the newest run of the largest model,
-    and how the rate changes from the shortest rows to the longest."""
+    """What README says of speed: nanomed in its own default, float32 on a CPU, beside each rival in
+    the same and in its faster dtype, in the newest run of the largest model; and how the rate
+    changes from the shortest rows to the longest."""
     lines, runs = read(paths)
     found = {}
     for line in sorted(lines, key=lambda line: runs[line["run"]]["date"]):
+        size = line["shapes"].get("parameters", 0)
         known = found.get(line["name"], line)["shapes"].get("parameters", 0)
-        as_said = line["dtype"] == "bfloat16" and "gpu" not in runs[line["run"]]
-        if as_said and line["shapes"].get("parameters", 0) >= known:
+        if "gpu" not in runs[line["run"]] and size >= known:
             found[line["name"]] = line
     parts = []
     for name, rival in RIVALS.items():
         line = found[name]
-        faster = line["facts"]["nanomed_is_faster_by"]
-        if name.startswith("SFT"):  # the setting begins with TRL and its version
+        if not name.startswith("CPT"):  # the setting begins with TRL and its version
             rival = rival.replace("TRL", line["facts"]["setting"].partition(":")[0])
-        model = f"{line['shapes']['parameters'] / 1e6:.1f} million parameters"
-        parts.append(f"- {_times(faster)} {rival} ({model}, {len(line['samples'])} turns)")
+        text = f"- {name[:3]}: {_times(line['facts']['nanomed_is_faster_by'])} {rival}"
+        other = found.get(f"{name}, bf16")
+        if other:
+            text += f", and {_times(other['facts']['nanomed_is_faster_by'])} it in bfloat16"
+        parts.append(text)
     longest = f"rows of {ROWS[-1]:,}, documents of 512"
     if longest in found:
         rate = found[longest]["facts"][f"of_the_rate_at_{ROWS[0]:,}"]

@@ -6,7 +6,7 @@ import sys
 import tempfile
 import time
 
-from bench.measure import ROOT, Results, shown, table
+from bench.measure import ROOT, shown, table
 from nanomed import arguments, store
 from nanomed.config import SFT
 from nanomed.stages import stage
@@ -19,15 +19,15 @@ WORKS = {
 }
 
 
-def measure(results: Results, times: int) -> None:
+def measure(b) -> None:
     """A demonstration run each time, ended after its first step."""
     c = arguments.parse(SFT, [])  # tokenised here, as the script does, so that no timed run has to
     store.chats([*c.data, *c.val_data], stage.model_and_encoder(c)[1], c.seq_len, c.allow_drop)
+    times, lines = 1 if b.given.quick else 3, []
     with tempfile.TemporaryDirectory() as folder:
-        lines = []
         for name, command in WORKS.items():
             runs = [first_step(command, f"{folder}/{name}-{k}") for k in range(times)]
-            lines.append(results.add("step", f"start: {name}", runs))
+            lines.append(b.results.add("step", f"start: {name}", runs))
     print("\nFrom the command to the end of the first step, data cached, a fresh tiny model:")
     print(table([shown(line) for line in lines]), flush=True)
 

@@ -47,11 +47,10 @@ class Bench:
         self.given, self.world, self.folder = given, world, folder
         self.config = QUICK if given.quick else MID
         self.tokens = 512 if given.quick else 2048
-        self.rounds = given.rounds or (3 if given.quick else 12)
-        self.warmup = 1 if given.quick else 2
-        self.dtypes = {"": torch.float32}
-        if bf16_takes() < 1:
-            self.dtypes[", bf16"] = torch.bfloat16
+        self.rounds, self.warmup = given.rounds or (3 if given.quick else 7), 1
+        names = given.dtypes or ["fp32", "bf16"][: 1 + (bf16_takes() < 1)]
+        known = {"fp32": ("", torch.float32), "bf16": (", bf16", torch.bfloat16)}
+        self.dtypes = dict(known[name] for name in names)
         self.results = Results(given.results, world.device)
         self.encoder = template.Encoder(
             template.CHATML, tokenizer.load(ROOT / "samples/tokenizer.model")
@@ -229,17 +228,13 @@ def cpt(b: Bench) -> None:
 
 
 def fsdp(b: Bench) -> None:
-    shape = b.tokens // 8, b.tokens, torch.float32
-    step_scaling.fsdp(b.world, b.config, b.results, *shape, b.rounds, b.warmup)
-
-
-def first_steps(b: Bench) -> None:
-    startup.measure(b.results, times=1 if b.given.quick else 3)
+    how = torch.float32, b.rounds, b.warmup
+    step_scaling.fsdp(b.world, b.config, b.results, b.tokens // 8, b.tokens, *how)
 
 
 PARTS = {
     "sft": sft, "dpo": dpo, "cpt": cpt, "fsdp": fsdp, "scaling": step_scaling.rows,
-    "ranks": step_scaling.ranks, "startup": first_steps,
+    "ranks": step_scaling.ranks, "startup": startup.measure,
 }  # fmt: skip
 
 
@@ -247,6 +242,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="2 million parameters, few rounds")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="some tables")
+    more = "of the rivals; default: fp32, and bf16 where this CPU is faster in it"
+    parser.add_argument("--dtypes", nargs="+", choices=("fp32", "bf16"), help=more)
     parser.add_argument("--data", nargs="+", help="chats; default: real ones beside the checkout")
     parser.add_argument("--rounds", type=int, default=0, help="samples of each; default: by table")
     parser.add_argument("--results", default="runs/bench-step.jsonl", help="JSON lines")

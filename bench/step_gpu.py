@@ -65,7 +65,10 @@ def main() -> None:
         rounds = 2 if given.quick else 5
         if "scaling" in given.only:
             emptied(world)
-            scaling(world, config, results, rounds)
+            document, shorter, rows = (4096, (256, 1024), ROWS) if on_gpu else (32, (8,), (64, 256))
+            how = dict(dtype=torch.bfloat16, rounds=rounds)
+            lines = growth(world, cut(config), results, document, rows, shorter, **how)
+            print(table([shown(line) for line in lines]), flush=True)
         if "fsdp" in given.only:
             emptied(world)
             row, document = (8192, 4096) if on_gpu else (128, 32)
@@ -81,15 +84,6 @@ def emptied(world: World) -> None:
 
 def cut(config: ModelConfig) -> ModelConfig:
     return dataclasses.replace(config, n_layers=min(4, config.n_layers))
-
-
-def scaling(world: World, config: ModelConfig, results: Results, rounds: int) -> None:
-    """The step against the row's length and the documents'."""
-    on_gpu = world.device.type == "cuda"
-    document, documents, sizes = (4096, (256, 1024), ROWS) if on_gpu else (32, (8,), (64, 256))
-    given = dict(dtype=torch.bfloat16, rounds=rounds)
-    lines = growth(world, cut(config), results, document, sizes, documents, **given)
-    print(table([shown(line) for line in lines]), flush=True)
 
 
 def steps(given, world: World, config: ModelConfig, sizes: list[int], results: Results) -> None:
@@ -121,8 +115,7 @@ def steps(given, world: World, config: ModelConfig, sizes: list[int], results: R
                 print(f"{stage}, rows of {c.micro_tokens:,}, recompute {c.recompute}: {error}")
             # FSDP2 does not finish the steps that follow one broken in backward: all anew.
             model = optimizer = ours = None
-            gc.collect()
-            torch.cuda.empty_cache()
+            emptied(world)
 
 
 def policies(cls: type[Run], config: ModelConfig, world: World, sizes: list[int]) -> list[Run]:

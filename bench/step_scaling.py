@@ -117,7 +117,7 @@ def ranks(b) -> None:
     with Pool(n) as pool:
         for _ in range(rounds):
             for size, seconds in (*found.items(), (n, again)):
-                given = (b.config, b.tokens // 8, b.tokens, n, n // size, n_steps)
+                given = (b.config, (b.tokens // 8, b.tokens, n), n // size, n_steps)
                 seconds += max(pool(size, steps, *given), key=sum)
     facts = {1: {}, n: {SHARE: str(ratio(found[1], found[n], again))}}
     lines = [
@@ -132,17 +132,9 @@ def ranks(b) -> None:
     print(table([shown(line) for line in lines]), flush=True)
 
 
-def steps(
-    world: World,
-    config: ModelConfig,
-    document: int,
-    row: int,
-    n_rows: int,
-    threads: int,
-    n_steps: int,
-) -> list[float]:
+def steps(world: World, config: ModelConfig, shape, threads: int, n_steps: int) -> list[float]:
     """Seconds of each step on this rank, after one that does not count."""
     torch.set_num_threads(threads)
     keep_freed_memory()  # as start() does in a run
-    ours = side(world, config, document, row, n_rows, dtype=torch.float32)
+    ours = side(world, config, *shape, dtype=torch.float32)
     return interleaved({"ours": ours}, n_steps, warmup=1)["ours"]

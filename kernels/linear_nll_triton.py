@@ -8,7 +8,7 @@ backward overwrites it by its gradient; the definition makes several float32 cop
 Backward needs the logits again. It begins with the last chunk, which forward leaves in the
 workspace: a row of one chunk takes three matmuls. Other chunks take a fourth, since all logits
 would be too many to keep. To take the gradient in forward, chunk by chunk, would save that one;
-but it needs dnll, which for DPO hangs on both answers of a pair (bench/head.py measures both).
+but it needs dnll, which for DPO hangs on both answers of a pair.
 """
 
 import torch

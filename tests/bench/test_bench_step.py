@@ -159,7 +159,7 @@ def test_fsdp2_is_held_against_a_loop_that_takes_the_same_steps(
 
 def test_rivals_run_in_the_cpus_faster_dtype_too(world, tmp_path, monkeypatch):
     """nanomed first in float32, what a run on a CPU computes in."""
-    given = types.SimpleNamespace(quick=True, rounds=0, results=tmp_path / "x.jsonl")
+    given = types.SimpleNamespace(quick=True, rounds=0, dtypes=None, results=tmp_path / "x.jsonl")
     data = Examples.of_lengths([20, 31], bench_step.VOCABULARY)
     for takes, more in ((0.3, ["nanomed, bf16"]), (80.0, [])):
         monkeypatch.setattr(bench_step, "bf16_takes", lambda takes=takes: takes)
