@@ -1,7 +1,7 @@
 """Generation: cached is uncached, batched is alone, sampling is what it says, files go on."""
 
 import json
-import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -265,12 +265,11 @@ def test_prompts_that_cannot_be_read_are_named(record, message, folder, tmp_path
     assert {p.name for p in tmp_path.iterdir()} == {"in.jsonl"}
 
 
-def test_the_command_says_what_is_wrong_in_one_line(folder, tmp_path, monkeypatch):
-    """As `python -m nanomed.tools.generate` does it."""
+def test_the_command_says_what_is_wrong_in_one_line(folder, tmp_path):
     write_prompts(tmp_path / "in.jsonl", 2)
-    argv = ["x", "--model", str(folder / "nothing"), "--prompts", str(tmp_path / "in.jsonl")]
-    monkeypatch.setattr(sys, "argv", [*argv, "--out", str(tmp_path / "out.jsonl")])
-    monkeypatch.delitem(sys.modules, "nanomed.tools.generate")  # run as a fresh process would
-    with pytest.raises(SystemExit, match=r"^error: .*nothing: no such folder"):
-        runpy.run_module("nanomed.tools.generate", run_name="__main__")
+    command = [sys.executable, "-m", "nanomed.tools.generate", "--model", str(folder / "nothing")]
+    command += ["--prompts", str(tmp_path / "in.jsonl"), "--out", str(tmp_path / "out.jsonl")]
+    end = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert end.returncode == 1 and end.stderr.count("\n") == 1
+    assert end.stderr.startswith("error: ") and end.stderr.endswith("nothing: no such folder\n")
     assert not (tmp_path / "out.jsonl").exists()
