@@ -144,3 +144,12 @@ def test_the_readme_has_a_place_for_every_module():
     assert missing == []
     linked = re.findall(r"\]\((?!https?:)([^)]+)\)", (ROOT / "README.md").read_text())
     assert [path for path in linked if not (ROOT / path).exists()] == []
+
+
+def test_the_lesson_is_as_long_as_the_readme_says():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    lesson = text.split("## The lesson")[1].split("## ")[0]
+    files = re.findall(r"\| `([\w/.]+)` \| (\d+) \|", lesson)
+    lengths = {name: len((ROOT / name).read_text().splitlines()) for name, _ in files}
+    assert {name: int(said) for name, said in files} == lengths and len(files) == 8
+    assert f": {sum(lengths.values())} lines" in lesson.replace("\n", " ")
