@@ -82,6 +82,9 @@ CODECS = {
 }
 
 
+BAD = re.compile("[\udc80-\udcff]")  # bytes that are no UTF-8, as surrogateescape shows them
+
+
 def encoding_of(path: str, file: BinaryIO) -> str:
     """Python's name of the file's encoding: UTF-8 where the first megabyte is that but for a few
     bytes; GB18030 only where that gives Chinese as it is written. Raises InputError that names any
@@ -89,8 +92,9 @@ def encoding_of(path: str, file: BinaryIO) -> str:
     head = file.peek(HEAD)[:HEAD]
     likely = _utf_16(head)
     if not likely:
-        text = codecs.getincrementaldecoder("utf-8")("replace").decode(head)
-        n_bad, n_odd = text.count("\ufffd"), sum(c > "\x7f" for c in text)
+        # Not "replace": a text may hold U+FFFD, which is no fault of its encoding.
+        text = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode(head)
+        n_bad, n_odd = len(BAD.findall(text)), sum(c > "\x7f" for c in text)
         if n_odd >= 10 * n_bad:
             return "utf-8-sig"
         likely = next((name for name in CODECS if _fits(head, *CODECS[name])), "")

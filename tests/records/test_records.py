@@ -2,7 +2,7 @@ import gzip
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from nanomed.config import InputError
@@ -176,6 +176,7 @@ def test_gz(tmp_path):
     st.booleans(),
     st.integers(1, 50),
 )
+@example([{"": "\ufffd"}], False, 1)
 @settings(max_examples=200, deadline=None)
 def test_any_values_at_any_read_size(tmp_path_factory, records_, array, chunk):
     """Records that end anywhere in what is read at a time come out whole."""
