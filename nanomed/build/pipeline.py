@@ -41,7 +41,7 @@ class Build:
     def begin(self, settings: dict[str, Any], others: list[str]) -> None:
         """Writes the plan or compares it with the one that is there; `others` are files that the
         result depends on, too. Raises InputError."""
-        facts = {path: [os.path.getsize(path), _edges(path)] for path in self.files + others}
+        facts = {path: _facts(path) for path in self.files + others}
         pages = [*sorted(PACKAGE.glob("records/*.py")), *(PACKAGE / f"build/{p}" for p in PAGES)]
         code = {str(page.relative_to(PACKAGE)): digest(page) for page in pages}
         plan = {"settings": settings, "files": facts, "code": code}
@@ -156,13 +156,17 @@ def write_final(g: int, out: Path, shards: list[list[Path]]) -> dict[str, int]:
     return {"documents": n}
 
 
-def _edges(path: str) -> str:
-    """The digest of a file's beginning and end."""
-    with open(path, "rb") as file:
-        digest = hashlib.sha256(file.read(EDGE))
-        file.seek(max(0, os.path.getsize(path) - EDGE))
-        digest.update(file.read())
-    return digest.hexdigest()[:16]
+def _facts(path: str) -> list:
+    """A file's size, and the digest of its beginning and end. Raises InputError."""
+    try:
+        size = os.path.getsize(path)
+        with open(path, "rb") as file:
+            ends = hashlib.sha256(file.read(EDGE))
+            file.seek(max(0, size - EDGE))
+            ends.update(file.read())
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    return [size, ends.hexdigest()[:16]]
 
 
 def _differences(was: dict, now: dict) -> list[str]:

@@ -49,7 +49,7 @@ class Runner:
     def run(self, folder: Path, task: Task, n: int) -> list[dict[str, Any]]:
         """What the marks of task(0) to task(n - 1) say; those without one are run first. Raises
         what a task raises, at the first that does, and InputError if a worker dies."""
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # data may be patients'
+        make_private(folder)
         todo = [i for i in range(n) if not mark(folder, i).exists()]
         if self.engine == "ranks":
             for i in todo:
@@ -136,6 +136,14 @@ def _one(task: Task, folder: Path, i: int) -> None:
     said = task(i)
     with whole(mark(folder, i)) as file:
         file.write(json.dumps(said, ensure_ascii=False).encode())
+
+
+def make_private(folder: Path) -> None:
+    """Makes a folder that only its user can read, as all that are missing above it: data may be
+    patients', and mkdir's own `parents` would leave those open."""
+    if not folder.exists():
+        make_private(folder.parent)
+        folder.mkdir(exist_ok=True, mode=0o700)
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from nanomed.build import text
-from nanomed.build.runner import whole
+from nanomed.build.runner import make_private, whole
 from nanomed.config import InputError
 from nanomed.records import names_of, read_texts, texts_in
 from nanomed.records.shapes import blank, language, source_of
@@ -222,7 +222,7 @@ def write_shard(
 ) -> dict[str, Any]:
     """Judges documents and writes PATH.jsonl.gz, PATH.dropped.jsonl and, if some of the dropped may
     be put aside, PATH.aside.jsonl.gz, each whole or not at all. Returns the tally for the mark."""
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)  # data may be patients'
+    make_private(path.parent)
     tally = Tally()
     with ExitStack() as stack:
         at = lambda end: stack.enter_context(whole(path.with_name(path.name + end)))  # noqa: E731
