@@ -40,10 +40,13 @@ def _varlen_attention(
     """torch's own FlashAttention over packed segments; no host sync, no mask."""
     from torch.nn.attention.varlen import varlen_attn
 
-    # Not every torch that nanomed runs on takes fewer key/value heads than query heads here.
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    causal = causal_flag(inspect.signature(varlen_attn).parameters)
-    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **causal)
+    parameters = inspect.signature(varlen_attn).parameters
+    flags = causal_flag(parameters)
+    if "enable_gqa" in parameters:
+        flags["enable_gqa"] = True
+    else:  # an older torch takes as many key/value heads as query heads
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **flags)
 
 
 def causal_flag(flags: Container[str]) -> dict[str, object]:

@@ -228,19 +228,29 @@ def _varlen(q, k, v, cu_q, cu_k, max_q, max_k, is_causal=False, scale=None, wind
     assert cu_q.dtype == cu_k.dtype == torch.int32, (cu_q.dtype, cu_k.dtype)
     assert q.dtype in (torch.bfloat16, torch.float16), q.dtype
     assert int(cu_q.diff().max()) <= max_q and max_k == max_q, (cu_q, max_q, max_k)
-    assert k.shape == v.shape == q.shape, "not every torch takes fewer key/value heads"
+    _heads.append((q.shape[1], k.shape[1]))
+    k, v = _grouped(q, k), _grouped(q, v)
     out = torch.cat([(_weights(q, k) @ v).transpose(0, 1) for q, k, v in _segments(cu_q, q, k, v)])
     return out.to(q.dtype), torch.zeros(q.shape[1::-1]), torch.zeros(2, dtype=torch.uint64)
 
 
+_heads: list[tuple[int, int]] = []  # of q and of k and v, as attention was called
+
+
+def _grouped(q: Tensor, x: Tensor) -> Tensor:
+    return x.repeat_interleave(q.shape[1] // x.shape[1], dim=1)
+
+
 def _varlen_backward(dout, q, k, v, out, lse, cu_q, *_, **__):
-    grads = []
+    grads, n_kv = [], k.shape[1]
+    k, v = _grouped(q, k), _grouped(q, v)
     for do, qs, ks, vs in _segments(cu_q, dout, q, k, v):
         p = _weights(qs, ks)
         dp = do @ vs.mT
         ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * q.shape[-1] ** -0.5
         grads.append([x.transpose(0, 1).to(q.dtype) for x in (ds @ ks, ds.mT @ qs, p.mT @ do)])
-    return tuple(torch.cat(parts) for parts in zip(*grads, strict=True))
+    dq, dk, dv = (torch.cat(parts) for parts in zip(*grads, strict=True))
+    return dq, *(x.unflatten(1, (n_kv, -1)).sum(2).to(q.dtype) for x in (dk, dv))
 
 
 _ATTENTION = {

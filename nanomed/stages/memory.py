@@ -49,7 +49,7 @@ def kept_per_token(model: ModelConfig, c: Run) -> dict[str, float]:
     q, kv = model.q_size, model.kv_size
     kept = {
         "inputs of both norms": 2 * b * d,
-        "q, k, v": b * (q + 2 * (q if is_plain(c, "attention") else kv)),  # plain: heads repeated
+        "q, k, v": b * (q + 2 * kv),
         "attention's output": b * q,
         "its log-sum-exp": 4 * model.n_heads,
         "gate, up": 2 * b * f,

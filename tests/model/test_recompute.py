@@ -98,12 +98,7 @@ class FusedSwiGLU(torch.autograd.Function):
 def like_a_gpu(monkeypatch, plain: bool) -> None:
     """The ops keep what they keep there: plain, or fused (RoPE then keeps nothing to speak of)."""
 
-    def attention(q, k, v, *_):
-        if plain:  # as attention_by_segment does
-            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-        return AttentionOfAGPU.apply(q, k, v)
-
-    monkeypatch.setattr(kernels, "attention", attention)
+    monkeypatch.setattr(kernels, "attention", lambda q, k, v, *_: AttentionOfAGPU.apply(q, k, v))
     if not plain:
         monkeypatch.setattr(kernels, "rmsnorm", lambda x, w, eps: FusedNorm.apply(x, w))
         monkeypatch.setattr(kernels, "swiglu", FusedSwiGLU.apply)

@@ -35,6 +35,7 @@ from nanomed.training.optim import adamw
 from nanomed.training.reference import check_start, reference_logps
 from nanomed.training.step import reduced, train_step
 from nanomed.training.trainer import fit
+from tests import pretend
 from tests.conftest import ROOT
 from tests.pretend import CUDA, Pretended, pretended
 from tests.training import test_dpo, test_exactness
@@ -97,13 +98,15 @@ def test_what_cuda_refuses_is_refused(gpu):
 
 @pytest.mark.parametrize("recompute", ["none", "lean", "full"])
 def test_the_model_on_a_gpu_is_the_model_on_a_cpu(gpu, small, recompute):
-    """In bfloat16, where a GPU takes varlen_attn, each layer's heads expanded, and the borders."""
+    """In bfloat16, where a GPU takes varlen_attn with its groups of heads, and the borders."""
+    pretend._heads.clear()
     row = row_from([range(40), range(7), range(3, 60)])
     on_cpu = Aquila(small).bfloat16()
     init_weights(on_cpu)
     on_gpu = model_on_gpu(small, recompute=recompute)
     wanted, found = on_cpu(row).nll, on_gpu(row.to(CUDA)).nll
     assert (found.cpu() - wanted).norm() < 1e-2 * wanted.norm()
+    assert set(pretend._heads) == {(small.n_heads, small.n_kv_heads)}
     wanted.sum().backward()
     found.sum().backward()
     for (name, p), q in zip(on_cpu.named_parameters(), on_gpu.parameters(), strict=True):
