@@ -20,7 +20,7 @@ from nanomed.batches.loader import Loader
 from nanomed.batches.packing import Row
 from nanomed.distributed import launch, pick_device, start
 from nanomed.model.decoder import Scores
-from nanomed.runs.log import RunFolder
+from nanomed.run.log import RunFolder
 from nanomed.stages import dry_run, stage
 from nanomed.stages.answers import show_answers
 from nanomed.training.losses import dpo_loss, segment_counts, segment_logps

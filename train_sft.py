@@ -16,7 +16,7 @@ from nanomed.batches.loader import Loader
 from nanomed.batches.packing import Row
 from nanomed.distributed import launch, pick_device, start
 from nanomed.model.decoder import Scores
-from nanomed.runs.log import RunFolder
+from nanomed.run.log import RunFolder
 from nanomed.stages import dry_run, stage
 from nanomed.stages.answers import show_answers, show_example
 from nanomed.stages.exam import show_exam

@@ -25,7 +25,7 @@ from nanomed.batches.loader import Loader
 from nanomed.batches.slices import read
 from nanomed.config import CPT, MODELS
 from nanomed.hf.tokenizer import write_tokenizer
-from nanomed.runs.log import PEAK_FLOPS, flops_of
+from nanomed.run.log import PEAK_FLOPS, flops_of
 from nanomed.text.template import CHATML, Encoder
 from nanomed.text.tokenizer import load
 

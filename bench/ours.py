@@ -15,7 +15,7 @@ from nanomed.config import DPO, ModelConfig, Run
 from nanomed.distributed import World, shard
 from nanomed.model.decoder import Aquila, init_weights
 from nanomed.model.recompute import set_recompute
-from nanomed.runs.log import Meter
+from nanomed.run.log import Meter
 from nanomed.text.segment import Segment
 from nanomed.training import step
 from nanomed.training.optim import adamw

@@ -22,7 +22,7 @@ from bench.measure import fingerprint, quartiles, table
 from bench.ours import Examples, Ours, settings
 from nanomed.config import MODELS, SFT, ModelConfig
 from nanomed.distributed import World, from_all, pick_device, start
-from nanomed.runs import checkpoint, saves
+from nanomed.run import checkpoint, saves
 
 SHAPES = {
     "tiny": MODELS["tiny"],

@@ -27,7 +27,7 @@ from kernels.chunk import even
 from nanomed.config import CPT, DPO, MODELS, SFT, ModelConfig, Run
 from nanomed.distributed import World, pick_device, start
 from nanomed.model.recompute import POLICIES, set_recompute
-from nanomed.runs.log import PEAK_FLOPS, flops_of
+from nanomed.run.log import PEAK_FLOPS, flops_of
 from nanomed.stages import memory
 from nanomed.training.optim import adamw
 

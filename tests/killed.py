@@ -18,7 +18,7 @@ from nanomed.batches.loader import Loader
 from nanomed.config import CPT, DPO, SFT, ModelConfig
 from nanomed.distributed import local, shard
 from nanomed.model.decoder import Aquila, init_weights
-from nanomed.runs import checkpoint, log, saves
+from nanomed.run import checkpoint, log, saves
 from nanomed.training import optim, trainer
 from tests.data import ListData
 from tests.documents import random_documents, slices_of

@@ -22,7 +22,7 @@ from nanomed.batches.packing import row_from
 from nanomed.config import SFT
 from nanomed.distributed import World
 from nanomed.model.decoder import Aquila
-from nanomed.runs.log import Meter
+from nanomed.run.log import Meter
 from nanomed.training.step import Loss, reduced, train_step
 from tests.training.test_exactness import Recorder, assert_same_gradients, sharded
 

@@ -9,7 +9,7 @@ import pytest
 
 from nanomed import locks
 from nanomed.config import SFT, InputError
-from nanomed.runs.log import RunFolder
+from nanomed.run.log import RunFolder
 from nanomed.store import cache
 
 

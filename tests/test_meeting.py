@@ -15,7 +15,7 @@ import torch.distributed as dist
 from nanomed import distributed, meeting
 from nanomed.config import SFT, InputError
 from nanomed.meeting import PATIENCE, PATIENCE_GPU
-from nanomed.runs.log import RunFolder
+from nanomed.run.log import RunFolder
 from tests.forks import server
 
 # ---------------------------------------------------------------- the meeting

@@ -25,7 +25,7 @@ from nanomed.evals.score import Encoded, Plan, Scorer
 from nanomed.evals.stats import pooled_stderr, stderr
 from nanomed.evals.tasks import groups
 from nanomed.model.decoder import Aquila
-from nanomed.runs.log import is_terminal
+from nanomed.run.log import is_terminal
 from nanomed.training.reference import sums_of_bits
 
 

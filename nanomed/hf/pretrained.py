@@ -15,7 +15,7 @@ from nanomed.config import InputError, ModelConfig
 from nanomed.distributed import rank_from_env
 from nanomed.hf import chat_template, reading
 from nanomed.model.decoder import Aquila
-from nanomed.runs import checkpoint
+from nanomed.run import checkpoint
 from nanomed.text import template, tokenizer
 
 

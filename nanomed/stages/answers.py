@@ -9,7 +9,7 @@ from torch import nn
 from nanomed.batches.loader import Loader
 from nanomed.model.generation import greedy_in_lockstep
 from nanomed.records import Chat, chats_of, is_pair, names_of, pair_of, read_records
-from nanomed.runs.log import RunFolder
+from nanomed.run.log import RunFolder
 from nanomed.store import Store, group_key
 from nanomed.text.template import Encoder
 

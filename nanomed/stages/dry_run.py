@@ -16,7 +16,7 @@ from nanomed.batches.slices import Slices
 from nanomed.config import SAVED_BYTES, InputError, ModelConfig, Run, nearest
 from nanomed.meeting import rank_from_env
 from nanomed.model.decoder import Aquila
-from nanomed.runs.log import PEAK_FLOPS, flops_of
+from nanomed.run.log import PEAK_FLOPS, flops_of
 from nanomed.stages import memory
 from nanomed.store import Store
 

@@ -11,7 +11,7 @@ from nanomed.model.decoder import Aquila
 from nanomed.model.generation import greedy_in_lockstep
 from nanomed.records import Chat, read_json
 from nanomed.records.exams import exam_of, letters_of, render
-from nanomed.runs.log import RunFolder
+from nanomed.run.log import RunFolder
 from nanomed.stages.answers import held_out_chats, taught_facts
 from nanomed.text.template import Encoder
 

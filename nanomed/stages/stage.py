@@ -17,8 +17,8 @@ from nanomed.hf import pretrained
 from nanomed.meeting import rank_from_env
 from nanomed.model.decoder import Aquila, init_weights
 from nanomed.model.recompute import set_recompute
-from nanomed.runs import checkpoint
-from nanomed.runs.log import RunFolder
+from nanomed.run import checkpoint
+from nanomed.run.log import RunFolder
 from nanomed.stages import data_report, memory
 from nanomed.text import template, tokenizer
 from nanomed.training.optim import lr_at

@@ -23,7 +23,7 @@ from nanomed.distributed import World, full, launch, pick_device, shard, start
 from nanomed.hf import pretrained
 from nanomed.model.decoder import Aquila
 from nanomed.model.recompute import set_recompute
-from nanomed.runs import checkpoint
+from nanomed.run import checkpoint
 from nanomed.stages import stage
 from nanomed.store import Store
 from nanomed.text.template import Encoder

@@ -8,8 +8,8 @@ from collections import deque
 
 from nanomed.batches.loader import DataSet, Loader
 from nanomed.distributed import from_all
-from nanomed.runs import checkpoint
-from nanomed.runs.log import RunFolder
+from nanomed.run import checkpoint
+from nanomed.run.log import RunFolder
 from nanomed.training.step import Step
 
 # Seconds in which a second signal is the first one's echo: on Ctrl-C a worker gets one from the

@@ -15,7 +15,7 @@ from nanomed.batches.loader import Loader
 from nanomed.batches.packing import Row
 from nanomed.config import InputError
 from nanomed.distributed import World, local, sum_over_ranks
-from nanomed.runs.log import RunFolder, is_terminal
+from nanomed.run.log import RunFolder, is_terminal
 from nanomed.training.losses import segment_logps
 from nanomed.training.step import Loss
 

@@ -13,7 +13,7 @@ from nanomed.batches.packing import Row
 from nanomed.config import Run
 from nanomed.distributed import full, sum_over_ranks
 from nanomed.model.decoder import Scores
-from nanomed.runs.log import Meter, RunFolder
+from nanomed.run.log import Meter, RunFolder
 
 # A metric's sum over a row, to be divided as the loss is; or (sum, what to divide it by).
 Metric = Tensor | tuple[Tensor, Tensor]

@@ -8,9 +8,9 @@ from tqdm import tqdm
 from nanomed.batches.loader import Loader
 from nanomed.config import InputError, Run
 from nanomed.distributed import from_main
-from nanomed.runs import checkpoint
-from nanomed.runs.log import Meter, RunFolder, is_terminal, step_line
-from nanomed.runs.saves import Saver
+from nanomed.run import checkpoint
+from nanomed.run.log import Meter, RunFolder, is_terminal, step_line
+from nanomed.run.saves import Saver
 from nanomed.training.faults import Signals, Spikes, note_bad, note_spike
 from nanomed.training.optim import adamw, lr_at
 from nanomed.training.step import Loss, Step, dropout_cost, evaluate, reduced, train_step

@@ -16,7 +16,7 @@ from bench.measure import Results, read
 from bench.ours import Examples, Ours, Split, model_of, settings
 from bench.theirs import Plain, padded, qwen2
 from nanomed.config import CPT, DPO, MODELS
-from nanomed.runs.log import flops_of
+from nanomed.run.log import flops_of
 
 
 def test_the_parts_of_a_step_are_the_whole_and_change_nothing(world, small):

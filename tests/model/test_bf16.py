@@ -8,7 +8,7 @@ from nanomed.batches.loader import Loader
 from nanomed.config import SFT
 from nanomed.distributed import full, shard
 from nanomed.model.decoder import Aquila, init_weights
-from nanomed.runs.log import Meter
+from nanomed.run.log import Meter
 from nanomed.stages.stage import compute_dtype
 from nanomed.training.optim import adamw
 from nanomed.training.step import train_step

@@ -4,7 +4,7 @@ import re
 
 from nanomed.config import CPT, MODELS
 from nanomed.model.recompute import POLICIES
-from nanomed.runs.log import flops_of
+from nanomed.run.log import flops_of
 from nanomed.stages import memory
 from tests.conftest import ROOT
 

@@ -10,7 +10,7 @@ import torch
 from nanomed import hf
 from nanomed.config import CPT, DPO, SFT, ModelConfig
 from nanomed.model.decoder import Aquila
-from nanomed.runs import checkpoint
+from nanomed.run import checkpoint
 from tests.conftest import ROOT
 from tests.ranks import script
 
@@ -75,7 +75,7 @@ DPO_FLAGS = (
 
 def test_dpo_goes_on_with_its_data_in_another_place(pool, place):
     """The reference belongs to the tokens, wherever their file lies and whatever code read it.
-    (Other tokens are refused: tests/runs/test_resume.py.)"""
+    (Other tokens are refused: tests/run/test_resume.py.)"""
     few("dpo.jsonl", place / "pairs.jsonl")
     pool(1, script, "train_dpo", [*DPO_FLAGS.split(), "--data", "pairs.jsonl"], str(place))
     wanted = (place / "run/export/model.safetensors").read_bytes()

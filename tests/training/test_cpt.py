@@ -18,7 +18,7 @@ from nanomed.config import CPT, InputError
 from nanomed.distributed import full
 from nanomed.hf import pretrained
 from nanomed.model.decoder import Aquila
-from nanomed.runs.log import RunFolder
+from nanomed.run.log import RunFolder
 from nanomed.stages import stage
 from nanomed.text import template
 from nanomed.tools import replay

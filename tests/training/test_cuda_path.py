@@ -26,9 +26,9 @@ from nanomed.distributed import World
 from nanomed.model.decoder import Aquila, init_weights
 from nanomed.model.generation import Sampling, generate
 from nanomed.model.recompute import set_recompute
-from nanomed.runs import checkpoint, log
-from nanomed.runs.log import Meter, RunFolder
-from nanomed.runs.saves import HostCopy
+from nanomed.run import checkpoint, log
+from nanomed.run.log import Meter, RunFolder
+from nanomed.run.saves import HostCopy
 from nanomed.stages import memory, stage
 from nanomed.training import step
 from nanomed.training.optim import adamw

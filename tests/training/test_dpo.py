@@ -22,7 +22,7 @@ from nanomed.config import DPO, InputError
 from nanomed.distributed import full
 from nanomed.model.decoder import Aquila, Scores, init_weights
 from nanomed.records import PreferencePair
-from nanomed.runs.log import Meter, RunFolder
+from nanomed.run.log import Meter, RunFolder
 from nanomed.text.segment import Segment
 from nanomed.training.losses import segment_logps
 from nanomed.training.optim import adamw

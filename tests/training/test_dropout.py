@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nanomed.distributed import full
-from nanomed.runs.log import RunFolder
+from nanomed.run.log import RunFolder
 from nanomed.training import trainer
 from nanomed.training.step import dropout_cost
 from tests.training.test_exactness import loader_of, next_token_loss, settings, sharded

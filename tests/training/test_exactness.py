@@ -20,8 +20,8 @@ from nanomed.config import SFT
 from nanomed.distributed import World, full, shard
 from nanomed.model.decoder import Aquila, init_weights
 from nanomed.model.recompute import set_recompute
-from nanomed.runs import checkpoint, saves
-from nanomed.runs.log import Meter, RunFolder
+from nanomed.run import checkpoint, saves
+from nanomed.run.log import Meter, RunFolder
 from nanomed.training.optim import adamw
 from nanomed.training.step import evaluate, reduced, train_step
 from nanomed.training.trainer import fit

@@ -13,8 +13,8 @@ import train_sft
 from nanomed.config import InputError
 from nanomed.distributed import local
 from nanomed.model.decoder import Aquila
-from nanomed.runs import checkpoint, saves
-from nanomed.runs.log import Meter, RunFolder
+from nanomed.run import checkpoint, saves
+from nanomed.run.log import Meter, RunFolder
 from nanomed.tools import replay
 from nanomed.training import step, trainer
 from nanomed.training.faults import Spikes

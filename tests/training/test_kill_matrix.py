@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from nanomed.runs import checkpoint
+from nanomed.run import checkpoint
 from tests.forks import Group, server
 from tests.killed import BESIDE_A_WRITER, N_STEPS, POINTS, STAGES, train
 

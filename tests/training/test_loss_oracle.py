@@ -15,7 +15,7 @@ import train_cpt
 import train_dpo
 import train_sft
 from nanomed.config import DPO
-from nanomed.runs.log import RunFolder
+from nanomed.run.log import RunFolder
 from nanomed.training.losses import segment_counts, segment_logps
 from nanomed.training.trainer import fit
 from tests.data import ListData

@@ -6,7 +6,7 @@ import torch
 from nanomed.config import CPT, OPTIMIZER_BYTES, SFT
 from nanomed.distributed import full
 from nanomed.model.decoder import Aquila
-from nanomed.runs.log import Meter
+from nanomed.run.log import Meter
 from nanomed.training.optim import adamw, lr_at
 from nanomed.training.step import train_step
 from tests.training.test_exactness import loader_of, next_token_loss, settings, sharded

@@ -14,8 +14,8 @@ from nanomed.config import SFT
 from nanomed.distributed import fill, shard, start
 from nanomed.model.decoder import Aquila, init_weights
 from nanomed.model.recompute import set_recompute
-from nanomed.runs import checkpoint
-from nanomed.runs.log import RunFolder
+from nanomed.run import checkpoint
+from nanomed.run.log import RunFolder
 from nanomed.training.trainer import fit
 from tests.training.test_exactness import loader_of, metrics_of, next_token_loss, settings
 

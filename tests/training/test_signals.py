@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from nanomed.distributed import end_with
-from nanomed.runs import checkpoint, saves
+from nanomed.run import checkpoint, saves
 from nanomed.training import faults
 from nanomed.training.faults import Signals
 from tests.forks import Group, server

@@ -12,7 +12,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from nanomed.batches.packing import Row
-from nanomed.runs.log import Meter
+from nanomed.run.log import Meter
 from nanomed.training.optim import adamw
 from nanomed.training.reference import answer_logps
 from nanomed.training.step import evaluate, train_step

@@ -217,7 +217,7 @@ def test_a_run_folder_or_its_export_starts_another_run(finished, world):
 
 
 def test_a_folder_that_is_written_to_is_left_alone(tmp_path, world):
-    from nanomed.runs.log import RunFolder
+    from nanomed.run.log import RunFolder
 
     first = RunFolder(SFT(out=str(tmp_path / "x")), world)
     (tmp_path / "x/config.json").unlink()
@@ -227,7 +227,7 @@ def test_a_folder_that_is_written_to_is_left_alone(tmp_path, world):
 
 
 def test_without_out_the_next_free_folder(tmp_path, world, monkeypatch):
-    from nanomed.runs.log import RunFolder
+    from nanomed.run.log import RunFolder
 
     monkeypatch.chdir(tmp_path)
     paths = [RunFolder(SFT(), world).path.as_posix() for _ in range(2)]

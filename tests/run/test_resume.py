@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from nanomed.config import SFT, InputError
-from nanomed.runs import saves
-from nanomed.runs.log import RunFolder
-from tests.runs.test_checkpoint import trained
+from nanomed.run import saves
+from nanomed.run.log import RunFolder
+from tests.run.test_checkpoint import trained
 
 RUN = {"lr": 0.01, "model's d_model": 128, "tokenizer": "abc", "content of the data": "d" * 64}
 

@@ -18,7 +18,7 @@ from nanomed import locks
 from nanomed.batches.packing import Row
 from nanomed.config import InputError, ModelConfig, Run
 from nanomed.distributed import World, from_all, from_main
-from nanomed.runs import checkpoint
+from nanomed.run import checkpoint
 
 # Dense bf16 FLOP/s from the vendor's data sheets: what MFU is a share of. The first that is in the
 # GPU's name counts.

@@ -10,8 +10,8 @@ import torch
 from nanomed.config import SAVED_BYTES, ModelConfig
 from nanomed.distributed import keep_freed_memory, local, shard
 from nanomed.model.decoder import Aquila, init_weights
-from nanomed.runs import saves
-from nanomed.runs.log import RunFolder
+from nanomed.run import saves
+from nanomed.run.log import RunFolder
 from nanomed.training.optim import adamw
 from tests.forks import Group, server
 from tests.killed import settings

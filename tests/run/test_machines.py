@@ -10,10 +10,10 @@ from types import SimpleNamespace
 import pytest
 
 from nanomed.config import SFT, InputError
-from nanomed.runs import checkpoint, saves
-from nanomed.runs.log import RunFolder
-from nanomed.runs.saves import SaveFailed
-from tests.runs.test_checkpoint import trained
+from nanomed.run import checkpoint, saves
+from nanomed.run.log import RunFolder
+from nanomed.run.saves import SaveFailed
+from tests.run.test_checkpoint import trained
 
 
 def begin(world, folders: list[str], identities: list[dict], flags=()) -> str:

@@ -29,9 +29,9 @@ from torch.distributed.tensor import DTensor
 
 from nanomed.config import Run
 from nanomed.distributed import from_all, host_mesh, local
-from nanomed.runs import checkpoint
-from nanomed.runs.checkpoint import UNFINISHED
-from nanomed.runs.log import RunFolder
+from nanomed.run import checkpoint
+from nanomed.run.checkpoint import UNFINISHED
+from nanomed.run.log import RunFolder
 
 
 class SaveFailed(Exception):

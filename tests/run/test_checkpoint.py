@@ -15,8 +15,8 @@ from torch.distributed.checkpoint.state_dict import get_state_dict
 
 from nanomed.config import InputError
 from nanomed.distributed import from_all, local
-from nanomed.runs import checkpoint, saves, untrusted
-from nanomed.runs.saves import SaveFailed
+from nanomed.run import checkpoint, saves, untrusted
+from nanomed.run.saves import SaveFailed
 from nanomed.training.optim import adamw
 from tests.killed import build
 

@@ -13,12 +13,12 @@ from torch.distributed.checkpoint.state_dict import get_state_dict
 
 from nanomed import distributed
 from nanomed.config import InputError
-from nanomed.runs import checkpoint, saves
-from nanomed.runs.log import RunFolder
+from nanomed.run import checkpoint, saves
+from nanomed.run.log import RunFolder
 from nanomed.training import trainer
 from tests.forks import Group, server
 from tests.killed import build, digest, loader_of, settings
-from tests.runs.test_checkpoint import trained
+from tests.run.test_checkpoint import trained
 
 
 def train(world, out: str, hooks: tuple = (), **changes) -> dict:

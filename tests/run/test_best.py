@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from nanomed.model.decoder import init_weights
-from nanomed.runs import checkpoint, saves
-from nanomed.runs.log import RunFolder
+from nanomed.run import checkpoint, saves
+from nanomed.run.log import RunFolder
 from nanomed.stages import stage
 from tests.killed import settings
-from tests.runs.test_checkpoint import parts, trained
+from tests.run.test_checkpoint import parts, trained
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from nanomed.config import SAVED_BYTES, InputError
 from nanomed.distributed import from_all, from_main
-from nanomed.runs.untrusted import Planner, Reader
+from nanomed.run.untrusted import Planner, Reader
 
 UNFINISHED = ".unfinished"
 
