@@ -15,10 +15,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from nanomed import arguments, config
+from nanomed import arguments
 from nanomed.batches import slices
 from nanomed.batches.loader import Loader
 from nanomed.batches.packing import Row
+from nanomed.config import CPT
 from nanomed.distributed import launch, pick_device, start
 from nanomed.model.decoder import Scores
 from nanomed.run.log import RunFolder
@@ -52,21 +53,21 @@ def next_token_loss(data: slices.Slices, n_bytes: Tensor) -> Loss:
 
 
 def main() -> None:
-    c = arguments.parse(config.CPT)
+    c = arguments.parse(CPT)
     device = pick_device(c.device)
-    model_config, encoder = stage.model_and_encoder(c)
+    config, encoder = stage.model_and_encoder(c)
 
     # Before the processes join: one of them tokenises, however long it takes, the others wait.
     read = partial(slices.read, c, encoder)
     if c.dry_run:
-        return dry_run.show(c, model_config, read)
+        return dry_run.show(c, config, read)
     data = read()
 
     with start(device) as world:
         loader = Loader.of(c, data, world.rank, world.size, (data.train, data.val), data.mixture)
-        model = stage.build_model(c, model_config, world)
-        run = RunFolder(c, world, stage.identity(c, model_config, encoder, loader))
-        stage.begin(c, model_config, encoder, loader, run)
+        model = stage.build_model(c, config, world)
+        run = RunFolder(c, world, stage.identity(c, config, encoder, loader))
+        stage.announce(c, config, encoder, loader, run)
 
         n_bytes = torch.tensor(encoder.tokenizer.n_bytes(), device=device)
         fit(c, model, loader, next_token_loss(data, n_bytes), run)

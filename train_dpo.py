@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanomed import arguments, config, store
+from nanomed import arguments, store
 from nanomed.batches.loader import Loader
 from nanomed.batches.packing import Row
+from nanomed.config import DPO
 from nanomed.distributed import launch, pick_device, start
 from nanomed.model.decoder import Scores
 from nanomed.run.log import RunFolder
@@ -29,7 +30,7 @@ from nanomed.training.step import Loss
 from nanomed.training.trainer import fit
 
 
-def preference_loss(reference: Tensor, kinds: Tensor, names: list[str], c: config.DPO) -> Loss:
+def preference_loss(reference: Tensor, kinds: Tensor, names: list[str], c: DPO) -> Loss:
     """The loss of a row, for fit(). reference[pairs,2], kinds[pairs] index names."""
 
     def loss(scores: Scores, row: Row) -> tuple[Tensor, dict]:
@@ -86,22 +87,22 @@ def what_happens(values: dict[str, float]) -> str:
 
 
 def main() -> None:
-    c = stage.with_newest_sft(arguments.parse(config.DPO))
+    c = stage.with_newest_sft(arguments.parse(DPO))
     device = pick_device(c.device)
-    model_config, encoder = stage.model_and_encoder(c)
+    config, encoder = stage.model_and_encoder(c)
 
     # Before the processes join: one of them tokenises, however long it takes, the others wait.
     read = partial(store.pairs, [*c.data, *c.val_data], encoder, c.seq_len, c.allow_drop, c.fields)
     if c.dry_run:
-        return dry_run.show(c, model_config, read)
+        return dry_run.show(c, config, read)
     data = read()
 
     with start(device) as world:
         loader = Loader.of(c, data, world.rank, world.size)
-        model = stage.build_model(c, model_config, world)
-        identity = stage.identity(c, model_config, encoder, loader)
+        model = stage.build_model(c, config, world)
+        identity = stage.identity(c, config, encoder, loader)
         run = RunFolder(c, world, identity, describe=what_happens)
-        stage.begin(c, model_config, encoder, loader, run)
+        stage.announce(c, config, encoder, loader, run)
 
         dtype = stage.compute_dtype(c, device)
         reference = reference_logps(model, loader, run, {"dtype": str(dtype)})

@@ -11,9 +11,10 @@ from functools import partial
 
 from torch import Tensor
 
-from nanomed import arguments, config, store
+from nanomed import arguments, store
 from nanomed.batches.loader import Loader
 from nanomed.batches.packing import Row
+from nanomed.config import SFT
 from nanomed.distributed import launch, pick_device, start
 from nanomed.model.decoder import Scores
 from nanomed.run.log import RunFolder
@@ -29,21 +30,21 @@ def next_token_loss(scores: Scores, row: Row) -> tuple[Tensor, dict[str, Tensor]
 
 
 def main() -> None:
-    c = arguments.parse(config.SFT)
+    c = arguments.parse(SFT)
     device = pick_device(c.device)
-    model_config, encoder = stage.model_and_encoder(c)
+    config, encoder = stage.model_and_encoder(c)
 
     # Before the processes join: one of them tokenises, however long it takes, the others wait.
     read = partial(store.chats, [*c.data, *c.val_data], encoder, c.seq_len, c.allow_drop, c.fields)
     if c.dry_run:
-        return dry_run.show(c, model_config, read)
+        return dry_run.show(c, config, read)
     data = read()
 
     with start(device) as world:
         loader = Loader.of(c, data, world.rank, world.size)
-        model = stage.build_model(c, model_config, world)
-        run = RunFolder(c, world, stage.identity(c, model_config, encoder, loader))
-        stage.begin(c, model_config, encoder, loader, run)
+        model = stage.build_model(c, config, world)
+        run = RunFolder(c, world, stage.identity(c, config, encoder, loader))
+        stage.announce(c, config, encoder, loader, run)
         if stage.may_show_text(c):
             show_example(encoder, loader, run)
 

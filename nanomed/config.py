@@ -65,7 +65,7 @@ class ModelConfig:
         return 2 * self.vocab_size * self.d_model + self.n_layers * layer + self.d_model
 
 
-# Four generations of Aquila share one name; these are three of them and a small sibling.
+# Three of the models called Aquila-7B, and "tiny", the small one of the demonstration.
 MODELS = {
     "tiny": ModelConfig(6144, 3, 256, 4, 2, 704, 4096, 1e6, 1e-5, True),
     "aquila-7b": ModelConfig(100_008, 32, 4096, 32, 32, 11_008, 2048, 1e4, 1e-6, False),
@@ -75,7 +75,7 @@ MODELS = {
 
 
 STAGES = ("CPT stage 1", "CPT stage 2", "SFT", "DPO")  # of the paper, and configs/ has one each
-UNPUBLISHED, NO_MATTER = "", None
+UNPUBLISHED, NOT_USED = "", None
 
 
 def _flag(default: Any, help: str, paper: tuple = (), choices: tuple = ()) -> Any:
@@ -121,7 +121,9 @@ class Run:
     micro_tokens: int = _flag(4096, "most tokens in one packed row, the unit of memory")
     seq_len: int = _flag(2048, "most tokens in one segment", ("4096", "4096", "2048", UNPUBLISHED))
     lr: float = _flag(
-        2e-6, "peak learning rate, the largest step of a weight", ("1e-4", "1e-5", "2e-6", "2e-7")
+        2e-6,
+        "peak learning rate; about the most that a step changes a weight",
+        ("1e-4", "1e-5", "2e-6", "2e-7"),
     )
     min_lr_ratio: float = _flag(
         0.0, "learning rate that the cosine ends at, as a share of the peak", (UNPUBLISHED,) * 4
@@ -280,18 +282,18 @@ class DPO(Run):
     lr: float = _default("lr", 2e-7)
     warmup_ratio: float = _default("warmup_ratio", 0.1)
     beta: float = _flag(
-        0.03, "weight of a nat of log-probability ratio in the loss", (NO_MATTER,) * 3 + ("0.03",)
+        0.03, "weight of a nat of log-probability ratio in the loss", (NOT_USED,) * 3 + ("0.03",)
     )
 
     label_smoothing: float = _flag(
         0.0,
         "share of pairs taken to be labelled the wrong way round",
-        (NO_MATTER,) * 3 + (UNPUBLISHED,),
+        (NOT_USED,) * 3 + (UNPUBLISHED,),
     )
     sft_weight: float = _flag(
         0.0,
         "weight of the chosen answer's own loss, in nats per token, beside the pair's",
-        (NO_MATTER,) * 3 + (UNPUBLISHED,),
+        (NOT_USED,) * 3 + (UNPUBLISHED,),
     )
 
     def __post_init__(self) -> None:

@@ -201,9 +201,9 @@ def shard(model: nn.Module, world: World, compute_dtype: torch.dtype) -> nn.Modu
         fully_shard(unit, mesh=world.mesh, mp_policy=precision, reshard_after_forward=not keeps)
         if keeps:
             unit.register_forward_hook(_reshard_without_backward)
-        # Gradients are plain sums: fit() divides by the trained tokens of the whole step. gloo
-        # cannot divide within a reduction, so without the second line the first raises there. Alone
-        # there is nothing to divide by, and FSDP would make a copy of each gradient to divide by 1.
+        # Gradients are plain sums: fit() divides by the trained tokens of the whole step, so FSDP
+        # must divide by 1, and by a plain sum, since gloo cannot divide while it reduces. One
+        # process alone reduces nothing; FSDP would copy each gradient to divide it by 1.
         if world.size > 1:
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)

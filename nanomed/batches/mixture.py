@@ -3,8 +3,11 @@
 Two sources of weights w and W - w share the draws as Bresenham's line shares pixels: of the first d
 draws the one has floor(d w / W), the other has the rest. More sources are shared out one after
 another: the first against all others, the second against all but the first, and so on. So draw d's
-source, and how often that source was drawn before, follow from d alone, in exact integers; each
-source's share of the first d draws is never a whole draw times the number of sources off.
+source, and how often that source was drawn before, follow from d alone, in exact integers. After d
+draws each source has been drawn d times its weight, give or take as many draws as there are
+sources.
+
+A first reader may take it on trust: draws(start, stop) are the examples of draws start to stop - 1.
 """
 
 import re

@@ -4,6 +4,9 @@ A Feistel network (Luby and Rackoff 1988) is a bijection whatever its round func
 halved into (left, right), and each round makes it (right, left xor f(right)), which can be undone.
 It permutes all numbers of an even number of bits; where the result is n or more, it is applied
 again until it is below n (cycle walking, Black and Rogaway 2002): a bijection of 0 to n-1 again.
+
+A first reader may take it on trust: shuffled(range(n), n, key) is 0 to n-1 in an order of its own
+for each key.
 """
 
 import numpy as np

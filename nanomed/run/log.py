@@ -33,7 +33,7 @@ class RunFolder:
 
     def __init__(
         self,
-        config: Run,
+        c: Run,
         world: World,
         identity: dict[str, Any] | None = None,
         describe: Callable[[dict[str, float]], str] | None = None,
@@ -41,8 +41,8 @@ class RunFolder:
         self.world = world
         self.identity = json.loads(json.dumps(identity or {}))
         self.describe = describe  # an evaluation's values -> a sentence on them
-        self._agree(config)
-        chosen = _choose(config, *world.launch) if world.is_main else None
+        self._agree(c)
+        chosen = _choose(c, *world.launch) if world.is_main else None
         self.path, self.resume_from = from_main(chosen)
         self.checkpoints = self.path / "checkpoints"
         if world.is_main:
@@ -51,11 +51,11 @@ class RunFolder:
                 self._compare()
         self._write(self._mark)
         self._see_the_mark()
-        self._write(lambda: self._begin(config))
+        self._write(lambda: self._begin(c))
 
-    def _agree(self, config: Run) -> None:
+    def _agree(self, c: Run) -> None:
         """Raises InputError, on all ranks, if one was started with other settings or data."""
-        settings = dataclasses.asdict(config)
+        settings = dataclasses.asdict(c)
         own = {n: v for n, v in settings.items() if n not in MAY_DIFFER} | self.identity
         _join(_differences(from_main(own), own, "{} is {} on rank 0 and {} here"))
 
@@ -85,10 +85,10 @@ class RunFolder:
                 "another --out (--init takes this one's weights)"
             )
 
-    def _begin(self, config: Run) -> None:
-        self.write_json("config.json", {"stage": config.stage, **dataclasses.asdict(config)})
+    def _begin(self, c: Run) -> None:
+        self.write_json("config.json", {"stage": c.stage, **dataclasses.asdict(c)})
         if self.path.parent == Path("runs"):
-            checkpoint.point(Path("runs") / config.stage, self.path)
+            checkpoint.point(Path("runs") / c.stage, self.path)
         step, validated = -1, True
         if self.resume_from:
             step = checkpoint.read_state(self.resume_from)["step"]
@@ -135,28 +135,27 @@ LAUNCH = ".launch"  # holds World.launch, by which a restart finds the folder
 LOCK_PATIENCE = 3.0  # seconds: the workers of a torchrun that was killed end within one or two
 
 
-def _choose(config: Run, launch: str, attempt: str) -> tuple[Path, Path | None]:
+def _choose(c: Run, launch: str, attempt: str) -> tuple[Path, Path | None]:
     """(the run's folder, the checkpoint it goes on from or None)."""
-    named = config.out if config.resume in ("", "latest", "auto") else config.resume
-    known = [Path(named)] if named else Path("runs").glob(f"{config.stage}-*")
+    named = c.out if c.resume in ("", "latest", "auto") else c.resume
+    known = [Path(named)] if named else Path("runs").glob(f"{c.stage}-*")
     if path := next((p for p in known if _began(p, launch, attempt)), None):
         return path, checkpoint.newest(path / "checkpoints")
-    if config.resume:
-        path = Path(named) if named else (Path("runs") / config.stage).resolve()
+    if c.resume:
+        path = Path(named) if named else (Path("runs") / c.stage).resolve()
         if found := checkpoint.newest(path / "checkpoints"):
             return path, found
-        if config.resume != "auto":
+        if c.resume != "auto":
             raise InputError(f"--resume: {path} holds no checkpoint; start without --resume")
-    if config.out:
-        if (Path(config.out) / "config.json").exists() and config.resume != "auto":
+    if c.out:
+        if (Path(c.out) / "config.json").exists() and c.resume != "auto":
             raise InputError(
-                f"{config.out} already holds a run; go on with it by --resume, or choose another "
-                "--out"
+                f"{c.out} already holds a run; go on with it by --resume, or choose another --out"
             )
-        return Path(config.out), None
-    pattern = re.compile(rf"{config.stage}-(\d+)$")
+        return Path(c.out), None
+    pattern = re.compile(rf"{c.stage}-(\d+)$")
     taken = [int(m[1]) for p in Path("runs").glob("*") if (m := pattern.match(p.name))]
-    return Path("runs") / f"{config.stage}-{max(taken, default=0) + 1:03d}", None
+    return Path("runs") / f"{c.stage}-{max(taken, default=0) + 1:03d}", None
 
 
 def _began(path: Path, launch: str, attempt: str) -> bool:
@@ -209,8 +208,8 @@ def _cut_back(path: Path, step: int, validated: bool) -> None:
 class Meter:
     """Tokens per second and what else a logged step shows."""
 
-    def __init__(self, model: ModelConfig, world_size: int):
-        self.model, self.world_size = model, world_size
+    def __init__(self, config: ModelConfig, world_size: int):
+        self.config, self.world_size = config, world_size
         self.restart()
 
     def restart(self) -> None:
@@ -229,18 +228,18 @@ class Meter:
         seconds = time.perf_counter() - self.started
         values = {"tokens_per_s": tokens / seconds, "peak_memory_gb": peak_memory() / 2**30}
         if (peak := _peak_flops()) is not None:
-            flops = flops_of(self.model, tokens, squares)
+            flops = flops_of(self.config, tokens, squares)
             values["mfu_causal"] = flops / seconds / (peak * self.world_size)
         self.restart()
         return values
 
 
-def flops_of(model: ModelConfig, tokens: float, squares: float) -> float:
+def flops_of(config: ModelConfig, tokens: float, squares: float) -> float:
     """FLOPs of forward and backward, causal count: 6 per matmul weight and token (the embedding is
     a lookup, the head a matmul), and 6 L H E S per token of a segment of S tokens for attention;
     `squares` is the sum of S**2 over segments."""
-    matmul = model.n_params() - model.vocab_size * model.d_model
-    return 6 * matmul * tokens + 6 * model.n_layers * model.q_size * squares
+    matmul = config.n_params() - config.vocab_size * config.d_model
+    return 6 * matmul * tokens + 6 * config.n_layers * config.q_size * squares
 
 
 def _peak_flops() -> float | None:

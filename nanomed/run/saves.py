@@ -219,12 +219,10 @@ class Saver:
     `saved` is what became of the last save that is over: the checkpoint, or None. A save that fails
     is said and leaves the run alive. All ranks make the same calls. Leaving the context waits."""
 
-    def __init__(
-        self, config: Run, model: nn.Module, optimizer: torch.optim.Optimizer, run: RunFolder
-    ):
+    def __init__(self, c: Run, model: nn.Module, optimizer: torch.optim.Optimizer, run: RunFolder):
         self.run, self.model, self.optimizer = run, model, optimizer
-        self.keep_last, self.saved = config.keep_last, run.resume_from
-        self.host = HostCopy() if in_background(config.save, run.world.device) else None
+        self.keep_last, self.saved = c.keep_last, run.resume_from
+        self.host = HostCopy() if in_background(c.save, run.world.device) else None
         self.writer: Writer | None = None
         self.val_loss: float | None = None
 

@@ -24,9 +24,9 @@ GB = 1e9
 GPU_MEMORY = {"A100-40G": 39.5, "A100-80G": 79.1, "H100-80G": 79.1, "H200-141G": 139.7}  # GiB
 
 
-def n_params(model: ModelConfig) -> int:
+def n_params(config: ModelConfig) -> int:
     with torch.device("meta"):
-        return sum(p.numel() for p in Aquila(model).parameters())
+        return sum(p.numel() for p in Aquila(config).parameters())
 
 
 # ---------------------------------------------------------------- work of the whole run
@@ -40,9 +40,9 @@ class Work:
     tokens: float
     squares: float
 
-    def flops(self, model: ModelConfig) -> float:
+    def flops(self, config: ModelConfig) -> float:
         """Forward and backward of one pass."""
-        return flops_of(model, self.tokens, self.squares)
+        return flops_of(config, self.tokens, self.squares)
 
 
 def published_work(c: Run) -> tuple[Work, Work]:
@@ -90,20 +90,20 @@ def n_validations(c: Run, train: Work) -> int:
     return 1 + math.ceil(n_steps(c, train) / every)
 
 
-def flops(c: Run, model: ModelConfig, train: Work, val: Work) -> float:
+def flops(c: Run, config: ModelConfig, train: Work, val: Work) -> float:
     """Training 3 parts (forward 1, backward 2), each validation 1; DPO's reference 1 part, once."""
     passes = n_steps(c, train) * c.batch_size / train.examples
-    reference = (train.flops(model) + val.flops(model)) / 3 if c.stage == "dpo" else 0
-    validation = n_validations(c, train) * val.flops(model) / 3
-    return passes * train.flops(model) + validation + reference
+    reference = (train.flops(config) + val.flops(config)) / 3 if c.stage == "dpo" else 0
+    validation = n_validations(c, train) * val.flops(config) / 3
+    return passes * train.flops(config) + validation + reference
 
 
-def disk(c: Run, model: ModelConfig, tokens: float) -> dict[str, float]:
+def disk(c: Run, config: ModelConfig, tokens: float) -> dict[str, float]:
     """Bytes: float32 weights and moments for each checkpoint (the last ones, the best, and the one
     being written), weights in bf16 for the export, 4 bytes and a flag for each token."""
     return {
-        "checkpoints": (c.keep_last + 2) * SAVED_BYTES * model.n_params(),
-        "export": 2 * model.n_params(),
+        "checkpoints": (c.keep_last + 2) * SAVED_BYTES * config.n_params(),
+        "export": 2 * config.n_params(),
         "token store": 5 * tokens,
     }
 
@@ -124,28 +124,28 @@ def parse_hardware(text: str) -> tuple[int, str]:
     return int(match[1]), match[2]
 
 
-def show(c: Run, model: ModelConfig, load: Callable[[], Store | Slices]) -> None:
+def show(c: Run, config: ModelConfig, load: Callable[[], Store | Slices]) -> None:
     """Prints the plan on rank 0. `load` tokenises the data and is called if --examples is 0."""
     n_gpus, kind = parse_hardware(c.hardware)
     if rank_from_env()[0] == 0:
         works = published_work(c) if c.examples else counted_work(c, load())
         for line in (
             f"dry run of {c.stage} on {n_gpus} x {kind}: nothing is trained",
-            f"model: {n_params(model):,} parameters",
-            *memory.lines(model, c, n_gpus, GPU_MEMORY[kind]),
-            *_work_lines(c, model, *works, n_gpus, PEAK_FLOPS[kind.split("-")[0]]),
+            f"model: {n_params(config):,} parameters",
+            *memory.lines(config, c, n_gpus, GPU_MEMORY[kind]),
+            *_work_lines(c, config, *works, n_gpus, PEAK_FLOPS[kind.split("-")[0]]),
         ):
             print(line)
 
 
 def _work_lines(
-    c: Run, model: ModelConfig, train: Work, val: Work, n_gpus: int, peak: float
+    c: Run, config: ModelConfig, train: Work, val: Work, n_gpus: int, peak: float
 ) -> list[str]:
-    steps, total = n_steps(c, train), flops(c, model, train, val)
+    steps, total = n_steps(c, train), flops(c, config, train, val)
     passes = steps * c.batch_size / train.examples
     seconds = total / (n_gpus * peak * c.mfu)
-    per_step = train.flops(model) * c.batch_size / train.examples / (n_gpus * peak * c.mfu)
-    needed = disk(c, model, train.tokens + val.tokens)
+    per_step = train.flops(config) * c.batch_size / train.examples / (n_gpus * peak * c.mfu)
+    needed = disk(c, config, train.tokens + val.tokens)
     most = "at most " if c.examples else ""
     note = " (--examples, each of full length; --examples 0 reads --data)" if c.examples else ""
     return [

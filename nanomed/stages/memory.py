@@ -34,69 +34,69 @@ def width(c: Run) -> int:
     return 4 if c.dtype == "fp32" else 2
 
 
-def states(model: ModelConfig, n_gpus: int) -> dict[str, float]:
+def states(config: ModelConfig, n_gpus: int) -> dict[str, float]:
     """Bytes of what FSDP shards, all in float32."""
-    n = model.n_params() / n_gpus
+    n = config.n_params() / n_gpus
     weights = WEIGHT_BYTES * n
     return {"weights": weights, "gradients": weights, "optimizer": OPTIMIZER_BYTES * n}
 
 
-def kept_per_token(model: ModelConfig, c: Run) -> dict[str, float]:
+def kept_per_token(config: ModelConfig, c: Run) -> dict[str, float]:
     """Bytes that one layer keeps of a token for its backward pass, by tensor."""
-    b, d, f = width(c), model.d_model, model.d_ff
+    b, d, f = width(c), config.d_model, config.d_ff
     if c.recompute == "full":
         return {"layer's input": b * d}
-    q, kv = model.q_size, model.kv_size
+    q, kv = config.q_size, config.kv_size
     kept = {
         "inputs of both norms": 2 * b * d,
         "q, k, v": b * (q + 2 * kv),
         "attention's output": b * q,
-        "its log-sum-exp": 4 * model.n_heads,
+        "its log-sum-exp": 4 * config.n_heads,
         "gate, up": 2 * b * f,
         "dropout masks": 2 * d * (c.dropout > 0),
     }
-    if model.qk_norm:  # plain: their inputs in float32, and their values before the weight
+    if config.qk_norm:  # plain: their inputs in float32, and their values before the weight
         size = 4 + b if is_plain(c) else b
-        kept["inside norms of q, k"] = size * (q + kv) + 4 * (model.n_heads + model.n_kv_heads)
+        kept["inside norms of q, k"] = size * (q + kv) + 4 * (config.n_heads + config.n_kv_heads)
     if is_plain(c):
-        kept["sines and cosines"] = 4 * model.head_size
+        kept["sines and cosines"] = 4 * config.head_size
     if c.recompute == "none":
         kept |= {"outputs of both norms": 2 * b * d, "SwiGLU's product": b * f}
-        kept |= _inside_plain(model, b) if is_plain(c) else {"norms' scales": 2 * 4}
+        kept |= _inside_plain(config, b) if is_plain(c) else {"norms' scales": 2 * 4}
     return kept
 
 
-def _inside_plain(model: ModelConfig, b: int) -> dict[str, float]:
+def _inside_plain(config: ModelConfig, b: int) -> dict[str, float]:
     """What autograd keeps between the single operations of the plain norm and SwiGLU. The norm's
     input is kept in float32 there, instead of as it came."""
     return {
-        "norms' inputs in float32, instead": 2 * (4 - b) * model.d_model,
-        "norms' values before the weight": 2 * b * model.d_model,
+        "norms' inputs in float32, instead": 2 * (4 - b) * config.d_model,
+        "norms' values before the weight": 2 * b * config.d_model,
         "norms' scales": 2 * 4,
-        "silu(gate)": b * model.d_ff,
+        "silu(gate)": b * config.d_ff,
     }
 
 
-def activations(model: ModelConfig, c: Run, layers: int) -> float:
+def activations(config: ModelConfig, c: Run, layers: int) -> float:
     """Bytes that so many layers keep of one row between forward and backward."""
-    return layers * c.micro_tokens * sum(kept_per_token(model, c).values())
+    return layers * c.micro_tokens * sum(kept_per_token(config, c).values())
 
 
-def head_moment(model: ModelConfig, c: Run, n_gpus: int) -> dict[str, float]:
+def head_moment(config: ModelConfig, c: Run, n_gpus: int) -> dict[str, float]:
     """Bytes while linear_nll runs backward, or right after, while the head's gradient is summed
     over the GPUs. No layer has gone back yet, nor the last norm."""
-    b, t, matrix = width(c), c.micro_tokens, model.vocab_size * model.d_model
-    norm = (2 * b + 4 * is_plain(c)) * model.d_model * t  # plain: its input in float32
-    kept = {"activations": activations(model, c, model.n_layers) + norm}
-    dhidden = b * model.d_model * t
+    b, t, matrix = width(c), c.micro_tokens, config.vocab_size * config.d_model
+    norm = (2 * b + 4 * is_plain(c)) * config.d_model * t  # plain: its input in float32
+    kept = {"activations": activations(config, c, config.n_layers) + norm}
+    dhidden = b * config.d_model * t
     # The head's gradient is summed in float32, then cast; the plain version still has the last
     # chunk's gradient and hidden then.
-    part = b * chunk(model, c) * model.d_model  # of hidden; Triton: and of its gradient
-    loss = {"loss's chunk": loss_chunk(model, c) + part * (2 - is_plain(c))}
+    part = b * chunk(config, c) * config.d_model  # of hidden; Triton: and of its gradient
+    loss = {"loss's chunk": loss_chunk(config, c) + part * (2 - is_plain(c))}
     loss["gradients here"] = 4 * matrix + dhidden
     cast = {"gradients here": (4 + (b if b < 4 else 0)) * matrix + dhidden}
     if is_plain(c):
-        cast["loss's chunk"] = b * chunk(model, c) * model.vocab_size + part
+        cast["loss's chunk"] = b * chunk(config, c) * config.vocab_size + part
     # By now hidden is let go: its gradient has taken its place.
     summed = {"gradients here": b * matrix, "FSDP": 4 * matrix * (1 + 1 / n_gpus)}
     gathered = {"FSDP": b * matrix}
@@ -104,51 +104,51 @@ def head_moment(model: ModelConfig, c: Run, n_gpus: int) -> dict[str, float]:
     return kept | max(moments, key=lambda parts: sum(parts.values()))
 
 
-def loss_chunk(model: ModelConfig, c: Run) -> float:
+def loss_chunk(config: ModelConfig, c: Run) -> float:
     """Bytes of the logits that exist at once."""
-    tokens = chunk(model, c)
+    tokens = chunk(config, c)
     if not is_plain(c):
-        return width(c) * tokens * -(-model.vocab_size // 128) * 128
+        return width(c) * tokens * -(-config.vocab_size // 128) * 128
     # Plain: in float32, and as they come from the matmul or as the gradient goes into one.
-    return (4 + width(c)) * tokens * model.vocab_size
+    return (4 + width(c)) * tokens * config.vocab_size
 
 
-def chunk(model: ModelConfig, c: Run) -> int:
+def chunk(config: ModelConfig, c: Run) -> int:
     """Tokens whose logits may exist at once. How many of a row are trained decides into how many
     chunks they are shared out: a few fewer may make longer ones."""
-    return min(c.micro_tokens, CHUNK_CUDA if is_plain(c) else most_tokens(model.d_model))
+    return min(c.micro_tokens, CHUNK_CUDA if is_plain(c) else most_tokens(config.d_model))
 
 
-def layer_moment(model: ModelConfig, c: Run, n_gpus: int) -> dict[str, float]:
+def layer_moment(config: ModelConfig, c: Run, n_gpus: int) -> dict[str, float]:
     """Bytes while the last layer but one runs backward through its MLP, its widest part: what is
     computed again, the gradients of product, gate and up, and FSDP's whole matrices: this layer's
     and the next one's gathered, the gradients of the one before on their way into the sum."""
-    b, d, f = width(c), model.d_model, model.d_ff
+    b, d, f = width(c), config.d_model, config.d_ff
     again = 0.0
     if c.recompute == "full":
-        again = sum(kept_per_token(model, dataclasses.replace(c, recompute="none")).values())
+        again = sum(kept_per_token(config, dataclasses.replace(c, recompute="none")).values())
     elif c.recompute == "lean":  # SwiGLU's product and, if plain, silu(gate)
         again = (1 + is_plain(c)) * b * f
     # The product is let go before gate's and up's gradients come; lean's is not.
     gradients = b * ((3 if c.recompute == "lean" else 2) * f + d)
-    n_layer = (model.n_params() - 2 * model.vocab_size * d) / model.n_layers
+    n_layer = (config.n_params() - 2 * config.vocab_size * d) / config.n_layers
     return {
-        "activations": activations(model, c, model.n_layers - 1),
+        "activations": activations(config, c, config.n_layers - 1),
         "computed again": again * c.micro_tokens,
         "gradients here": gradients * c.micro_tokens,
         "FSDP": (2 * b + 4 + 4 / n_gpus) * n_layer,
     }
 
 
-def memory(model: ModelConfig, c: Run, n_gpus: int) -> dict[str, float]:
+def memory(config: ModelConfig, c: Run, n_gpus: int) -> dict[str, float]:
     """GiB on each GPU at the peak, by part."""
-    moments = head_moment(model, c, n_gpus), layer_moment(model, c, n_gpus)
+    moments = head_moment(config, c, n_gpus), layer_moment(config, c, n_gpus)
     peak = max(moments, key=lambda parts: sum(parts.values()))
-    parts = states(model, n_gpus) | peak
+    parts = states(config, n_gpus) | peak
     return {name: size / GIB for name, size in parts.items()} | {"reserve": RESERVE}
 
 
-def remedy(model: ModelConfig, c: Run, n_gpus: int, limit: float) -> str:
+def remedy(config: ModelConfig, c: Run, n_gpus: int, limit: float) -> str:
     """The cheapest change that fits `limit` GiB: shorter rows before matmuls are computed twice,
     and of two that compute the same matmuls the one with longer rows."""
     smallest = 2 * c.seq_len if c.stage == "dpo" else c.seq_len
@@ -157,7 +157,7 @@ def remedy(model: ModelConfig, c: Run, n_gpus: int, limit: float) -> str:
     cheap = [(size, policy) for size in sizes for policy in allowed if policy != "full"]
     for size, recompute in [*cheap, *((size, "full") for size in sizes)]:
         other = dataclasses.replace(c, recompute=recompute, micro_tokens=size)
-        if sum(memory(model, other, n_gpus).values()) <= limit:
+        if sum(memory(config, other, n_gpus).values()) <= limit:
             return f"--recompute {recompute} --micro_tokens {size} fits"
     return "no --micro_tokens fits, more GPUs are needed"
 
@@ -175,21 +175,21 @@ WHAT = {
 }
 
 
-def lines(model: ModelConfig, c: Run, n_gpus: int, limit: float) -> list[str]:
+def lines(config: ModelConfig, c: Run, n_gpus: int, limit: float) -> list[str]:
     """The parts as text, with the cheapest change if they do not fit `limit` GiB."""
-    parts = memory(model, c, n_gpus)
+    parts = memory(config, c, n_gpus)
     total = sum(parts.values())
-    fits = "fits" if total <= limit else f"DOES NOT FIT; {remedy(model, c, n_gpus, limit)}"
+    fits = "fits" if total <= limit else f"DOES NOT FIT; {remedy(config, c, n_gpus, limit)}"
     head = f"memory: {total:.1f} GiB predicted of {limit} GiB on each GPU: {fits}"
     return [head] + [
         f"  {name:15} {size:6.2f} GiB  {WHAT[name].format(c=c)}" for name, size in parts.items()
     ]
 
 
-def compared(model: ModelConfig, c: Run, n_gpus: int) -> str:
+def compared(config: ModelConfig, c: Run, n_gpus: int) -> str:
     """The most that this process had allocated on its GPU, beside what was predicted."""
     measured = torch.cuda.max_memory_allocated() / GIB
-    predicted = sum(memory(model, c, n_gpus).values()) - RESERVE  # it is outside torch's tensors
+    predicted = sum(memory(config, c, n_gpus).values()) - RESERVE  # it is outside torch's tensors
     return (
         f"memory: {measured:.2f} GiB at most allocated on this GPU, {predicted:.2f} GiB predicted "
         f"for full rows of {c.micro_tokens:,} tokens ({measured / predicted - 1:+.0%})"

@@ -29,32 +29,32 @@ def model_and_encoder(c: Run) -> tuple[ModelConfig, template.Encoder]:
     if c.init and c.model:
         raise InputError(f"--init {c.init} fixes the model; leave out --model {c.model}")
     if c.init:
-        model, encoder = pretrained.describe(c.init, c.tokenizer, c.template)
+        config, encoder = pretrained.describe(c.init, c.tokenizer, c.template)
     else:
-        model, encoder = _fresh(c)
-    if c.seq_len > model.max_seq_len:
-        raise InputError(f"--seq_len {c.seq_len} is over the model's maximum {model.max_seq_len}")
-    return model, encoder
+        config, encoder = _fresh(c)
+    if c.seq_len > config.max_seq_len:
+        raise InputError(f"--seq_len {c.seq_len} is over the model's maximum {config.max_seq_len}")
+    return config, encoder
 
 
 def _fresh(c: Run) -> tuple[ModelConfig, template.Encoder]:
     tok = tokenizer.load(c.tokenizer or beside_the_scripts("samples/tokenizer.model"))
     encoder = template.Encoder(template.load(c.template or "chatml"), tok)
-    model = MODELS[c.model or "tiny"]
-    if model is MODELS["tiny"]:
-        model = dataclasses.replace(model, vocab_size=tok.vocab_size)  # it has none of its own
-    if tok.vocab_size > model.vocab_size:
+    config = MODELS[c.model or "tiny"]
+    if config is MODELS["tiny"]:
+        config = dataclasses.replace(config, vocab_size=tok.vocab_size)  # it has none of its own
+    if tok.vocab_size > config.vocab_size:
         raise InputError(
             f"the tokenizer {tok.path} has {tok.vocab_size} ids, the model's embedding only "
-            f"{model.vocab_size} rows: they do not belong together"
+            f"{config.vocab_size} rows: they do not belong together"
         )
-    return model, encoder
+    return config, encoder
 
 
 # What may change when a run goes on: where it reads and writes, what it shows and keeps, its speed
 # and memory. All else decides what is trained and must be as it was. Files may move: their content
 # is compared. (--steps and --epochs are compared as the number of steps they come to.)
-FREE = {
+MAY_CHANGE = {
     *("config", "model", "tokenizer", "template", "data", "val_data", "fields", "out", "resume"),
     *("steps", "epochs", "micro_tokens", "recompute", "kernels", "device", "allow_drop"),
     *("log_every", "eval_every", "save_every", "save", "keep_last", "max_bad", "show_text"),
@@ -62,10 +62,11 @@ FREE = {
 }
 
 
-def identity(c: Run, model: ModelConfig, encoder: template.Encoder, loader: Loader) -> dict:
+def identity(c: Run, config: ModelConfig, encoder: template.Encoder, loader: Loader) -> dict:
     """What the run trains, by name: what every checkpoint keeps and a resume compares."""
-    settings = {name: value for name, value in dataclasses.asdict(c).items() if name not in FREE}
-    shape = {f"model's {name}": value for name, value in dataclasses.asdict(model).items()}
+    settings = {k: v for k, v in dataclasses.asdict(c).items() if k not in MAY_CHANGE}
+    shape = {f"model's {name}": value for name, value in dataclasses.asdict(config).items()}
+    shape["model's dropout"] = c.dropout  # its name in checkpoints since the first of them
     return {
         "stage": c.stage,
         **settings,
@@ -107,7 +108,7 @@ def bf16_warning(c: Run, device: torch.device) -> str:
     )
 
 
-def choose_kernels(c: Run, model: ModelConfig, device: torch.device) -> None:
+def choose_kernels(c: Run, config: ModelConfig, device: torch.device) -> None:
     """--kernels, for all that follows. The Triton interpreter, on a CPU, is for tests alone."""
     if c.kernels == "triton":
         if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
@@ -117,20 +118,20 @@ def choose_kernels(c: Run, model: ModelConfig, device: torch.device) -> None:
                 f"--kernels triton: it does not import ({kernels.triton_error()}); install a torch "
                 "built for CUDA, which brings it, or use --kernels reference"
             )
-        if model.head_size not in kernels.triton_head_sizes():
+        if config.head_size not in kernels.triton_head_sizes():
             raise InputError(
                 f"--kernels triton: its attention takes heads of {kernels.triton_head_sizes()}, "
-                f"the model's are {model.head_size} wide; use --kernels auto"
+                f"the model's are {config.head_size} wide; use --kernels auto"
             )
     kernels.use(c.kernels)
 
 
-def build_model(c: Run, model_config: ModelConfig, world: World) -> Aquila:
+def build_model(c: Run, config: ModelConfig, world: World) -> Aquila:
     """The sharded model with its weights: no rank ever holds more than its share. Nothing has been
     written when bad weights raise InputError here."""
-    choose_kernels(c, model_config, world.device)
+    choose_kernels(c, config, world.device)
     with torch.device("meta"):
-        model = Aquila(model_config, c.dropout)
+        model = Aquila(config, c.dropout)
     set_recompute(model, c.recompute)
     shard(model, world, compute_dtype(c, world.device))
     model.to_empty(device=world.device)
@@ -203,26 +204,26 @@ def may_show_text(c: Run) -> bool:
     return c.show_text or all(Path(path).resolve().is_relative_to(ours) for path in c.data)
 
 
-def begin(
-    c: Run, model: ModelConfig, encoder: template.Encoder, loader: Loader, run: RunFolder
+def announce(
+    c: Run, config: ModelConfig, encoder: template.Encoder, loader: Loader, run: RunFolder
 ) -> None:
     """Keeps in the run folder what a later --init needs, and says what is about to happen."""
     if run.world.is_main:
-        run.write_json("model.json", dataclasses.asdict(model))
+        run.write_json("model.json", dataclasses.asdict(config))
         (run.path / "template.json").write_text(encoder.template.to_json() + "\n")
         tokenizer.copy(encoder.tokenizer, run.path)
     is_cpt = isinstance(loader.data, slices.Slices)
     report = data_report.report(loader)
     run.write_json("data_report.json", report)
-    config = "cpt_stage1" if is_cpt else c.stage
+    paper = "cpt_stage1" if is_cpt else c.stage
     start = f"from {c.init}" if c.init else "from nothing"
     run.print(
         f"{c.stage} of {c.model or 'tiny' if not c.init else 'the model'} {start} on "
-        f"{' '.join(c.data)}; the paper's setting: --config configs/{config}.toml --init FOLDER"
+        f"{' '.join(c.data)}; the paper's setting: --config configs/{paper}.toml --init FOLDER"
     )
     dtype = compute_dtype(c, run.world.device)
     run.print(
-        f"model: {model.n_params():,} parameters, masters and gradient sums in float32, "
+        f"model: {config.n_params():,} parameters, masters and gradient sums in float32, "
         f"computing in {str(dtype).removeprefix('torch.')} on {run.world.size} x "
         f"{_device_name(run.world.device)}"
     )
@@ -230,7 +231,7 @@ def begin(
         run.print(warning)
     device, reasons = run.world.device, kernels.reasons(run.world.device)
     run.print(f"kernels: {kernels.in_force(device)}" + (f" ({reasons})" if reasons else ""))
-    spare = model.vocab_size - encoder.tokenizer.vocab_size
+    spare = config.vocab_size - encoder.tokenizer.vocab_size
     run.print(
         f"vocabulary: {encoder.tokenizer.vocab_size:,} ids of {encoder.tokenizer.path}"
         + (f", {spare:,} spare rows in the model" if spare else "")

@@ -20,8 +20,8 @@ from nanomed.records import Chat, PreferencePair, names_of, read_chats, read_pai
 from nanomed.store.cache import PROBED, cached, digest, group_key, progress
 from nanomed.store.tally import Tally, report_of
 from nanomed.store.versions import versions
-from nanomed.text import segment
-from nanomed.text.template import Encoder, Segment
+from nanomed.text.segment import Segment
+from nanomed.text.template import Encoded, Encoder
 
 
 class Store:
@@ -50,11 +50,11 @@ class Store:
     def divisors_of(self, examples: np.ndarray) -> np.ndarray:
         return self.divisors[examples]
 
-    def __getitem__(self, i: int) -> list[segment.Segment]:
+    def __getitem__(self, i: int) -> list[Segment]:
         segments = range(i * self.per_example, (i + 1) * self.per_example)
         spans = [slice(self.borders[s], self.borders[s + 1]) for s in segments]
         parts = [(self.tokens[span].astype(np.int64), self.trained[span]) for span in spans]
-        return [segment.Segment(*part) for part in parts]
+        return [Segment(*part) for part in parts]
 
     def where(self, i: int) -> tuple[str, int]:
         """The file, and the record's number in it, that example i was read from."""
@@ -76,7 +76,7 @@ class Writer:
         self.names: dict[str, int] = {}
 
     def add(
-        self, segments: list[Segment], divisor: int, file: int, record: int, group: str, kind: str
+        self, segments: list[Encoded], divisor: int, file: int, record: int, group: str, kind: str
     ) -> None:
         for ids, trained in segments:
             content = [array("I", ids).tobytes(), bytes(trained)]
@@ -111,7 +111,7 @@ def chats(
     Raises InputError for a file that cannot be read, and if more than the share `allow_drop` of
     the chats could not be kept."""
 
-    def encode(chat: Chat) -> tuple[list[Segment], int]:
+    def encode(chat: Chat) -> tuple[list[Encoded], int]:
         chat.notes += encoder.notes((text for _, text in chat.turns), chat.system)
         ids, trained, cut = encoder.chat(chat, seq_len)
         return ([(ids, trained)] if ids else []), cut
@@ -124,7 +124,7 @@ def pairs(
 ) -> Store:
     """The same of preference pairs: two segments each, the chosen answer first."""
 
-    def encode(pair: PreferencePair) -> tuple[list[Segment], int]:
+    def encode(pair: PreferencePair) -> tuple[list[Encoded], int]:
         said = (*(text for _, text in pair.turns), pair.chosen, pair.rejected)
         pair.notes += encoder.notes(said, pair.system)
         return encoder.pair(pair, seq_len)

@@ -17,7 +17,7 @@ from nanomed.config import InputError, nearest
 from nanomed.records import Chat, PreferencePair, Turns
 from nanomed.text.tokenizer import Tokenizer
 
-Segment = tuple[list[int], list[bool]]  # ids, and which of them are trained on
+Encoded = tuple[list[int], list[bool]]  # ids of a turn or a segment, and which are trained on
 
 
 @dataclass(frozen=True)
@@ -124,35 +124,35 @@ class Encoder:
         it takes to fit max_tokens. Empty if even its last question and answer do not fit."""
         if chat.raw:
             return self._continuation(chat, max_tokens)
-        head = self._system(chat)
+        system = self._system(chat)
         turns = [self._turn(role, text) for role, text in chat.turns]
         for i in chat.untrained:
             turns[i] = turns[i][0], [False] * len(turns[i][1])
-        first = self._first_kept(chat.turns, turns, max_tokens - len(head[0]))
+        first = self._first_kept(chat.turns, turns, max_tokens - len(system[0]))
         if first == len(turns):
             return [], [], first
-        ids, trained = zip(head, *turns[first:], strict=True)
+        ids, trained = zip(system, *turns[first:], strict=True)
         return [*chain(*ids)], [*chain(*trained)], first
 
-    def pair(self, pair: PreferencePair, max_tokens: int) -> tuple[list[Segment], int]:
+    def pair(self, pair: PreferencePair, max_tokens: int) -> tuple[list[Encoded], int]:
         """([chosen, rejected], turns dropped): the prompt, then one of its answers, of which alone
         is trained on. Prompt and answers are tokenised apart, and the prompt is the same in both:
         it loses its oldest whole turns until the longer answer fits max_tokens. No segment if even
         its last question leaves no room."""
         if pair.raw:
             return self._raw_pair(pair, max_tokens)
-        head = self._system(pair)[0]
+        system = self._system(pair)[0]
         turns = [self._turn(role, text) for role, text in pair.turns]
         answers = [self._turn("assistant", text, True) for text in (pair.chosen, pair.rejected)]
         longest = max(len(ids) for ids, _ in answers)
-        first = self._first_kept(pair.turns, turns, max_tokens - len(head) - longest)
+        first = self._first_kept(pair.turns, turns, max_tokens - len(system) - longest)
         if first == len(turns):
             return [], first
-        prompt = [*chain(head, *(ids for ids, _ in turns[first:]))]
+        prompt = [*chain(system, *(ids for ids, _ in turns[first:]))]
         untrained = [False] * len(prompt)
         return [(prompt + ids, untrained + trained) for ids, trained in answers], first
 
-    def _raw_pair(self, pair: PreferencePair, max_tokens: int) -> tuple[list[Segment], int]:
+    def _raw_pair(self, pair: PreferencePair, max_tokens: int) -> tuple[list[Encoded], int]:
         sides = [
             self._continuation(Chat([*pair.turns, ("assistant", text)]), max_tokens)
             for text in (pair.chosen, pair.rejected)
@@ -169,7 +169,7 @@ class Encoder:
         )
 
     @staticmethod
-    def _first_kept(texts: Turns, turns: list[Segment], room: int) -> int:
+    def _first_kept(texts: Turns, turns: list[Encoded], room: int) -> int:
         """How many of the oldest turns must go so that the rest fits; what is left starts with a
         user's turn."""
         first, length = 0, sum(len(ids) for ids, _ in turns)
@@ -204,11 +204,11 @@ class Encoder:
             return [], [], 0
         return ids, [False] * len(prompt) + [True] * (len(answer) + 1), 0
 
-    def _system(self, chat: Chat | PreferencePair) -> tuple[list[int], list[bool]]:
+    def _system(self, chat: Chat | PreferencePair) -> Encoded:
         text = chat.system or self.template.system
         return self._turn("system", text) if text else ([], [])
 
-    def _turn(self, role: str, text: str, apart: bool = False) -> tuple[list[int], list[bool]]:
+    def _turn(self, role: str, text: str, apart: bool = False) -> Encoded:
         """An assistant's text and its end token are trained on, nothing else is; a token that holds
         the text's beginning and something before it belongs to the text. `apart`: there is none."""
         (head, tail, opening), (lead, rest) = self._before[role], self._after[role]

@@ -27,16 +27,16 @@ def main(argv: list[str] | None = None) -> None:
     if given.gpus < 1:
         raise InputError(f"--gpus is {given.gpus}; it must be at least 1")
     c = arguments.parse(stages[given.stage], rest)
-    model = model_of(c)
-    print(f"{c.stage}, {model.n_params():,} parameters on {given.gpus} GPUs, kernels {c.kernels}")
-    print("\n".join(lines(model, c, given.gpus, given.gpu_memory)))
+    config = config_of(c)
+    print(f"{c.stage}, {config.n_params():,} parameters on {given.gpus} GPUs, kernels {c.kernels}")
+    print("\n".join(lines(config, c, given.gpus, given.gpu_memory)))
     for recompute in POLICIES:
         other = dataclasses.replace(c, recompute=recompute)
-        total = sum(memory(model, other, given.gpus).values())
+        total = sum(memory(config, other, given.gpus).values())
         print(f"  with --recompute {recompute}: {total:.1f} GiB")
 
 
-def model_of(c: Run) -> ModelConfig:
+def config_of(c: Run) -> ModelConfig:
     return pretrained.config_of(c.init) if c.init else MODELS[c.model or "tiny"]
 
 

@@ -52,7 +52,7 @@ class Token:
 
 
 @dataclass
-class Segment:
+class DrawnSegment:
     title: str
     turns: list[tuple[str, list[Token]]]  # (role, its tokens)
 
@@ -60,7 +60,7 @@ class Segment:
 @dataclass
 class RowView:
     title: str
-    segments: list[Segment]
+    segments: list[DrawnSegment]
 
 
 # ---------------------------------------------------------------- from a Row to a view of it
@@ -89,7 +89,7 @@ def view(row: Row, encoder: Encoder, parts: Parts, nll: Tensor | None, name: str
             at += length
         assert at == len(part), "the turns' borders are not those of the segment"
         where = f"tokens {borders[k]} to {borders[k + 1] - 1}"
-        segments.append(Segment(f"{title}; {where}{_summary(part)}", turns))
+        segments.append(DrawnSegment(f"{title}; {where}{_summary(part)}", turns))
     many = "segment" if len(segments) == 1 else "segments"
     title = f"{name}: {len(tokens)} tokens in {len(segments)} {many}{_summary(tokens)}"
     return RowView(title, segments)

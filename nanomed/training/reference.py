@@ -83,10 +83,10 @@ def _check_key(run: RunFolder, found: dict, wanted: dict) -> None:
 
 @torch.no_grad()
 def check_start(model: nn.Module, loader: Loader, loss: Loss, exact: bool, run: RunFolder) -> None:
-    """Before the first step policy and reference are the same, so the loss is ln 2 and every
-    margin 0: exactly where a row is packed as the reference pass packed it, in float32; within
-    rounding else. `loss` is the pairs' own, without --sft_weight's. Runs one row of each kind, in
-    training mode, and raises InputError if not."""
+    """Before the first step policy and reference are the same, so the loss is ln 2 and every margin
+    is 0. If a row is packed as in the reference pass and all is in float32, the margins are exactly
+    0; otherwise they are within rounding. Runs one row of each kind, in training mode, and raises
+    InputError if it is not so. `loss` is the pairs' own, without --sft_weight's."""
     model.train()
     reference_pass = next(iter(loader.rows(np.arange(len(loader.data)))))
     margin = abs(_mean(model, loss, reference_pass, "rewards/margins", run))

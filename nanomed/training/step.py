@@ -36,7 +36,7 @@ class Step:
 
 
 def train_step(
-    config: Run,
+    c: Run,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     loader: Loader,
@@ -50,7 +50,7 @@ def train_step(
     device = next(model.parameters()).device
     # The same dropout after a resume, other masks on every rank; a tuple of integers has the same
     # hash in every process.
-    torch.manual_seed(hash((config.seed, step, loader.rank)))
+    torch.manual_seed(hash((c.seed, step, loader.rank)))
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
     model.train()
@@ -69,15 +69,15 @@ def train_step(
         _add(sums, {"loss": row_loss.detach(), **metrics})
     grad_norm = full(get_total_norm([param.grad for param in model.parameters()]))
 
-    # Every rank decides from the same three numbers: one small exchange and, but for linear_nll's,
-    # the step's only wait for the device. A loss that is not finite on one rank is none in the sum.
+    # Every rank decides from the same three numbers. Here the CPU waits for the GPU, and nowhere
+    # else in a step but in linear_nll. A NaN on one rank makes the sum NaN on all.
     exchanged = sum_over_ranks(torch.stack([sums["loss"], sums["loss"].new_tensor(stop)]))
     total, stops, norm = (*exchanged.tolist(), grad_norm.item())
     applied = math.isfinite(total) and math.isfinite(norm)
     layers = {} if applied else gradient_norms(model)
     if applied:
-        if 0 < config.grad_clip < norm:  # else it would be a pass over all gradients for nothing
-            clip_grads_with_norm_(model.parameters(), config.grad_clip, grad_norm)
+        if 0 < c.grad_clip < norm:  # else it would be a pass over all gradients for nothing
+            clip_grads_with_norm_(model.parameters(), c.grad_clip, grad_norm)
         optimizer.step()
     optimizer.zero_grad()
     return Step(total / divisor, norm, applied, stops > 0, sums, rows, layers)

@@ -16,25 +16,25 @@ from nanomed.training.optim import adamw, lr_at
 from nanomed.training.step import Loss, Step, dropout_cost, evaluate, reduced, train_step
 
 
-def fit(config: Run, model: nn.Module, loader: Loader, loss: Loss, run: RunFolder) -> None:
+def fit(c: Run, model: nn.Module, loader: Loader, loss: Loss, run: RunFolder) -> None:
     """Trains the sharded model in place, from run.resume_from if there is one. The best
     checkpoint by validation loss is run.checkpoints/best. Every rank calls it.
 
     Raises SystemExit if a signal asked it to end (it has saved then), and InputError after
-    config.max_bad steps in a row that could not be applied (or if the run has no other), or if the
+    c.max_bad steps in a row that could not be applied (or if the run has no other), or if the
     last save failed."""
-    optimizer = adamw(model, config.weight_decay)  # before the first forward: see shard()
-    checkpoint.check_space(run.checkpoints, model, _most_checkpoints(config, loader))
-    saver, start = Saver(config, model, optimizer, run), 0
+    optimizer = adamw(model, c.weight_decay)  # before the first forward: see shard()
+    checkpoint.check_space(run.checkpoints, model, _most_checkpoints(c, loader))
+    saver, start = Saver(c, model, optimizer, run), 0
     if run.resume_from:
         start = checkpoint.load(run.resume_from, model, optimizer)["step"]
         run.print(f"resumed from {run.resume_from} after step {start}")
         validated = from_main(checkpoint.is_validated(run.resume_from))
-        if _due(config.eval_every, loader, start) and not validated:
+        if _due(c.eval_every, loader, start) and not validated:
             saver.validated(evaluate(model, loader, loss, run, start))
     else:
-        if config.dropout:
-            _say_dropout(config.dropout, run, *dropout_cost(model, loader))
+        if c.dropout:
+            _say_dropout(c.dropout, run, *dropout_cost(model, loader))
         evaluate(model, loader, loss, run, start)
 
     meter, spikes = Meter(model.config, run.world.size), Spikes()
@@ -42,24 +42,24 @@ def fit(config: Run, model: nn.Module, loader: Loader, loss: Loss, run: RunFolde
     bar = tqdm(total=loader.n_steps, initial=start, unit="step", disable=not shown)
     with Signals() as signals, saver, bar:
         for step in range(start, loader.n_steps):
-            lr = lr_at(config, step, loader.n_steps)
+            lr = lr_at(c, step, loader.n_steps)
             stop = bool(signals.received)
-            result = train_step(config, model, optimizer, loader, loss, step, lr, meter, stop)
+            result = train_step(c, model, optimizer, loader, loss, step, lr, meter, stop)
             done = step + 1
             bar.update()
             n_bad = 0 if result.applied else n_bad + 1
             if not result.applied:
                 saver.wait()  # it names the last checkpoint before the step
                 note_bad(run, loader, step, lr, result)
-            elif done % config.log_every == 0 or done in (1, loader.n_steps):
+            elif done % c.log_every == 0 or done in (1, loader.n_steps):
                 _log(run, loader, meter, bar, step, lr, result)
             if result.applied and spikes.is_spike(result.loss):
                 note_spike(run, loader, step, result.loss)
 
-            too_many = n_bad == min(config.max_bad, loader.n_steps)
+            too_many = n_bad == min(c.max_bad, loader.n_steps)
             ends = result.stop or too_many
-            evaluates = _due(config.eval_every, loader, done) and not ends
-            saves = evaluates or ends or _due(config.save_every, loader, done)
+            evaluates = _due(c.eval_every, loader, done) and not ends
+            saves = evaluates or ends or _due(c.save_every, loader, done)
             if saves:
                 saver.save(done)  # before what may fail
             if evaluates:
@@ -94,10 +94,10 @@ def _due(every: int, loader: Loader, done: int) -> bool:
     return done % (every or loader.steps_per_epoch) == 0 or done == loader.n_steps
 
 
-def _most_checkpoints(config: Run, loader: Loader) -> int:
+def _most_checkpoints(c: Run, loader: Loader) -> int:
     """That are on the disk at once: those kept, the best one, and the one being written."""
-    every = [config.save_every, config.eval_every or loader.steps_per_epoch]
-    return min(config.keep_last + 2, -(-loader.n_steps // min(filter(None, every))))
+    every = [c.save_every, c.eval_every or loader.steps_per_epoch]
+    return min(c.keep_last + 2, -(-loader.n_steps // min(filter(None, every))))
 
 
 def _log(
