@@ -10,7 +10,7 @@ import kernels
 from nanomed import store
 from nanomed.arguments import parse
 from nanomed.config import CPT, DPO, MODELS, SFT, InputError, Run
-from nanomed.stages import dry_run, memory
+from nanomed.stages import dry_run, memory, stage
 from tests.conftest import ROOT
 
 STAGES = {"cpt_stage1": CPT, "cpt_stage2": CPT, "sft": SFT, "dpo": DPO}
@@ -70,6 +70,18 @@ def test_configs_equal_the_ledger_and_the_report(column, name):
             assert value == published, (name, flag)
     set_here = tomllib.loads((ROOT / f"configs/{name}.toml").read_text(encoding="utf-8"))
     assert set(set_here) == {f for f, cells in LEDGER.items() if cells[column] != "—"} | {"data"}
+
+
+# They decide what is trained and are no part of the recipe: where it starts, and chance.
+NO_RECIPE = {"init", "seed"}
+
+
+def test_every_flag_that_decides_what_is_trained_is_in_the_ledger():
+    """A resume compares the same flags: a new one is compared unless stage.py says that it may
+    change, so it is either there or here."""
+    for cls in (CPT, SFT, DPO):
+        decides = {f.name for f in dataclasses.fields(cls)} - stage.MAY_CHANGE - NO_RECIPE
+        assert decides <= set(LEDGER), (cls.stage, decides - set(LEDGER))
 
 
 def test_every_choice_has_its_reason():

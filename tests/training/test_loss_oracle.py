@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 import train_cpt
@@ -132,12 +133,23 @@ def mean_of_means(scores, row):
     return scores.nll.sum() / (row.labels >= 0).sum().clamp(min=1), {}
 
 
+def a_metric_of_one_rank(scores, row):
+    loss, metrics = train_sft.next_token_loss(scores, row)
+    return loss, metrics | {"lse": scores.lse.detach().sum() * (dist.get_rank() == 0)}
+
+
 def sums_in_simpo(scores, row):
     return simpo_loss(scores, row, means=False)
 
 
 @pytest.mark.parametrize(
-    "name, wrong", [("z-loss", z_over_all_tokens), ("sft", mean_of_means), ("simpo", sums_in_simpo)]
+    "name, wrong",
+    [
+        ("z-loss", z_over_all_tokens),
+        ("sft", mean_of_means),
+        ("sft", a_metric_of_one_rank),
+        ("simpo", sums_in_simpo),
+    ],
 )
 def test_a_beginners_error_is_seen(pool, small, name, wrong):
     data, _, formula = LOSSES[name]
