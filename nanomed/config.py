@@ -153,7 +153,7 @@ class Run:
         choices=("none", "lean", "full"),
     )  # fmt: skip
     kernels: str = _flag(
-        "auto", "version of the fused ops; auto: Triton on CUDA, the plain definition elsewhere",
+        "auto", "version of the fused ops; auto: Triton on CUDA, plain PyTorch elsewhere",
         choices=("auto", "triton", "reference"),
     )  # fmt: skip
     dtype: str = _flag(

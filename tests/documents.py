@@ -20,8 +20,8 @@ class MemoryPart:
         for d, places in itertools.groupby(self.flat[start:stop], key=lambda place: place[0]):
             places = [k for _, k in places]
             first, last, ids = places[0], places[-1] + 1, self.documents[d]
-            follows = ids[last] if last < len(ids) else -100
-            pieces.append(Piece(np.array(ids[first:last]), follows, first == 0, 0, d))
+            last_label = ids[last] if last < len(ids) else -100
+            pieces.append(Piece(np.array(ids[first:last]), last_label, first == 0, 0, d))
         return pieces
 
     def n_ends(self, start: int, stop: int) -> int:

@@ -178,5 +178,5 @@ class Loader:
         rows = pack(lengths, self.micro_tokens, self.world_size)
         for members in rows[self.rank :: self.world_size]:
             parts = [(part, i) for i in examples[members] for part in self.data[i]]
-            segments = [(s.ids, s.trained, s.follows, i) for s, i in parts]
+            segments = [(s.ids, s.trained, s.last_label, i) for s, i in parts]
             yield row_from(*zip(*segments, strict=True)) if segments else filler()

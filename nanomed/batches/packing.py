@@ -59,13 +59,13 @@ class Row:
 def row_from(
     segments: Sequence[Sequence[int]],
     trained: Sequence[Sequence[bool]] | None = None,
-    follows: Sequence[int] | None = None,
+    last_labels: Sequence[int] | None = None,
     examples: Sequence[int] | None = None,
 ) -> Row:
     """Packs segments of token ids into one row, in the order given: row_from(*zip(*segments)).
 
     `trained` has one flag per token (None: all but each segment's first, which has no
-    predecessor), `follows` the last label of each segment (None: -100), `examples` one index per
+    predecessor), `last_labels` each segment's last label (None: -100), `examples` one index per
     segment (None: 0, 1, 2, ...).
     Raises ValueError for an empty segment or lengths that do not match.
     """
@@ -84,8 +84,8 @@ def row_from(
     flags[borders[:-1]] = False
     labels = np.full(len(tokens), IGNORE, np.int64)
     labels[:-1] = np.where(flags[1:], tokens[1:], IGNORE)
-    if follows is not None:
-        labels[borders[1:] - 1] = follows
+    if last_labels is not None:
+        labels[borders[1:] - 1] = last_labels
     positions = np.arange(len(tokens)) - np.repeat(borders[:-1], lengths)
     examples = range(len(segments)) if examples is None else examples
     return Row(

@@ -111,7 +111,7 @@ class Slices:
 
     def __getitem__(self, i: int) -> list[Segment]:
         pieces = self._pieces(i)
-        return [Segment(p.ids, np.ones(len(p.ids), bool), p.follows) for p in pieces]
+        return [Segment(p.ids, np.ones(len(p.ids), bool), p.last_label) for p in pieces]
 
     def lengths_of(self, examples: np.ndarray) -> np.ndarray:
         span, start = self._place(examples)

@@ -30,7 +30,7 @@ class Piece(NamedTuple):
     """Some tokens of one document."""
 
     ids: np.ndarray  # [n] int64
-    follows: int  # the token after the last one in the same document, or -100
+    last_label: int  # the token after the last one in the same document, or -100
     begins: bool  # whether ids[0] is the document's first token
     shard: int
     document: int  # its number in the shard
@@ -126,8 +126,8 @@ class Part:
         pieces = []
         for document, (low, high) in enumerate(pairwise(edges), first):
             a, b = max(low, start), min(high, stop)
-            follows = int(ids[b - start]) if b < high else -100
-            pieces.append(Piece(ids[a - start : b - start], follows, a == low, shard, document))
+            last_label = int(ids[b - start]) if b < high else -100
+            pieces.append(Piece(ids[a - start : b - start], last_label, a == low, shard, document))
         return pieces
 
     def n_ends(self, start: int, stop: int) -> int:

@@ -12,4 +12,4 @@ class Segment(NamedTuple):
 
     ids: np.ndarray  # [n] int64
     trained: np.ndarray  # [n] bool, which tokens are learned; the first has no predecessor
-    follows: int = IGNORE  # the token that comes after the last one, if that is learned here
+    last_label: int = IGNORE  # the token after the last one, if that one is learned here

@@ -94,20 +94,6 @@ def gradient_norms(model: nn.Module) -> dict[str, float]:
 
 
 @torch.no_grad()
-def dropout_cost(model: nn.Module, loader: Loader) -> tuple[float, float]:
-    """(with dropout, without) the loss in nats per trained token of one row on each rank, of the
-    first step; every rank calls it. Nothing later depends on it: each step seeds its own masks."""
-    row = loader.step(0)[0].to(next(model.parameters()).device)
-    losses = []
-    for training in (True, False):
-        model.train(training)
-        sums = {"loss": model(row).nll.sum(), "tokens": (row.labels >= 0).sum()}
-        totals = _over_ranks(sums)
-        losses.append(totals["loss"] / totals["tokens"])
-    return losses[0], losses[1]
-
-
-@torch.no_grad()
 def evaluate(
     model: nn.Module, loader: Loader, loss: Loss, run: RunFolder, step: int
 ) -> float | None:

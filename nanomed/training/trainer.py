@@ -11,9 +11,10 @@ from nanomed.distributed import from_main
 from nanomed.run import checkpoint
 from nanomed.run.log import Meter, RunFolder, is_terminal, step_line
 from nanomed.run.saves import Saver
+from nanomed.training.dropout import say_dropout
 from nanomed.training.faults import Signals, Spikes, note_bad, note_spike
 from nanomed.training.optim import adamw, lr_at
-from nanomed.training.step import Loss, Step, dropout_cost, evaluate, reduced, train_step
+from nanomed.training.step import Loss, Step, evaluate, reduced, train_step
 
 
 def fit(c: Run, model: nn.Module, loader: Loader, loss: Loss, run: RunFolder) -> None:
@@ -34,7 +35,7 @@ def fit(c: Run, model: nn.Module, loader: Loader, loss: Loss, run: RunFolder) ->
             saver.validated(evaluate(model, loader, loss, run, start))
     else:
         if c.dropout:
-            _say_dropout(c.dropout, run, *dropout_cost(model, loader))
+            say_dropout(c.dropout, model, loader, run)
         evaluate(model, loader, loss, run, start)
 
     meter, spikes = Meter(model.config, run.world.size), Spikes()
@@ -76,16 +77,6 @@ def fit(c: Run, model: nn.Module, loader: Loader, loss: Loss, run: RunFolder) ->
             f"the last checkpoint could not be saved; make room and go on with --out {run.path} "
             "--resume"
         )
-
-
-def _say_dropout(share: float, run: RunFolder, dropped: float, whole: float) -> None:
-    much = not dropped <= 1.1 * whole  # a loss that is not finite, too
-    run.print(
-        ("WARNING: " if much else "")
-        + f"--dropout {share} makes the loss of the first row {dropped:.3f}, without it "
-        f"{whole:.3f} ({dropped / whole - 1:+.1%})"
-        + ("; such weights were trained without: --dropout 0 (docs/recipe.md)" if much else "")
-    )
 
 
 def _due(every: int, loader: Loader, done: int) -> bool:

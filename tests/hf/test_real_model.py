@@ -19,7 +19,7 @@ from nanomed.config import SFT
 from nanomed.hf import pretrained
 from nanomed.model.generation import Sampling, generate
 from nanomed.records import Chat
-from nanomed.training.step import dropout_cost
+from nanomed.training.dropout import dropout_cost
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.slow

@@ -60,7 +60,7 @@ def test_any_range_of_either_part(tmp_path_factory, encoder, texts, fraction, da
         assert part.n_ends(start, stop) == sum(e[1] == -100 for e in expected[start:stop])
         for piece in pieces:
             last = expected[start + len(piece.ids) - 1]
-            assert piece.follows == last[1] and piece.ids.dtype == np.int64
+            assert piece.last_label == last[1] and piece.ids.dtype == np.int64
             assert (piece.shard, piece.document) == last[2:4]
             assert piece.begins == (expected[start][4] == 0)
             start += len(piece.ids)

@@ -222,8 +222,8 @@ def test_bits_per_byte_are_those_of_a_direct_count(small):
             nats, labels = 0.0, []
             for i in range(len(data)):
                 if data.source_of(np.array([i])) == k:
-                    for ids, _, follows in data[i]:
-                        wanted = [*ids.tolist()[1:], *([follows] if follows >= 0 else [])]
+                    for ids, _, last_label in data[i]:
+                        wanted = [*ids.tolist()[1:], *([last_label] if last_label >= 0 else [])]
                         logp = model(row_from([ids.tolist()]), logits=True).log_softmax(-1)
                         nats -= sum(logp[t, label].item() for t, label in enumerate(wanted))
                         labels += wanted

@@ -7,8 +7,8 @@ import torch
 
 from nanomed.distributed import full
 from nanomed.run.log import RunFolder
-from nanomed.training import trainer
-from nanomed.training.step import dropout_cost
+from nanomed.training import dropout, trainer
+from nanomed.training.dropout import dropout_cost
 from tests.training.test_exactness import loader_of, next_token_loss, settings, sharded
 
 
@@ -46,7 +46,7 @@ def test_a_run_says_it_and_warns_of_much(world, small, tmp_path, monkeypatch):
     assert re.match(r"--dropout 0\.1 makes the loss of the first row 4\.\d+, without it 4\.", said)
     assert "dropout" not in run_of(world, small, 0.0, tmp_path / "without")[0]
     for dropped, warning in ((3.29, ""), (3.31, "WARNING: "), (float("nan"), "WARNING: ")):
-        monkeypatch.setattr(trainer, "dropout_cost", lambda *_, x=dropped: (x, 3.0))
+        monkeypatch.setattr(dropout, "dropout_cost", lambda *_, x=dropped: (x, 3.0))
         said, others = run_of(world, small, 0.1, tmp_path / f"{dropped}")
         assert said.startswith(f"{warning}--dropout 0.1 makes") and ("--dropout 0 (" in said) == (
             warning != ""
