@@ -5,6 +5,7 @@
     python evaluate.py show mmlu_anatomy --data benchmarks --shots 3       the exact prompts
     python evaluate.py cmb --model MODEL --data QUESTIONS --key KEY        CMB-Exam, in words
     python evaluate.py answer --model MODEL --set cmb-clin --history model      dialogues
+    python evaluate.py judge --answers A --against B --judge URL --max_cost 5
     python evaluate.py compare evals/sft evals/dpo                         which items changed
 
 The first is scored by likelihood; stopped at any moment, the same command goes on. What the numbers
@@ -14,14 +15,17 @@ mean is in docs/evaluation.md.
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from nanomed.build.labeller import Answer, Cache, Endpoint
 from nanomed.config import InputError
 from nanomed.distributed import alone_or_start, launch, pick_device
 from nanomed.evals import answers, benchmarks, cmb, report, tasks
 from nanomed.evals import compare as pairs
+from nanomed.evals import judge as judging
 from nanomed.evals.folder import open_folder, sha256
 from nanomed.evals.items import Split
 from nanomed.evals.requests import PROTOCOLS, Request, requests_of
@@ -153,6 +157,71 @@ def answer(argv: list[str]) -> None:
         print(f"{cut} were cut off at --max_new {c.max_new}, {shortened} lost their oldest turns")
 
 
+def judge(argv: list[str]) -> None:
+    """Answers judged: against others in both orders, or alone, turn by turn, by four aspects."""
+    parser = _parser("judge", judge.__doc__)
+    parser.add_argument("--answers", type=Path, required=True, help="the --out of `answer`")
+    parser.add_argument("--against", help="another one's, or `reference`; default: by four aspects")
+    parser.add_argument("--out", type=Path, help="default: ANSWERS/judged, or judged-against-OTHER")
+    parser.add_argument("--judge_model", default="judge", help="the name that the endpoint knows")
+    parser.add_argument("--judge", help="an OpenAI-compatible endpoint, up to /v1")
+    parser.add_argument("--send_texts_to", default="", help="its host again, if not this machine")
+    parser.add_argument("--max_cost", type=float, help="the most that may be spent in all")
+    parser.add_argument("--price_in", type=float, help="of a million tokens that are sent")
+    parser.add_argument("--price_out", type=float, help="of a million tokens of its replies")
+    parser.add_argument("--retry_failed", action="store_true", help="ask again what was unreadable")
+    parser.add_argument("--write_requests", type=Path, help="write them to a file, and ask nobody")
+    parser.add_argument("--replies", type=Path, help="the replies that such a file got elsewhere")
+    c = parser.parse_args(argv)
+    lines, parse = answers.read(c.answers), judging.parse_scores
+    if c.against:
+        other = c.against if c.against == judging.REFERENCE else answers.read(Path(c.against))
+        asked, parse = judging.pairs(lines, other), judging.parse_verdict
+    else:
+        asked = judging.turns(lines)
+    if c.write_requests:
+        text = "".join(judging.batch_line(one, c.judge_model) for one in asked)
+        c.write_requests.write_text(text, encoding="utf-8")
+        return print(f"{len(asked)} requests in {c.write_requests}; --replies reads the answers")
+    name = f"judged-against-{Path(c.against).name}" if c.against else "judged"
+    out = c.out or c.answers / name
+    found = judging.judged(asked, c.judge_model, _replies(c, asked, parse, out), parse)
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in found)
+    (out / "judgements.jsonl").write_text(text, encoding="utf-8")
+    results = (judging.pair_results if c.against else judging.turn_results)(found)
+    _write_json(out / "results.json", {"pairs" if c.against else "turns": results})
+    print(json.dumps(results, ensure_ascii=False, indent=2), f"all in {out}", sep="\n")
+    if results["unread"]:
+        print(f"WARNING: {results['unread']} have no readable judgement; --retry_failed asks again")
+
+
+def _replies(
+    c: argparse.Namespace, asked: list[judging.Asked], parse: Callable, out: Path
+) -> dict[str, Answer]:
+    """By request. Nothing is sent unless --judge names an endpoint."""
+    files = [c.answers / "answers.jsonl"]
+    if c.against and c.against != judging.REFERENCE:
+        files.append(Path(c.against) / "answers.jsonl")
+    identity = {"judge_model": c.judge_model, "against": c.against}
+    open_folder(out, identity | {"files": [sha256(path) for path in files]})
+    if not c.judge:
+        cache = Cache(out / "replies.jsonl")
+        for reply in judging.replies(c.replies, asked, c.judge_model) if c.replies else []:
+            cache.add(reply)
+        return cache.answers
+    endpoint = Endpoint(
+        c.judge,
+        c.judge_model,
+        out / "replies.jsonl",
+        price_in=c.price_in,
+        price_out=c.price_out,
+        max_cost=c.max_cost,
+        send_texts_to=c.send_texts_to,
+    )
+    endpoint.ask_parsed([one.request for one in asked], parse, c.retry_failed)
+    return endpoint.cache.answers
+
+
 def exam(argv: list[str]) -> None:
     """CMB-Exam, answered in words: its own reading of the letters and a strict one side by side."""
     parser = _parser("cmb", exam.__doc__)
@@ -243,7 +312,7 @@ def _load(c: argparse.Namespace, device: torch.device) -> Aquila:
     return pretrained.load(c.model, device, stage.compute_dtype(c, device))
 
 
-COMMANDS = {"show": show, "answer": answer, "cmb": exam, "compare": compare}
+COMMANDS = {"show": show, "answer": answer, "judge": judge, "cmb": exam, "compare": compare}
 
 
 def main() -> None:

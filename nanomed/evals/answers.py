@@ -89,6 +89,14 @@ def _case(record: dict) -> list[tuple[str, str]]:
     ]
 
 
+def read(folder: Path) -> list[dict]:
+    """The answers in a folder. Raises InputError if it has none."""
+    path = folder / "answers.jsonl"
+    if not path.exists():
+        raise InputError(f"{folder} holds no answers: `evaluate.py answer` writes answers.jsonl")
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+
+
 Turn = tuple[Dialogue, int]  # a dialogue and the number of one of its turns
 
 
