@@ -7,6 +7,7 @@
     python evaluate.py answer --model MODEL --set cmb-clin --history model      dialogues
     python evaluate.py judge --answers A --against B --judge URL --max_cost 5
     python evaluate.py compare evals/sft evals/dpo                         which items changed
+    python evaluate.py report evals/*                                      report.html
 
 The first is scored by likelihood; stopped at any moment, the same command goes on. What the numbers
 mean is in docs/evaluation.md.
@@ -26,6 +27,7 @@ from nanomed.distributed import alone_or_start, launch, pick_device
 from nanomed.evals import answers, benchmarks, cmb, report, tasks
 from nanomed.evals import compare as pairs
 from nanomed.evals import judge as judging
+from nanomed.evals import page as pages
 from nanomed.evals.folder import open_folder, sha256
 from nanomed.evals.items import Split
 from nanomed.evals.requests import PROTOCOLS, Request, requests_of
@@ -277,6 +279,16 @@ def compare(argv: list[str]) -> None:
     print(json.dumps(found, indent=2) if c.json else report.differences(found))
 
 
+def page(argv: list[str]) -> None:
+    """One page of HTML: the paper's tables and figures beside those of evaluations."""
+    parser = _parser("report", page.__doc__)
+    parser.add_argument("folders", nargs="+", type=Path, help="the --out of any of these commands")
+    parser.add_argument("--out", type=Path, default=Path("report.html"))
+    c = parser.parse_args(argv)
+    c.out.write_text(pages.page(c.folders), encoding="utf-8")
+    print(c.out)
+
+
 def _parser(command: str, does: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(
         prog=f"evaluate.py {command}".strip(),
@@ -312,7 +324,14 @@ def _load(c: argparse.Namespace, device: torch.device) -> Aquila:
     return pretrained.load(c.model, device, stage.compute_dtype(c, device))
 
 
-COMMANDS = {"show": show, "answer": answer, "judge": judge, "cmb": exam, "compare": compare}
+COMMANDS = {
+    "show": show,
+    "answer": answer,
+    "judge": judge,
+    "cmb": exam,
+    "compare": compare,
+    "report": page,
+}
 
 
 def main() -> None:

@@ -17,6 +17,8 @@ def open_folder(out: Path, identity: dict[str, Any]) -> None:
     identity = json.loads(json.dumps(identity))
     if path.exists():
         found = json.loads(path.read_text(encoding="utf-8"))
+        if "files" not in found:
+            raise InputError(f"{path} is not an evaluation's; choose an --out of its own")
         if names := [n for n in {**found, **identity} if found.get(n) != identity.get(n)]:
             both = "; ".join(
                 f"{n} was {found.get(n)!s:.200}, is {identity.get(n)!s:.200}" for n in names

@@ -158,6 +158,12 @@ def test_another_model_and_other_settings_are_refused(done, model, data, tmp_pat
             evaluate.score([*argv(model, data, done), *more])
 
 
+def test_a_models_folder_is_no_place_for_results(model, data):
+    with pytest.raises(InputError, match=r"config.json is not an evaluation's; choose an --out"):
+        evaluate.score(argv(model, data, model))
+    assert not (model / "items.jsonl").exists()
+
+
 def test_other_data_and_another_template_are_refused(model, tmp_path):
     records = MEDQA["splits"]["test"][:4]
     path = tmp_path / "data" / MEDQA["folder"] / "test.jsonl"
