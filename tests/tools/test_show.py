@@ -152,7 +152,7 @@ def test_the_page_is_whole_and_escapes_what_users_typed(file, tmp_path, capsys):
 def test_colours_show_the_loss():
     low, high = (show.Token("x", 1, 0, True, loss) for loss in (0.01, 9.0))
     rest = show.Token("x", 1, 0, False, None)
-    view = show.RowView("r", [show.Segment("s", [("assistant", [low, high, rest])])])
+    view = show.RowView("r", [show.DrawnSegment("s", [("assistant", [low, high, rest])])])
     line = show_text.lines([view], colour=True)[-1]
     codes = [show_text.BY_LOSS[0][1], show_text.BY_LOSS[-1][1], show_text.PLAIN]
     assert [line.index(code) for code in codes] == sorted(line.index(code) for code in codes)
