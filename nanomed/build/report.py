@@ -9,20 +9,12 @@ from typing import Any
 
 from nanomed.build.runner import whole
 from nanomed.build.shards import BINS, SCALES, Tally
+from nanomed.page import Raw, Text, details, document, heading, note, table
 
 SIZES = ("documents", "bytes", "tokens")
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 62em; margin: 2em auto; padding: 0 1em;
-  color: #222; background: #fff; }
-table { border-collapse: collapse; margin: .5em 0 1.5em; }
-td, th { padding: .15em .7em; text-align: right; border-bottom: 1px solid #ddd;
-  vertical-align: top; }
-td:first-child, th:first-child, td.text { text-align: left; }
-td.text { max-width: 34em; overflow-wrap: anywhere; white-space: pre-wrap; font-size: 13px; }
 svg { background: #f6f6f4; margin: .2em 0; }
-figure { margin: 0 1.5em 1em 0; display: inline-block; }
-.bar { background: #4a7a8c; height: .8em; } .note { background: #fff3d6; padding: .5em 1em; }
-summary { cursor: pointer; }
+.bar { background: #4a7a8c; height: .8em; }
 """
 
 
@@ -60,22 +52,18 @@ def as_json(stages: list[tuple[str, Tally | str]], more: dict[str, Any]) -> str:
 def as_html(stages: list[tuple[str, Tally | str]], more: dict[str, Any]) -> str:
     ran = [(name, tally) for name, tally in stages if isinstance(tally, Tally)]
     skipped = [f"{name} did not run: {why}" for name, why in stages if isinstance(why, str)]
-    parts = [f"<p class=note>{escape(text)}</p>" for text in skipped]
-    parts += ["<h2>What each stage kept</h2>", waterfall(ran)]
-    parts += ["<h2>By source and language</h2>", by_source(ran)]
+    parts = [note(text) for text in skipped]
+    parts += [heading("What each stage kept"), waterfall(ran)]
+    parts += [heading("By source and language"), by_source(ran)]
     for title, rows in tables(more).items():
-        parts += [f"<h2>{title}</h2>", table(rows)]
+        parts += [heading(title), table(rows)]
     for name, tally in ran:
         if tally.bins:
-            parts += [f"<h2>{name}: values and limits</h2>", *map(str, figures(tally))]
+            parts += [heading(f"{name}: values and limits"), *figures(tally)]
             parts += [
                 examples(key, tally) for key in sorted({k.rpartition("\t")[0] for k in tally.near})
             ]
-    body = "\n".join(parts)
-    return (
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>Corpus</title>"
-        f"<style>{STYLE}</style><h1>What became of every document</h1>\n{body}</html>"
-    )
+    return document("What became of every document", parts, STYLE)
 
 
 def waterfall(ran: list[tuple[str, Tally]]) -> str:
@@ -152,28 +140,4 @@ def examples(key: str, tally: Tally) -> str:
                 tally.near.get(f"{key}\t{side}", [])]  # fmt: skip
         if rows:
             parts.append(f"<h4>{side}</h4>" + table([["value", "file", "record", "text"], *rows]))
-    title = f"{name}, {lang}: nearest to the limit"
-    return f"<details><summary>{escape(title)}</summary>{''.join(parts)}</details>"
-
-
-class Raw(str):
-    """HTML as it is."""
-
-
-class Text(str):
-    """A document's text."""
-
-
-def table(rows: list[list]) -> str:
-    head, *others = rows
-    lines = ["<tr>" + "".join(f"<th>{cell(value)}</th>" for value in head) + "</tr>"]
-    for row in others:
-        cells = (f"<td{' class=text' * isinstance(v, Text)}>{cell(v)}</td>" for v in row)
-        lines.append(f"<tr>{''.join(cells)}</tr>")
-    return f"<table>{''.join(lines)}</table>"
-
-
-def cell(value: Any) -> str:
-    if isinstance(value, Raw):
-        return value
-    return f"{value:,}" if isinstance(value, int) else escape(str(value))
+    return details(f"{name}, {lang}: nearest to the limit", *parts)

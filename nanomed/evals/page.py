@@ -11,27 +11,27 @@ from typing import Any
 from nanomed.config import InputError
 from nanomed.evals.compare import compare
 from nanomed.evals.stats import wilson
-
-STYLE = """body{font:15px/1.5 sans-serif;margin:2em auto;max-width:70em;padding:0 1em;color:#222}
-table{border-collapse:collapse;margin:.6em 0 1.6em}td,th{padding:.2em .8em;text-align:right;
-border-bottom:1px solid #ddd;white-space:nowrap}td:first-child,th:first-child{text-align:left}
-.paper{color:#777}.note{color:#555;font-size:90%}svg text{font:12px sans-serif}"""
+from nanomed.page import details, document, heading, note, table
 
 
 def page(folders: Sequence[Path]) -> str:
     """Of the --out folders of finished evaluations, of whatever kind. Raises InputError."""
+    return document("Evaluation", parts(folders))
+
+
+def parts(folders: Sequence[Path]) -> list[str]:
+    """Of that page, for another one to take in."""
     paper = tomllib.loads(Path(__file__).with_name("paper.toml").read_text(encoding="utf-8"))
     ours = {str(folder): _results(folder) for folder in folders}
     scored = {name: r for name, r in ours.items() if not {"pairs", "turns"} & set(r)}
-    parts = [_protocols(folders)]
+    found = [_protocols(folders)]
     for name in ("table1", "table2"):
-        parts += _beside(paper[name], scored)
-    parts += [*_all_tasks(scored), *_pairs(paper["pairs"], ours), *_turns(paper["turns"], ours)]
+        found += _beside(paper[name], scored)
+    found += [*_all_tasks(scored), *_pairs(paper["pairs"], ours), *_turns(paper["turns"], ours)]
     likelihood = [folder for folder in folders if (folder / "items.jsonl").exists()]
     for a, b in pairwise(likelihood):
-        parts += _changed(a, b)
-    head = f"<meta charset=utf-8><title>Evaluation</title><style>{STYLE}</style>"
-    return f"<!doctype html>{head}<h1>Evaluation</h1>" + "\n".join(parts) + "\n"
+        found += _changed(a, b)
+    return found
 
 
 def _results(folder: Path) -> dict[str, Any]:
@@ -47,7 +47,7 @@ def _protocols(folders: Sequence[Path]) -> str:
     for folder in folders:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         rows.append([str(folder), *(str(config.get(name, "")) for name in names)])
-    return _table(["what was run", *names], rows)
+    return table([["what was run", *names], *rows])
 
 
 def _beside(paper: dict[str, Any], ours: dict[str, dict]) -> list[str]:
@@ -68,8 +68,8 @@ def _beside(paper: dict[str, Any], ours: dict[str, dict]) -> list[str]:
     }
     if macro and shots - {3}:
         differs = f"ours were run with {', '.join(map(str, sorted(shots)))} shots, not 3; {differs}"
-    note = f"Ours: {average}, ± standard error, n. Differs from the paper: {differs}."
-    return [f"<h2>{escape(title)}</h2>", _table(head, rows, len(columns)), _note(note)]
+    remark = f"Ours: {average}, ± standard error, n. Differs from the paper: {differs}."
+    return [heading(title), table([head, *rows], len(columns)), note(remark)]
 
 
 def _accuracy(task: str, result: dict[str, Any] | None, macro: bool) -> str:
@@ -101,10 +101,10 @@ def _all_tasks(ours: dict[str, dict]) -> Iterable[str]:
             for name, r in tasks.items()
         ]
         head = ["", "n", "accuracy", "macro", "chance", "commonest", "chosen (right)"]
-        yield f"<h2>{escape(folder)}</h2>"
-        yield _table(head, rows)
+        yield heading(folder)
+        yield table([head, *rows])
         yield _dots({name: (r["acc"], r["n"], r["chance"]) for name, r in tasks.items()})
-        yield _note("Dots: accuracy with Wilson's 95% interval; the grey line is chance.")
+        yield note("Dots: accuracy with Wilson's 95% interval; the grey line is chance.")
 
 
 def _dots(values: dict[str, tuple[float, int, float]]) -> str:
@@ -138,9 +138,9 @@ def _pairs(paper: dict[str, list[int]], ours: dict[str, dict]) -> Iterable[str]:
             known = ["" if x is None else f"{100 * x:.1f}" for x in worth]
             rows.append([name, str(r["n"]), *shares, *known, str(r["unread"])])
     head = ["", "n", "win", "tie", "loss", "orders disagree", "first seat wins", "longer wins"]
-    yield "<h2>Figures 4 and 5: pairs of answers</h2>"
-    yield _table([*head, "unread"], rows)
-    yield _note("Percent. Win rates of different judges or under different rules do not compare.")
+    yield heading("Figures 4 and 5: pairs of answers")
+    yield table([[*head, "unread"], *rows])
+    yield note("Percent. Win rates of different judges or under different rules do not compare.")
 
 
 def _turns(paper: dict[str, dict], ours: dict[str, dict]) -> Iterable[str]:
@@ -159,17 +159,17 @@ def _turns(paper: dict[str, dict], ours: dict[str, dict]) -> Iterable[str]:
             )
     most = max(map(len, rows))
     head = ["", "average", "95% interval", *(f"round {i}" for i in range(1, most - 2))]
-    yield "<h2>Figures 6 and 7: turns by four aspects</h2>"
-    yield _table(head, [row + [""] * (most - len(row)) for row in rows])
+    yield heading("Figures 6 and 7: turns by four aspects")
+    yield table([head, *(row + [""] * (most - len(row)) for row in rows)])
 
 
 def _changed(a: Path, b: Path) -> Iterable[str]:
     """Which items went from right to wrong, and the other way round."""
-    yield f"<h2>From {escape(str(a))} to {escape(str(b))}</h2>"
+    yield heading(f"From {a} to {b}")
     try:
         found = compare(a, b)
     except InputError as error:
-        yield _note(str(error))
+        yield note(str(error))
         return
     rows = []
     for name, r in found.items():
@@ -177,21 +177,9 @@ def _changed(a: Path, b: Path) -> Iterable[str]:
         interval = f"{100 * r['interval'][0]:+.2f} to {100 * r['interval'][1]:+.2f}"
         only = [str(len(r[side])) for side in ("only_a", "only_b")]
         rows.append([name, str(r["n"]), change, interval, *only, f"{r['p']:.3g}"])
-    yield _table(["", "n", "difference", "95% interval", "now wrong", "now right", "p"], rows)
+    head = ["", "n", "difference", "95% interval", "now wrong", "now right", "p"]
+    yield table([head, *rows])
     for name, r in found.items():
         if r["only_a"] and name == r["only_a"][0].rpartition("/")[0]:
             ids = escape(", ".join(i.rpartition("/")[2] for i in r["only_a"]))
-            yield f"<details><summary>{name}: right before, now wrong</summary>{ids}</details>"
-
-
-def _note(text: str) -> str:
-    return f"<p class=note>{escape(text)}</p>"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], n_paper: int = 0) -> str:
-    def row(tag: str, cells: Sequence[str]) -> str:
-        classes = [" class=paper" if 1 <= i <= n_paper else "" for i in range(len(cells))]
-        parts = zip(classes, cells, strict=True)
-        return "<tr>" + "".join(f"<{tag}{c}>{escape(x)}</{tag}>" for c, x in parts) + "</tr>"
-
-    return "<table>" + row("th", head) + "".join(row("td", cells) for cells in rows) + "</table>"
+            yield details(f"{name}: right before, now wrong", ids)

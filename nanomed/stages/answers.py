@@ -1,6 +1,7 @@
 """What a run shows of its text: an example with its mask, and a few held-out questions answered by
 the model beside their reference answers."""
 
+import json
 from collections.abc import Iterable
 from itertools import groupby
 
@@ -40,21 +41,30 @@ def show_answers(
     who: str = "the best checkpoint",
     max_new: int = 64,
 ) -> None:
-    """Prints held-out questions with the model's greedy answers. Every rank calls it."""
+    """Prints held-out questions with the model's greedy answers, and keeps them in answers.json.
+    Every rank calls it."""
     questions = pick_questions(loader)
     prompts = [encoder.prompt(Chat(chat.turns[:-1], chat.system)) for chat, _ in questions]
     stop = {encoder.turn_end, encoder.document_end}
     answers = greedy_in_lockstep(model, prompts, stop, max_new)
     run.print(f"held-out questions, answered by {who} (greedy):")
+    kept = []
     for (chat, mark), ids in zip(questions, answers, strict=True):
         (_, question), (_, reference) = chat.turns[-2:]
+        answer = encoder.tokenizer.decode(ids)
+        one = {"history": chat.turns[:-2], "question": question, "reference": reference}
+        kept.append(one | {"answer": answer, "mark": mark})
         run.print("")
         for role, text in chat.turns[:-2]:
             run.print(f"  {role:<9}  {text}")
         run.print(f"  question   {question}" + (f"   [{mark}]" if mark else ""))
         run.print(f"  reference  {reference}")
-        run.print(f"  answer     {encoder.tokenizer.decode(ids)}")
+        run.print(f"  answer     {answer}")
     run.print()
+    if run.world.is_main:
+        path = run.path / "answers.json"
+        earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        run.write_json(path.name, earlier | {who: kept})
 
 
 def pick_questions(loader: Loader, n_seen: int = 4, n_unseen: int = 2) -> list[tuple[Chat, str]]:

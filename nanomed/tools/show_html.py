@@ -2,11 +2,11 @@
 
 import html
 
+from nanomed.page import document
 from nanomed.tools.show_text import has_loss, visible
 
 STYLE = """
-body { font: 15px/2.3 system-ui, "Noto Sans CJK SC", sans-serif; margin: 2em auto;
-       max-width: 75em; padding: 0 1em; color: #222; background: #fff; overflow-wrap: anywhere }
+body { line-height: 2.3; overflow-wrap: anywhere }
 h1 { font-size: 1.4em; line-height: 1.3 } h2 { font-size: 1.1em; line-height: 1.3 }
 p, h3 { line-height: 1.5 } h3 { font-size: .9em; color: #555; font-weight: 600; margin: 0 0 .3em }
 .row { border: 3px solid #444; border-radius: 6px; padding: .5em 1em; margin: 1.5em 0 }
@@ -28,7 +28,7 @@ ruby { ruby-position: under } rt { font-size: 9px; color: #555 }
 
 def page(views: list) -> str:
     """The page; every token's id, position and loss are in its tooltip, the loss below it too."""
-    body = "\n".join(_dropped(v) if isinstance(v, str) else _row(v) for v in views)
+    rows = [_dropped(v) if isinstance(v, str) else _row(v) for v in views]
     legend = (
         f"{_span('learned', 'on')} tokens are labels, {_span('grey', '')} ones only context. "
         + "Numbers below are losses in nats (a dot: below 0.05), redder is higher. "
@@ -36,11 +36,7 @@ def page(views: list) -> str:
         + "A solid frame is a packed row, a dashed line the border of a segment, where positions "
         "restart; a bar shows the row's segments to scale, the learned share in green."
     )
-    return (
-        f"<!doctype html>\n<html lang='zh'><meta charset='utf-8'><title>nanomed: what is "
-        f"trained</title>\n<style>{STYLE}</style>\n<h1>What is trained</h1>\n<p>{legend}</p>\n"
-        f"{body}\n</html>\n"
-    )
+    return document("What is trained", [f"<p>{legend}</p>", *rows], STYLE)
 
 
 def _dropped(text: str) -> str:

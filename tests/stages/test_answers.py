@@ -1,5 +1,7 @@
 import json
+from functools import partial
 from itertools import islice
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ import pytest
 from nanomed import store
 from nanomed.batches.loader import Loader, split
 from nanomed.records import Chat, read_chats
+from nanomed.run.log import RunFolder
 from nanomed.stages import answers, exam
 from tests.conftest import ROOT
 
@@ -75,3 +78,27 @@ def test_a_run_shows_one_example_with_its_mask(encoder, monkeypatch):
         assert (f"⟦{said}<|im_end|>⟧" in text) == (role == "assistant")
         assert said.splitlines()[0] in text
     assert text.count("⟦") == 1 + sum(role == "assistant" for role, _ in chat.turns)
+
+
+def test_answers_are_kept_for_the_report(encoder, monkeypatch, tmp_path):
+    """Beside those of another model, word for word."""
+    monkeypatch.chdir(ROOT)
+    data = store.chats(["samples/sft.jsonl"], encoder, 512, 0.0)
+    loader = Loader(data, np.arange(5, 9), np.arange(3), batch_size=2, micro_tokens=512, epochs=1)
+
+    def parrot(model, prompts, stop, max_new):
+        return [encoder.tokenizer.encode(f"回答{i}") for i in range(len(prompts))]
+
+    monkeypatch.setattr(answers, "greedy_in_lockstep", parrot)
+    run = Screen()
+    run.path, run.world = tmp_path, SimpleNamespace(is_main=True)
+    run.write_json = partial(RunFolder.write_json, run)
+    answers.show_answers(None, encoder, loader, run, "the model as it starts")
+    answers.show_answers(None, encoder, loader, run)
+    kept = json.loads((tmp_path / "answers.json").read_text(encoding="utf-8"))
+    assert list(kept) == ["the model as it starts", "the best checkpoint"]
+    chats = [chat for chat, _ in answers.pick_questions(loader)]
+    for i, (one, chat) in enumerate(zip(kept["the best checkpoint"], chats, strict=True)):
+        assert one["answer"] == f"回答{i}" and f"  answer     回答{i}" in run.lines
+        turns = [*one["history"], ["user", one["question"]], ["assistant", one["reference"]]]
+        assert [*map(tuple, turns)] == chat.turns
