@@ -114,9 +114,15 @@ def test_export_loads_in_transformers_with_no_custom_code(kind, bias, tmp_path):
 
     check_tokenizer(tok, theirs_tok, nfc=kind in ("ranks", "json"))
     check_generation_config(out, theirs, theirs_tok)
+    check_no_begin_token(out)
     assert tokenizer.same(tokenizer.load(out), tok)  # and nanomed reads its own export
     card = (out / "README.md").read_text()
     assert "FILL IN" in card and "not a medical device" in card.lower()
+
+
+def check_no_begin_token(out: Path) -> None:
+    """llama.cpp converts what stands here; without it, its runtime begins every text with a token."""
+    assert json.loads((out / "tokenizer_config.json").read_text())["add_bos_token"] is False
 
 
 def check_tokenizer(tok, theirs, nfc: bool) -> None:

@@ -1,6 +1,7 @@
 """What a damaged or unfit folder says, before anything is allocated or written."""
 
 import base64
+import re
 import shutil
 import struct
 
@@ -13,6 +14,7 @@ from nanomed.batches.packing import row_from
 from nanomed.config import InputError
 from nanomed.hf import pretrained
 from nanomed.text import tokenizer
+from tests.conftest import ROOT
 from tests.folders import (
     LLAMA31,
     all_tensors,
@@ -247,3 +249,10 @@ def test_an_older_export_of_the_run_is_replaced(folder, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"in", "out"}
     card = (tmp_path / "out/README.md").read_text()
     assert "chats.jsonl" in card and "hospital" not in card and "lr: 2e-06" in card
+
+
+def test_the_docs_remedy_for_a_missing_theta_is_the_one_for_its_vocabulary():
+    """The folders that lack it are Aquila-7B's and AquilaChat2-7B's; 1000000 is a sibling's."""
+    rows = (ROOT / "docs/aquilamed.md").read_text(encoding="utf-8").splitlines()
+    (row,) = [row for row in rows if row.startswith("|") and "guess [rope_theta]" in row]
+    assert "100,008" in row and re.search(r'"rope_theta": 10000\.0\b', row) and "1000000" not in row
