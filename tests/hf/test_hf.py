@@ -121,7 +121,7 @@ def test_export_loads_in_transformers_with_no_custom_code(kind, bias, tmp_path):
 
 
 def check_no_begin_token(out: Path) -> None:
-    """llama.cpp converts what stands here; without it, its runtime begins every text with a token."""
+    """llama.cpp converts what stands here; without it, a token is put before every text."""
     assert json.loads((out / "tokenizer_config.json").read_text())["add_bos_token"] is False
 
 
