@@ -172,6 +172,7 @@ class Run:
     )  # fmt: skip
     keep_last: int = _flag(2, "newest checkpoints kept; the best one always is")
     max_bad: int = _flag(5, "steps in a row with a loss or gradient not finite that end the run")
+    tensorboard: bool = _flag(False, "write metrics for TensorBoard, too, into RUN/tensorboard")
     show_text: bool = _flag(False, "print text of examples though --data is not samples/")
     dry_run: bool = _flag(False, "say what the run would take (memory, time, disk), and end")
     hardware: str = _flag(

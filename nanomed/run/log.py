@@ -19,6 +19,7 @@ from nanomed.batches.packing import Row
 from nanomed.config import InputError, ModelConfig, Run
 from nanomed.distributed import World, from_all, from_main
 from nanomed.run import checkpoint
+from nanomed.run.tensorboard import Board
 
 # Dense bf16 FLOP/s from the vendor's data sheets: what MFU is a share of. The first that is in the
 # GPU's name counts.
@@ -40,6 +41,7 @@ class RunFolder:
     ):
         self.world = world
         self.identity = json.loads(json.dumps(identity or {}))
+        self.board: Board | None = None  # on rank 0, if asked for
         self.describe = describe  # an evaluation's values -> a sentence on them
         self._agree(c)
         chosen = _choose(c, *world.launch) if world.is_main else None
@@ -96,6 +98,7 @@ class RunFolder:
             checkpoint.point_best(self.checkpoints)
         for name in ("metrics.jsonl", "spikes.jsonl"):
             _cut_back(self.path / name, step, validated)
+        self.board = Board(self.path, step) if c.tensorboard else None
 
     def close(self) -> None:
         """Lets another run have the folder."""
@@ -110,6 +113,11 @@ class RunFolder:
 
     def metrics(self, **values: float) -> None:
         self.append("metrics.jsonl", values)
+        if self.board:
+            try:
+                self.board.add(values)
+            except OSError as error:
+                self.print(f"WARNING: TensorBoard lacks step {values['step']}: {error.strerror}")
 
     def append(self, name: str, values: dict[str, Any]) -> None:
         """One line more in a file. A full disk is said, and does not end the run."""

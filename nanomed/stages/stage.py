@@ -17,7 +17,7 @@ from nanomed.hf import pretrained
 from nanomed.meeting import rank_from_env
 from nanomed.model.decoder import Aquila, init_weights
 from nanomed.model.recompute import set_recompute
-from nanomed.run import checkpoint
+from nanomed.run import checkpoint, tensorboard
 from nanomed.run.log import RunFolder
 from nanomed.stages import data_report, memory
 from nanomed.text import template, tokenizer
@@ -26,6 +26,8 @@ from nanomed.training.optim import lr_at
 
 def model_and_encoder(c: Run) -> tuple[ModelConfig, template.Encoder]:
     """The model's shape, tokenizer and template, checked against one another. Allocates nothing."""
+    if c.tensorboard:
+        tensorboard.check()
     if c.init and c.model:
         raise InputError(f"--init {c.init} fixes the model; leave out --model {c.model}")
     if c.init:
@@ -58,7 +60,7 @@ MAY_CHANGE = {
     *("config", "model", "tokenizer", "template", "data", "val_data", "fields", "out", "resume"),
     *("steps", "epochs", "micro_tokens", "recompute", "kernels", "device", "allow_drop"),
     *("log_every", "eval_every", "save_every", "save", "keep_last", "max_bad", "show_text"),
-    *("dry_run", "hardware", "mfu", "examples", "repeat"),
+    *("tensorboard", "dry_run", "hardware", "mfu", "examples", "repeat"),
 }
 
 

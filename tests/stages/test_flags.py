@@ -27,7 +27,7 @@ FLAGS = {
     "beta": "0.2", "label_smoothing": "0.1", "sft_weight": "0.1",
 }  # fmt: skip
 # Of --dry_run; a file of settings; and what tests of their own start with.
-ELSEWHERE = {"dry_run", "hardware", "mfu", "examples", "config", "resume", "model"}
+ELSEWHERE = {"dry_run", "hardware", "mfu", "examples", "config", "resume", "model", "tensorboard"}
 
 
 @pytest.fixture
