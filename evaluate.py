@@ -1,5 +1,6 @@
 """Benchmarks, and what they show, on one page.
 
+    python evaluate.py --model runs/sft                the samples' exam and held-out chats
     python evaluate.py --model MODEL --tasks paper --data benchmarks --shots 3 --out evals/sft
     torchrun --nproc_per_node 8 evaluate.py --model MODEL ...              the same on several GPUs
     python evaluate.py show mmlu_anatomy --data benchmarks --shots 3       the exact prompts
@@ -24,57 +25,66 @@ import torch
 from nanomed.build.labeller import Answer, Cache, Endpoint
 from nanomed.config import InputError
 from nanomed.distributed import alone_or_start, launch, pick_device
-from nanomed.evals import answers, benchmarks, cmb, report, tasks
+from nanomed.evals import answers, benchmarks, cmb, report, samples, tasks
 from nanomed.evals import compare as pairs
 from nanomed.evals import judge as judging
 from nanomed.evals import page as pages
-from nanomed.evals.folder import open_folder, sha256
-from nanomed.evals.items import Split
-from nanomed.evals.requests import PROTOCOLS, Request, requests_of
+from nanomed.evals.folder import open_folder, sha256, write_json
+from nanomed.evals.requests import PROTOCOLS, all_requests, requests_of
 from nanomed.evals.score import Scorer, bos_of, encode, plan
 from nanomed.hf import pretrained
 from nanomed.model.decoder import Aquila
 from nanomed.model.packed import pack_linears
 from nanomed.stages import stage
+from nanomed.stages.answers import show_answers
 
 
 def score(argv: list[str]) -> None:
     """Multiple-choice benchmarks by likelihood."""
     parser = _parser("", __doc__)
     _model(parser)
-    parser.add_argument(
-        "--tasks", nargs="+", required=True, help="tasks and groups, paper: Table 1"
-    )
+    tasks_help = "tasks and groups, paper: Table 1; default: the samples' exam and held-out chats"
+    parser.add_argument("--tasks", nargs="+", help=tasks_help)
     _items(parser)
     parser.add_argument("--out", type=Path, help="default evals/MODEL")
     parser.add_argument("--bos", default="auto", choices=("auto", "yes", "no"))
     parser.add_argument("--limit", type=int, help="only the first items of each task")
     parser.add_argument("--micro_tokens", type=int, default=4096, help="in a row; default 4096")
     c = parser.parse_args(argv)
+    if not c.tasks and (c.data or c.shots or c.protocol):
+        raise InputError(
+            "without --tasks the samples are asked, in chats and without shots; --data, --shots "
+            "and --protocol need --tasks, as in --tasks paper"
+        )
+    protocol = c.protocol or ("plain" if c.tasks else "chat")
     out = c.out or Path("evals") / Path(c.model).resolve().name
     device = pick_device(c.device)
-    tokenizer, encoder = pretrained.tokenizer_of(c.model, c.tokenizer), None
-    if c.protocol == "chat":
+    tokenizer, encoder, held_out = pretrained.tokenizer_of(c.model, c.tokenizer), None, None
+    if protocol == "chat":
         _, encoder = pretrained.describe(c.model, c.tokenizer, c.template)
     bos = [] if encoder else bos_of(c.model, tokenizer, c.bos)
     longest = pretrained.config_of(c.model).max_seq_len
 
     prepared = []
-    for task, requests, split in _asked(c):
-        encoded = [encode(request, tokenizer, bos, longest, encoder) for request in requests]
+    if not c.tasks:
+        held_out = samples.held_out(c.model, encoder, longest)
+        prepared = samples.prepared(held_out, encoder, longest, c.micro_tokens, c.limit)
+    data, named = c.data or samples.FOLDER, tasks.named(c.tasks or [])
+    for task, requests, split in all_requests(named, data, c.shots, protocol):
+        encoded = [encode(r, tokenizer, bos, longest, encoder) for r in requests[: c.limit]]
         rows = plan(encoded, c.micro_tokens)
-        prepared.append(benchmarks.Prepared(task.name, requests, encoded, rows, split))
+        prepared.append(benchmarks.Prepared(task.name, requests[: c.limit], encoded, rows, split))
 
     model = _load(c, device)
     settings = {
-        "protocol": c.protocol,
+        "protocol": protocol,
         "shots": c.shots,
         "bos": bos,
         "micro_tokens": c.micro_tokens,
         "tokenizer": tokenizer.fingerprint(),
         "template": encoder and encoder.template.to_json(),
     }
-    identity = settings | benchmarks.identity(model, prepared, c.data)
+    identity = settings | benchmarks.identity(model, prepared, data)
     pack_linears(model)
     with alone_or_start(device) as world:
         if world.is_main:
@@ -82,34 +92,13 @@ def score(argv: list[str]) -> None:
         benchmarks.score(prepared, Scorer(model, world), out)
         if world.is_main:
             _finish(prepared, out)
-
-
-def _asked(c: argparse.Namespace) -> list[tuple[tasks.Task, list[Request], Split]]:
-    """All that the tasks ask. Raises InputError for all tasks together whose data are missing or
-    wrong, with the tasks that could be run."""
-    found, problems = [], {}
-    for task in tasks.named(c.tasks):
-        try:
-            requests, split = requests_of(task, c.data, c.shots, c.protocol)
-            found.append((task, requests[: c.limit], split))
-        except InputError as error:
-            problems[task.name] = error
-    if problems:
-        rest = " ".join(task.name for task, _, _ in found)
-        raise InputError(
-            "\n".join(f"{name}: {error}" for name, error in problems.items())
-            + (f"\nwithout them: --tasks {rest}" if rest else "")
-        )
-    return found
-
-
-def _write_json(path: Path, value: dict) -> None:
-    path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        if held_out and len(held_out.val):
+            show_answers(model, encoder, held_out, samples.Screen(out, world), str(c.model))
 
 
 def _finish(prepared: list[benchmarks.Prepared], out: Path) -> None:
     results = benchmarks.results(prepared, benchmarks.read_items(out))
-    _write_json(out / "results.json", results)
+    write_json(out / "results.json", results)
     print(report.table(results))
     print(*benchmarks.warnings(results), f"all in {out}", sep="\n")
 
@@ -123,12 +112,14 @@ def show(argv: list[str]) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON line for each item")
     c = parser.parse_args(argv)
     (task,) = tasks.named([c.task])
-    requests, _ = requests_of(task, c.data, c.shots, c.protocol)
+    protocol = c.protocol or "plain"
+    requests, _ = requests_of(task, c.data or samples.FOLDER, c.shots, protocol)
     if c.json:
         return print("\n".join(request.to_json() for request in requests))
     for request in requests[: c.n]:
         print(f"--- {request.id}, shots {request.shots}; a space is drawn as ·")
-        asked = f"{request.system or ''}{request.context}".replace(" ", "·")
+        system = request.chat.system if request.chat else ""
+        asked = (system + request.context).replace(" ", "·")
         print(asked + " ".join(f"⟦{text.replace(' ', '·')}⟧" for text in request.continuations))
         print(f"right: {request.continuations[request.gold]!r}\n")
 
@@ -191,7 +182,7 @@ def judge(argv: list[str]) -> None:
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in found)
     (out / "judgements.jsonl").write_text(text, encoding="utf-8")
     results = (judging.pair_results if c.against else judging.turn_results)(found)
-    _write_json(out / "results.json", {"pairs" if c.against else "turns": results})
+    write_json(out / "results.json", {"pairs" if c.against else "turns": results})
     print(json.dumps(results, ensure_ascii=False, indent=2), f"all in {out}", sep="\n")
     if results["unread"]:
         print(f"WARNING: {results['unread']} have no readable judgement; --retry_failed asks again")
@@ -237,7 +228,7 @@ def exam(argv: list[str]) -> None:
     files = {"file": sha256(c.data), "key": sha256(c.key)}
     if lines := _answered(c, asked, out, {"history": "gold"} | files):
         found = {"cmb": cmb.results(lines, key)}
-        _write_json(out / "results.json", found)
+        write_json(out / "results.json", found)
         print(report.readings(found["cmb"]), f"all in {out}", sep="\n")
 
 
@@ -299,9 +290,9 @@ def _parser(command: str, does: str) -> argparse.ArgumentParser:
 
 
 def _items(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", type=Path, default=Path("samples"), help="the benchmarks' folder")
+    parser.add_argument("--data", type=Path, help="the benchmarks' folder; default samples/")
     parser.add_argument("--shots", type=int, default=0, help="answered examples before an item")
-    parser.add_argument("--protocol", default="plain", choices=PROTOCOLS, help="default plain")
+    parser.add_argument("--protocol", choices=PROTOCOLS, help="default plain")
 
 
 def _model(parser: argparse.ArgumentParser) -> None:

@@ -275,6 +275,8 @@ def from_all(value, group: dist.ProcessGroup | None = None) -> list:
 
 
 def from_main_tensor(values: Tensor) -> Tensor:
-    """Rank 0's values, on every rank; shape and dtype are the same everywhere."""
-    dist.broadcast(values, src=0)
+    """Rank 0's values, on every rank; shape and dtype are the same everywhere. Without processes
+    they are the values."""
+    if dist.is_initialized():
+        dist.broadcast(values, src=0)
     return values

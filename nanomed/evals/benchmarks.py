@@ -7,6 +7,7 @@ OUT/results.json    by task and group: n, acc, acc_norm, stderr and what to hold
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from nanomed.evals.score import Encoded, Plan, Scorer
 from nanomed.evals.stats import pooled_stderr, stderr
 from nanomed.evals.tasks import groups
 from nanomed.model.decoder import Aquila
+from nanomed.records.exams import LETTERS
 from nanomed.run.log import is_terminal
 from nanomed.training.reference import sums_of_bits
 
@@ -84,16 +86,17 @@ def score(tasks: Sequence[Prepared], scorer: Scorer, out: Path) -> None:
 
 def _line(task: Prepared, number: int, logps: list[float]) -> str:
     request, encoded = task.requests[number], task.encoded[number]
-    pred = _largest(logps)
-    per_character = [logp / len(text) for logp, text in zip(logps, request.choices, strict=True)]
+    pairs = zip(logps, request.choices, strict=True)
+    per_character = [logp / max(1, len(text)) for logp, text in pairs]
+    asks = len(logps) > 1  # else there is nothing to choose: a held-out chat
     line = {
         "id": request.id,
         "subject": request.item.subject,
         "shots": request.shots,
         "logprobs": logps,
-        "pred": pred,
-        "pred_norm": _largest(per_character),
-        "gold": request.gold,
+        "pred": _largest(logps) if asks else None,
+        "pred_norm": _largest(per_character) if asks else None,
+        "gold": request.gold if asks else None,
         "n_tokens": encoded.n_tokens,
         "truncated": max(0, encoded.truncated),
     }
@@ -114,6 +117,9 @@ def results(tasks: Sequence[Prepared], items: Sequence[dict]) -> dict[str, dict]
     found, by_id = {}, {item["id"]: item for item in items}
     for task in tasks:
         mine = [by_id[request.id] for request in task.requests]
+        if mine[0]["gold"] is None:
+            found[task.name] = _loss(mine)
+            continue
         subjects: dict[str, list[dict]] = {}
         for item in mine:
             subjects.setdefault(item["subject"] or task.name, []).append(item)
@@ -164,7 +170,7 @@ def _summary(requests: Sequence[Request], items: Sequence[dict]) -> dict[str, An
     was chosen and how often it is right."""
     names = [request.choices for request in requests]
     if len({tuple(choices) for choices in names}) > len("ABCDEFG"):  # texts of each item's own
-        names = [list(request.item.exam.options) for request in requests]
+        names = [LETTERS[: len(choices)] for choices in names]
     pairs = list(zip(names, items, strict=True))
     gold = Counter(choices[item["gold"]] for choices, item in pairs)
     pred = Counter(choices[item["pred"]] for choices, item in pairs)
@@ -174,7 +180,22 @@ def _summary(requests: Sequence[Request], items: Sequence[dict]) -> dict[str, An
         "majority": {"choice": commonest, "acc": gold[commonest] / len(items)},
         "letters": {name: [pred[name], gold[name]] for name in sorted({*gold, *pred})},
         "shots": len(items[0]["shots"]),
-        "protocol": "plain" if requests[0].system is None else "chat",
+        "protocol": "chat" if requests[0].chat else "plain",
+    }
+
+
+def _loss(items: Sequence[dict]) -> dict[str, float]:
+    """Of texts, in nats for each token; the standard error is that of a ratio over whole texts."""
+    sums = [(-item["logprobs"][0], item["n_tokens"][0]) for item in items]
+    tokens = sum(n for _, n in sums)
+    loss = sum(nll for nll, _ in sums) / tokens
+    per_text = stderr([nll - loss * n for nll, n in sums])
+    return {
+        "n": len(items),
+        "tokens": tokens,
+        "loss": loss,
+        "stderr": per_text * len(items) / tokens,
+        "perplexity": math.exp(loss),
     }
 
 

@@ -26,7 +26,11 @@ def open_folder(out: Path, identity: dict[str, Any]) -> None:
             raise InputError(f"{out} holds another evaluation: {both}. Choose another --out")
         return
     out.mkdir(parents=True, exist_ok=True, mode=0o700)  # answers may quote patients' texts
-    path.write_text(json.dumps(identity, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    write_json(path, identity)
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
 def sha256(path: Path) -> str:

@@ -8,14 +8,21 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     """By task and group, in percent: the accuracy with its standard error, what it must be held
     against (chance, always the commonest letter), and how often each letter was chosen."""
     rows = [("", "n", "acc", "+-", "acc_norm", "macro", "chance", "commonest", "chosen (right)")]
+    texts = []
     for name, r in results.items():
+        if "loss" in r:
+            texts.append(
+                f"{name}: {r['loss']:.4f} +- {r['stderr']:.4f} nats for each of {r['tokens']:,} "
+                f"tokens of {r['n']:,} answers (perplexity {r['perplexity']:.2f})"
+            )
+            continue
         letters = [
             f"{choice} {chosen} ({right})" for choice, (chosen, right) in r["letters"].items()
         ]
         shares = [f"{r[key]:.2%}" for key in ("acc", "stderr", "acc_norm", "macro", "chance")]
         common = f"{r['majority']['acc']:.1%}"
         rows.append((name, f"{r['n']:,}", *shares, common, "  ".join(letters)))
-    return aligned(rows)
+    return "\n".join([aligned(rows), *texts])
 
 
 def differences(found: dict[str, dict[str, Any]]) -> str:

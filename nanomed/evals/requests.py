@@ -7,7 +7,7 @@ scored, in which order or on how many ranks.
 import dataclasses
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,18 +30,35 @@ class Request:
     gold: int  # which continuation is right
     item: Item
     choices: list[str]  # the continuations without the space before them
-    system: str | None = None  # protocol chat: the system text; context is the user's turn
+    chat: Chat | None = None  # protocol chat: what is asked; its last turn is the context
     leaked: bool = False  # the item is among its own shots
-
-    def chat(self) -> Chat:
-        return Chat([("user", self.context)], self.system or "")
 
     def to_json(self) -> str:
         shown = ("id", "context", "continuations", "shots", "gold")
         values = {name: getattr(self, name) for name in shown}
-        return json.dumps(
-            values | ({"system": self.system} if self.system else {}), ensure_ascii=False
-        )
+        if self.chat and self.chat.system:
+            values["system"] = self.chat.system
+        if self.chat and len(self.chat.turns) > 1:
+            values["history"] = self.chat.turns[:-1]
+        return json.dumps(values, ensure_ascii=False)
+
+
+def all_requests(
+    tasks: Iterable[Task], data: Path, n_shots: int, protocol: str
+) -> list[tuple[Task, list[Request], Split]]:
+    """All that the tasks ask. Raises InputError for all of them together whose data are missing or
+    wrong, with the tasks that could be run."""
+    found, problems = [], []
+    for task in tasks:
+        try:
+            found.append((task, *requests_of(task, data, n_shots, protocol)))
+        except InputError as error:
+            problems.append(f"{task.name}: {error}")
+    if problems and found:
+        problems.append(f"without them: --tasks {' '.join(task.name for task, _, _ in found)}")
+    if problems:
+        raise InputError("\n".join(problems))
+    return found
 
 
 def requests_of(
@@ -73,7 +90,7 @@ def requests_of(
                 _gold(item),
                 item,
                 choices,
-                task.description if protocol == "chat" else None,
+                Chat([("user", text)], task.description) if protocol == "chat" else None,
                 item.exam in [example.exam for example in examples],
             )
         )

@@ -80,8 +80,8 @@ def _pairs(
 ) -> list[tuple[list[int], list[int]]]:
     """(context's ids, continuation's ids) for each continuation."""
     encode = tokenizer.encode
-    if request.system is not None:
-        prompt = encoder.prompt(request.chat())
+    if request.chat:
+        prompt = encoder.prompt(request.chat)
         return [(prompt, encode(text)) for text in request.continuations]
     context = request.context.rstrip()
     spaces = request.context[len(context) :]  # they belong to what follows

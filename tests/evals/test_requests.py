@@ -88,7 +88,7 @@ def test_in_a_chat_the_description_is_the_system_text(tmp_path):
     plain, _ = requests_of(task, tmp_path, 3)
     chat, _ = requests_of(task, tmp_path, 3, "chat")
     for a, b in zip(plain, chat, strict=True):
-        assert a.context == b.system + b.context and b.system == task.description
+        assert a.context == b.chat.system + b.context and b.chat.system == task.description
         assert b.continuations == ["A", "B", "C", "D"] and a.shots == b.shots
 
 

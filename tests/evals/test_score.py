@@ -15,6 +15,7 @@ from nanomed.evals.score import Scorer, bos_of, encode, plan
 from nanomed.evals.tasks import tasks as all_tasks
 from nanomed.hf import pretrained
 from nanomed.model.packed import pack_linears
+from nanomed.records import Chat
 from nanomed.text import tokenizer
 from tests.conftest import ROOT
 from tests.evals.test_requests import GOLDEN, RECORDED, write_golden
@@ -201,7 +202,6 @@ def test_a_folder_without_a_begin_token(folder):
 
 def test_in_a_chat_the_letter_follows_the_assistants_header(encoder):
     request = text_request("Which?", "A", "B")
-    chat = dataclasses.replace(request, system="Be brief.")
-    encoded = encode(chat, encoder.tokenizer, [5], 99, encoder)
-    assert encoded.inputs == [tuple(encoder.prompt(chat.chat()))]
-    assert chat.chat().system == "Be brief." and encoded.n_tokens == [1, 1]
+    asked = dataclasses.replace(request, chat=Chat([("user", "Which?")], "Be brief."))
+    encoded = encode(asked, encoder.tokenizer, [5], 99, encoder)
+    assert encoded.inputs == [tuple(encoder.prompt(asked.chat))] and encoded.n_tokens == [1, 1]
