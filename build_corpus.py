@@ -13,7 +13,7 @@ explains the stages.
 import json
 import sys
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,73 +23,55 @@ from nanomed.build import classifier, decontaminate, duplicates, labels, report,
 from nanomed.build.labeller import Endpoint
 from nanomed.build.pipeline import Build, run
 from nanomed.build.runner import ENGINES, Runner, mark
+from nanomed.build.settings import Paid, files_of, flag
 from nanomed.build.shards import Judge, Tally
 from nanomed.config import InputError, beside_the_scripts, nearest
 
-KINDS = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet")  # in a folder; each also as .gz
-
-
-def _flag(default: Any, help: str, paper: str = "", choices: tuple = ()) -> Any:
-    words = f"{help}{f' (the paper: {paper})' if paper else ''}"
-    return field(default=default, metadata={"help": words, "paper": (), "choices": choices})
-
 
 @dataclass(frozen=True)
-class Corpus:
+class Corpus(Paid):
     """The settings. Those without a mark below decide what the result is; a folder has one set."""
 
     script: ClassVar[str] = "build_corpus.py"
-    FRESH: ClassVar[dict[str, Any]] = {}
 
-    config: str = _flag("", "TOML file with any of these settings; flags come after it and win")
-    data: list[str] = _flag((), "files or folders of documents; default: samples/raw")
-    out: str = _flag("", "the build's folder; the demonstration's is runs/corpus")
-    fields: list[str] = _flag((), "other names of fields, as KNOWN=THEIRS: text=body")
-    min_tokens: int = _flag(20, "rule: fewest tokens (Chinese characters, words)", "unpublished")
-    max_special: float = _flag(
+    data: list[str] = flag((), "files or folders of documents; default: samples/raw")
+    out: str = flag("", "the build's folder; the demonstration's is runs/corpus")
+    fields: list[str] = flag((), "other names of fields, as KNOWN=THEIRS: text=body")
+    min_tokens: int = flag(20, "rule: fewest tokens (Chinese characters, words)", "unpublished")
+    max_special: float = flag(
         0.2, "rule: largest share of characters that are no letters and no common punctuation",
         "unpublished",
     )  # fmt: skip
-    max_repetition: float = _flag(0.3, "rule: largest share of 10-token runs that come again")
-    max_toxic: float = _flag(5.0, "rule: most toxic words per 1,000 characters", "unpublished")
-    toxic_words: str = _flag("", "file of toxic words, one a line; default: ours")
-    private: str = _flag(
+    max_repetition: float = flag(0.3, "rule: largest share of 10-token runs that come again")
+    max_toxic: float = flag(5.0, "rule: most toxic words per 1,000 characters", "unpublished")
+    toxic_words: str = flag("", "file of toxic words, one a line; default: ours")
+    private: str = flag(
         "drop", "rule: documents with private data", "drops them", ("drop", "mask", "keep")
     )
-    labels: list[str] = _flag((), "files of labelled documents: text, and domain or quality")
-    labeller: str = _flag("", "endpoint that labels documents of the pool: http://HOST/v1")
-    labeller_model: str = _flag("", "the model it is asked for", "GPT-4")
-    label_documents: int = _flag(20_000, "documents it is asked about, twice each", "20,000")
-    min_domain: float = _flag(0.5, "least probability of medicine where no label chooses a limit")
-    min_quality: float = _flag(3.0, "least quality, of 0 to 6, for stage 2", "unpublished")
-    general: float = _flag(0.02, "share of the other documents that is put aside for stage 1")
-    near_dup_jaccard: float = _flag(0.8, "least share of 5-token runs that near duplicates share")
-    decontaminate: list[str] = _flag((), "files of benchmarks whose questions must not be learned")
-    shard_chars: int = _flag(32 << 20, "characters in a shard, what one process works at")
+    labels: list[str] = flag((), "files of labelled documents: text, and domain or quality")
+    labeller: str = flag("", "endpoint that labels documents of the pool: http://HOST/v1")
+    labeller_model: str = flag("", "the model it is asked for", "GPT-4")
+    label_documents: int = flag(20_000, "documents it is asked about, twice each", "20,000")
+    min_domain: float = flag(0.5, "least probability of medicine where no label chooses a limit")
+    min_quality: float = flag(3.0, "least quality, of 0 to 6, for stage 2", "unpublished")
+    general: float = flag(0.02, "share of the other documents that is put aside for stage 1")
+    near_dup_jaccard: float = flag(0.8, "least share of 5-token runs that near duplicates share")
+    decontaminate: list[str] = flag((), "files of benchmarks whose questions must not be learned")
+    shard_chars: int = flag(32 << 20, "characters in a shard, what one process works at")
     # These change nothing in the result.
-    stop_after: str = _flag("", "the last stage to run; default: all")
-    engine: str = _flag("auto", "who works; auto: ranks under a launcher, else this machine",
+    stop_after: str = flag("", "the last stage to run; default: all")
+    engine: str = flag("auto", "who works; auto: ranks under a launcher, else this machine",
                         choices=ENGINES)  # fmt: skip
-    workers: int = _flag(0, "processes of this machine; 0: one per core")
-    max_cost: float = _flag(-1.0, "most that the labeller may cost in all; -1: no limit")
-    price_in: float = _flag(-1.0, "price of a million tokens that it reads; -1: not given")
-    price_out: float = _flag(-1.0, "price of a million tokens that it writes; -1: not given")
-    send_texts_to: str = _flag("", "host that documents' texts may be sent to")
-    retry_failed: bool = _flag(False, "ask the labeller again where its answer could not be read")
-    show_text: bool = _flag(False, "texts of dropped documents in the lists and the report")
+    workers: int = flag(0, "processes of this machine; 0: one per core")
+    show_text: bool = flag(False, "texts of dropped documents in the lists and the report")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("max_special", "max_repetition", "min_domain", "general"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"--{name} is {getattr(self, name)}; it must be between 0 and 1")
         if not 0 < self.near_dup_jaccard <= 1:
             raise InputError("--near_dup_jaccard must be above 0 and at most 1")
-        for name in ("private", "engine"):
-            choices = self.__dataclass_fields__[name].metadata["choices"]
-            if getattr(self, name) not in choices:
-                raise InputError(
-                    f"--{name} is {getattr(self, name)!r}; it must be one of {choices}"
-                )
         if self.stop_after and self.stop_after not in STAGES:
             hint = nearest(self.stop_after, STAGES)
             raise InputError(
@@ -173,15 +155,7 @@ def scored(
 
 
 def endpoint_of(c: Corpus) -> Endpoint:
-    return Endpoint(
-        c.labeller,
-        c.labeller_model,
-        Path(c.out) / "answers.jsonl",
-        price_in=None if c.price_in < 0 else c.price_in,
-        price_out=None if c.price_out < 0 else c.price_out,
-        max_cost=None if c.max_cost < 0 else c.max_cost,
-        send_texts_to=c.send_texts_to,
-    )
+    return c.endpoint(c.labeller, c.labeller_model, Path(c.out) / "answers.jsonl")
 
 
 # ---------------------------------------------------------------- a run
@@ -196,24 +170,6 @@ def settings() -> Corpus:
         raise InputError("give --out, the folder of the build")
     lists = ("data", "labels", "decontaminate")
     return replace(c, **{n: list(map(beside_the_scripts, getattr(c, n))) for n in lists})
-
-
-def files_of(paths: list[str]) -> list[str]:
-    """Files as they are, folders with all they hold, in the order of their names."""
-    found = []
-    for path in paths:
-        inside = sorted(map(str, Path(path).rglob("*"))) if Path(path).is_dir() else [path]
-        inside = (
-            [p for p in inside if p.removesuffix(".gz").endswith(KINDS)]
-            if inside != [path]
-            else inside
-        )
-        if not inside:
-            raise InputError(f"--data {path}: no file in it is {', '.join(KINDS)}")
-        found += inside
-    if len(set(found)) < len(found):
-        raise InputError(f"--data names {max(found, key=found.count)} twice")
-    return sorted(found)
 
 
 def deciding(c: Corpus) -> dict[str, Any]:

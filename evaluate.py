@@ -31,10 +31,11 @@ from nanomed.evals import judge as judging
 from nanomed.evals import page as pages
 from nanomed.evals.folder import open_folder, sha256, write_json
 from nanomed.evals.requests import PROTOCOLS, all_requests, requests_of
-from nanomed.evals.score import Scorer, bos_of, encode, plan
+from nanomed.evals.score import bos_of, encode
 from nanomed.hf import pretrained
 from nanomed.model.decoder import Aquila
 from nanomed.model.packed import pack_linears
+from nanomed.model.scoring import Scorer, plan
 from nanomed.stages import stage
 from nanomed.stages.answers import show_answers
 

@@ -106,6 +106,8 @@ def tables(more: dict[str, Any]) -> dict[str, list[list]]:
     for name, facts in more.get("models", {}).items():
         flat = [[k, json.dumps(v, ensure_ascii=False)] for k, v in facts.items()]
         found[f"The model of {name}"] = [["", ""], *flat]
+    if more.get("proportions"):
+        found["Languages, kinds and sources"] = more["proportions"]
     return found
 
 

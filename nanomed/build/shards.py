@@ -38,6 +38,10 @@ SCALES = {
     "toxic": (1e3, True),
     "private": (1e3, True),
     "quality": (6, False),
+    "score": (36, False),  # of a chat, complexity x quality
+    "repeated_turns": (2, False),  # Context Relevance, and its lower limit
+    "unrelated_turns": (2, False),  # the upper one
+    "share": (1e6, True),
 }
 
 

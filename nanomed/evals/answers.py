@@ -102,7 +102,7 @@ Turn = tuple[Dialogue, int]  # a dialogue and the number of one of its turns
 
 class Answerer:
     """A model that answers greedily. With `own_history` what it sees of earlier turns is its own
-    answers, else the references."""
+    answers, else the references. `only_last`: only each dialogue's last turn."""
 
     def __init__(
         self,
@@ -112,10 +112,11 @@ class Answerer:
         max_new: int,
         batch_size: int,
         own_history: bool,
+        only_last: bool = False,
     ):
         self.model, self.encoder, self.world = model, encoder, world
         self.sampling, self.batch_size = Sampling(max_new=max_new), batch_size
-        self.own_history = own_history
+        self.own_history, self.only_last = own_history, only_last
         self.known: dict[tuple[str, int], dict] = {}  # answers by dialogue and round
 
     def run(self, asked: Sequence[Dialogue], out: Path) -> list[dict]:
@@ -153,6 +154,8 @@ class Answerer:
         batches = []
         for i in range(max(len(d.turns) for d in asked)):
             turns = [(d, i) for d in asked if len(d.turns) > i]
+            if self.only_last:
+                turns = [(d, i) for d, i in turns if len(d.turns) == i + 1]
             turns.sort(key=lambda turn: sum(len(q) + len(a) for q, a in turn[0].turns[: i + 1]))
             size = self.batch_size
             batches += [turns[j : j + size] for j in range(0, len(turns), size)]

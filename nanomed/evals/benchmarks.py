@@ -22,10 +22,10 @@ from nanomed.distributed import from_main
 from nanomed.evals.folder import appending, cut_back, sha256
 from nanomed.evals.items import Split
 from nanomed.evals.requests import Request
-from nanomed.evals.score import Encoded, Plan, Scorer
 from nanomed.evals.stats import pooled_stderr, stderr
 from nanomed.evals.tasks import groups
 from nanomed.model.decoder import Aquila
+from nanomed.model.scoring import Encoded, Plan, Scorer
 from nanomed.records.exams import LETTERS
 from nanomed.run.log import is_terminal
 from nanomed.training.reference import sums_of_bits
@@ -49,16 +49,16 @@ def identity(model: Aquila, tasks: Sequence[Prepared], data: Path) -> dict[str, 
     asked = {task.name: "".join(r.to_json() for r in task.requests) for task in tasks}
     return {
         "dtype": str(next(model.parameters()).dtype),
-        "weights": _short_hash(sums_of_bits(model).cpu().numpy().tobytes()),
+        "weights": short_hash(sums_of_bits(model).cpu().numpy().tobytes()),
         "kernels": f"{kernels.in_force(device)}, torch {torch.__version__}",
         "files": {
             str(path.relative_to(data)): sha256(path) for task in tasks for path in task.split.files
         },
-        "requests": {name: _short_hash(text.encode()) for name, text in asked.items()},
+        "requests": {name: short_hash(text.encode()) for name, text in asked.items()},
     }
 
 
-def _short_hash(content: bytes) -> str:
+def short_hash(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 

@@ -31,7 +31,7 @@ class Asked:
     about: dict[str, Any]  # id, round; of a pair the order and both lengths in characters too
 
 
-def pairs(a: Sequence[dict], b: Sequence[dict] | str) -> list[Asked]:
+def pairs(a: Sequence[dict], b: Sequence[dict] | str, prompt: str = "pair") -> list[Asked]:
     """Both orders of every answer of a against that of b, or against the reference. Raises
     InputError unless both answered the same questions."""
     if b == REFERENCE:
@@ -45,7 +45,7 @@ def pairs(a: Sequence[dict], b: Sequence[dict] | str) -> list[Asked]:
         mine, other = line["answer"], sides[1][name]["answer"]
         lengths = {"lengths": [len(mine), len(other)]}
         for order, (first, second) in {"ab": (mine, other), "ba": (other, mine)}.items():
-            text = prompts()["pair"].format(
+            text = prompts()[prompt].format(
                 question=quoted(line["question"]), first=quoted(first), second=quoted(second)
             )
             asked.append(_asked(text, line, {"order": order} | lengths))

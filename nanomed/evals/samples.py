@@ -16,9 +16,10 @@ from nanomed.evals.benchmarks import Prepared
 from nanomed.evals.folder import write_json
 from nanomed.evals.items import Item, Split
 from nanomed.evals.requests import Request, requests_of
-from nanomed.evals.score import Encoded, encode, plan
+from nanomed.evals.score import encode
 from nanomed.evals.tasks import tasks
 from nanomed.hf import pretrained
+from nanomed.model.scoring import Encoded, plan
 from nanomed.records import read_json
 from nanomed.records.exams import LETTERS
 from nanomed.stages.answers import taught_facts

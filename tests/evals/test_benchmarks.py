@@ -13,7 +13,7 @@ import torch
 import evaluate
 from nanomed.config import InputError
 from nanomed.evals import benchmarks
-from nanomed.evals.score import Scorer
+from nanomed.model.scoring import Scorer
 from nanomed.text import tokenizer
 from tests.conftest import ROOT
 from tests.evals.test_requests import GOLDEN, RECORDED, write_golden, write_lines

@@ -8,13 +8,14 @@ import torch
 
 from nanomed.config import InputError
 from nanomed.distributed import World
-from nanomed.evals import score
 from nanomed.evals.items import Item
 from nanomed.evals.requests import Request, requests_of
-from nanomed.evals.score import Scorer, bos_of, encode, plan
+from nanomed.evals.score import bos_of, encode
 from nanomed.evals.tasks import tasks as all_tasks
 from nanomed.hf import pretrained
+from nanomed.model import scoring
 from nanomed.model.packed import pack_linears
+from nanomed.model.scoring import Scorer, plan
 from nanomed.records import Chat
 from nanomed.text import tokenizer
 from tests.conftest import ROOT
@@ -101,8 +102,8 @@ def test_a_long_input_is_cut_on_the_left_as_lm_eval_cuts_it(folder, requests):
 def test_the_shared_beginning_runs_once(folder, requests, monkeypatch):
     """The model sees it in a row of its own, and afterwards only what follows it."""
     rows = []
-    from_segments = score.row_from
-    monkeypatch.setattr(score, "row_from", lambda s: rows.append(s) or from_segments(s))
+    from_segments = scoring.row_from
+    monkeypatch.setattr(scoring, "row_from", lambda s: rows.append(s) or from_segments(s))
     ours(folder, requests[:5], capacity=150)
     encoded = [encode(request, TOKENIZER, [], 512) for request in requests[:5]]
     prefix = plan(encoded, 150).prefix

@@ -1,0 +1,241 @@
+"""Preference pairs for DPO, on one page.
+
+    python build_dpo.py                                  a demonstration: option chats of samples/
+    python build_dpo.py --data selected --exam EXAM.jsonl --model runs/sft \\
+        --judge http://127.0.0.1:8000/v1
+
+Objective pairs come from questions with known answers, in --exam and among the chats of --data.
+Subjective ones are a model's answer against the chat's own, judged in both orders. The answers may
+be shared by several processes (torchrun); the same command goes on after a kill. docs/data.md.
+"""
+
+import json
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+from nanomed import arguments
+from nanomed.build import decontaminate, preferences
+from nanomed.build.runner import make_private, whole
+from nanomed.build.settings import Paid, files_of, flag
+from nanomed.build.shards import line_of, lottery
+from nanomed.config import InputError, beside_the_scripts
+from nanomed.distributed import alone_or_start, launch, pick_device
+from nanomed.evals import answers, benchmarks, judge
+from nanomed.evals.folder import open_folder
+from nanomed.hf import pretrained
+from nanomed.meeting import rank_from_env
+from nanomed.model.packed import pack_linears
+from nanomed.records import Chat, names_of, read_chats
+from nanomed.stages import stage
+
+
+@dataclass(frozen=True)
+class Pairs(Paid):
+    """The settings."""
+
+    script: ClassVar[str] = "build_dpo.py"
+
+    data: list[str] = flag((), "files of chats, or the folder of build_sft.py; default: "
+                               "samples/sft.jsonl")  # fmt: skip
+    exam: list[str] = flag((), "files of questions with known answers")
+    out: str = flag("runs/pairs", "folder of the pairs")
+    fields: list[str] = flag((), "other names of fields, as KNOWN=THEIRS: question=query")
+    model: str = flag("", "whose answers stand against the chats' own", "GPT-4")
+    template: str = flag("", "name or JSON file; default: the model's")
+    judge: str = flag("", "endpoint that compares both: http://HOST/v1", "GPT-4")
+    judge_model: str = flag("judge", "the name that the endpoint knows")
+    subjective: int = flag(0, "most chats that are answered, by lot; 0: all", "9,019 pairs")
+    objective: int = flag(0, "most questions that become pairs, by lot; 0: all", "3,708 pairs")
+    seed: int = flag(0, "number that decides which wrong option is taken, and the lot")
+    decontaminate: list[str] = flag((), "files of benchmarks whose questions must not be learned")
+    max_new: int = flag(512, "most tokens of an answer")
+    batch_size: int = flag(16, "answers at a time")
+    device: str = flag("auto", "auto: the GPU if there is one", choices=("auto", "cuda", "cpu"))
+    dtype: str = flag("auto", "auto: bf16 on CUDA, fp32 on CPU", choices=("auto", "bf16", "fp32"))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if bool(self.model) != bool(self.judge):
+            raise InputError("subjective pairs need both: --model, that answers, and --judge URL")
+
+
+def settings() -> Pairs:
+    c = arguments.parse(Pairs, base={})
+    if not c.data and not c.exam:
+        c = replace(c, data=["samples/sft.jsonl"])
+    lists = {
+        n: list(map(beside_the_scripts, getattr(c, n))) for n in ("data", "exam", "decontaminate")
+    }
+    return replace(c, **lists)
+
+
+class Kept:
+    """The pairs, and a line for each question or chat that gives none."""
+
+    def __init__(self, c: Pairs):
+        self.c, self.pairs, self.dropped = c, [], []
+        self.index = decontaminate.index_of(tuple(c.decontaminate))
+
+    def drop(self, file: str, record: int, reason: str, value: Any = 0, limit: Any = 0) -> None:
+        line = {"file": file, "record": record, "reason": reason, "value": value, "limit": limit}
+        self.dropped.append(line)
+
+    def add(self, pair: dict[str, Any], file: str, record: int, group: str) -> bool:
+        text = "\n".join([*(turn["content"] for turn in pair["prompt"]), pair["chosen"]])
+        for goes, part, needed, _ in self.index.hits([text]).values():
+            if goes:
+                self.drop(file, record, "contaminated", round(part, 4), needed)
+                return False
+        self.pairs.append(pair | {"group": group, "id": f"{file}:{record}"})
+        return True
+
+    def write(self, out: Path, report: dict[str, Any]) -> None:
+        reasons = Counter(line["reason"] for line in self.dropped)
+        kinds = Counter(pair["kind"] for pair in self.pairs)
+        report |= {"pairs": kinds, "dropped": reasons, "settings": vars(self.c)}
+        contents = {
+            "pairs.jsonl": b"".join(map(line_of, self.pairs)),
+            "dropped.jsonl": b"".join(map(line_of, self.dropped)),
+            "report.json": json.dumps(report, ensure_ascii=False, indent=1).encode(),
+        }
+        for name, content in contents.items():
+            with whole(out / name) as file:
+                file.write(content)
+
+
+# ---------------------------------------------------------------- objective
+
+
+def objective(c: Pairs, files: list[str], kept: Kept) -> dict[str, Any]:
+    found = [*preferences.exams_in(c.exam, True), *preferences.exams_in(files, False)]
+    chosen = set(by_lot(c, [place[:2] for place in found], c.objective))
+    letters, places = [], Counter()
+    for file, record, exam, group, why in found:
+        if why:
+            kept.drop(file, record, why, value=2, limit=1)
+        elif (file, record) in chosen:
+            n = len(exam.options)
+            pair, both = preferences.objective(exam, places[n], c.seed)
+            if kept.add(pair, file, record, group):
+                places[n] += 1
+                letters.append(both)
+    return {"questions": len(found), "letters": preferences.letters_table(letters)}
+
+
+def by_lot(c: Pairs, places: list[tuple[str, int]], most: int) -> list[tuple[str, int]]:
+    """`most` of them, 0 for all, in the order that they came in."""
+    drawn = sorted(range(len(places)), key=lambda i: lottery(c.seed << 32 | i))
+    return [places[i] for i in sorted(drawn[: most or None])]
+
+
+# ---------------------------------------------------------------- subjective
+
+
+def subjective(c: Pairs, files: list[str], kept: Kept, out: Path) -> dict[str, Any]:
+    """What the judge said, on rank 0. Every rank calls it."""
+    chats = chats_to_answer(c, files)
+    lines = answered(c, {name: chat for name, (chat, *_) in chats.items()}, out)
+    if rank_from_env()[0] != 0:
+        return {}
+    asked = []
+    for line in lines:
+        _, file, record = chats[line["id"]]
+        if line["end"] == "length":
+            kept.drop(file, record, "answer_cut_off", c.max_new, c.max_new)
+        elif not line["answer"].strip() or line["answer"].strip() == line["reference"].strip():
+            kept.drop(file, record, "same_or_empty_answer")
+        else:
+            asked.append(line | {"question": conversation(line)})
+    requests = judge.pairs(asked, judge.REFERENCE, "preference")
+    endpoint = c.endpoint(c.judge, c.judge_model, out / "judge.jsonl")
+    endpoint.ask_parsed([one.request for one in requests], judge.parse_verdict, c.retry_failed)
+    judged = judge.judged(requests, c.judge_model, endpoint.cache.answers, judge.parse_verdict)
+    said = preferences.verdicts(judged)
+    for line in asked:
+        chat, file, record = chats[line["id"]]
+        verdict = said[line["id"], line["round"]]
+        if isinstance(verdict, str):
+            kept.drop(file, record, verdict)
+            continue
+        sides = [line["answer"], line["reference"]][::verdict]
+        prompt = Chat(chat.turns[:-1], chat.system)
+        kept.add(preferences.pair_of(prompt, *sides, "subjective"), file, record, chat.group)
+    return judge.pair_results(judged) if judged else {"n": 0}
+
+
+def chats_to_answer(c: Pairs, files: list[str]) -> dict[str, tuple[Chat, str, int]]:
+    """By their number: chats that end with an answer and are no option questions."""
+    options = {place[:2] for place in preferences.exams_in(files, False)}
+    found, names = {}, names_of(c.fields)
+    for file in files:
+        for record, chat, _ in read_chats(file, names):
+            roles = [role for role, _ in chat.turns]
+            regular = roles == ["user", "assistant"] * (len(roles) // 2)
+            if regular and not chat.dropped and not chat.raw and (file, record) not in options:
+                found.setdefault((file, record), chat)
+    chosen = by_lot(c, [*found], c.subjective)
+    return {str(i): (found[place], *place) for i, place in enumerate(chosen)}
+
+
+def answered(c: Pairs, chats: dict[str, Chat], out: Path) -> list[dict]:
+    """The model's answer to the last question of each chat."""
+    asked = [
+        answers.Dialogue(name, list(zip(texts[::2], texts[1::2], strict=True)))
+        for name, chat in chats.items() if (texts := [text for _, text in chat.turns])
+    ]  # fmt: skip
+    if not asked:
+        return []
+    device = pick_device(c.device)
+    _, encoder = pretrained.describe(c.model, template_name=c.template)
+    model = pretrained.load(c.model, device, stage.compute_dtype(c, device))
+    identity = {
+        "questions": benchmarks.short_hash(repr(asked).encode()),
+        "max_new": c.max_new,
+        "batch_size": c.batch_size,
+        "tokenizer": encoder.tokenizer.fingerprint(),
+        "template": encoder.template.to_json(),
+    } | benchmarks.identity(model, [], out)
+    pack_linears(model)
+    with alone_or_start(device) as world:
+        if world.is_main:
+            open_folder(out / "answers", identity)
+        answerer = answers.Answerer(
+            model, encoder, world, c.max_new, c.batch_size, own_history=False, only_last=True
+        )
+        return answerer.run(asked, out / "answers")
+
+
+def conversation(line: dict) -> str:
+    said = [f"Patient: {q}\n\nDoctor: {a}" for q, a in line["history"]]
+    return "\n\n".join([*said, f"Patient: {line['question']}"])
+
+
+# ---------------------------------------------------------------- a run
+
+
+def main() -> None:
+    c = settings()
+    out, files = Path(c.out), files_of(c.data, "selected.jsonl") if c.data else []
+    kept = Kept(c)
+    make_private(out)
+    found: dict[str, Any] = {"objective": objective(c, files, kept)}
+    if c.judge:
+        found["subjective"] = subjective(c, files, kept, out)
+    if rank_from_env()[0] != 0:
+        return
+    kept.write(out, found)
+    print(json.dumps(found | {"settings": None}, ensure_ascii=False, indent=1))
+    if (found.get("subjective", {}).get("longer_wins") or 0) > preferences.LONGER_WINS:
+        print(
+            f"WARNING: the longer answer wins {found['subjective']['longer_wins']:.0%} of what is "
+            "decided: the judge may like length, and a model learns to write more"
+        )
+    if not c.judge:
+        print("no subjective pairs: they need --model FOLDER and --judge http://HOST/v1")
+    print(f"{len(kept.pairs):,} pairs in {out}/pairs.jsonl: train_dpo.py --data reads them")
+
+
+if __name__ == "__main__":
+    launch(main)

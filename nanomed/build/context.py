@@ -1,0 +1,119 @@
+"""Context Relevance: does a turn of a dialogue follow from what was said before? (Aquila-Med, 2.2)
+
+    CR = L(t|H) / L(t)
+
+L(t|H) is the mean negative log-likelihood of the turn's tokens after the history H, L(t) that of
+the same tokens without it. Above 1 the history only hurts: the turns do not belong together. Near 0
+it says all: the turn repeats it. The first turn has no history and is left out.
+
+One row gives both. Its first segment is the whole dialogue, each further one a turn behind the same
+header (S system, 1 2 3 turns), and segments do not see one another:
+
+    S 1 1 1 2 2 2 3 3     S 2 2 2     S 3 3
+            ^^^^^ ^^^       ^^^^^       ^^^
+            L(2|H) L(3|H)   L(2)        L(3)
+
+Both use the same ids, since each turn is tokenised once. The row's first segment gives the
+dialogue's embedding, too: the mean of its tokens' last hidden states.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from nanomed.batches.packing import row_from
+from nanomed.build.deita import rounds
+from nanomed.model.decoder import Aquila
+from nanomed.records import Chat
+from nanomed.text.template import Encoder
+
+TARGETS = ("turn", "assistant")  # all of a turn's tokens, or those of its answers alone
+LEAST = 1e-3  # nats: a turn that is as certain by itself is not divided by
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """What is run and read of a chat."""
+
+    segments: list[list[int]]  # the whole dialogue, then each turn but the first
+    places: list[int]  # whose next tokens are asked for, counted through all segments
+    labels: list[int]  # those tokens
+    sizes: list[int]  # of each turn: how many, first after its history, then without it
+    cut: int  # oldest turns that did not fit
+
+    @property
+    def n_tokens(self) -> int:
+        return sum(map(len, self.segments))
+
+
+def dialogue(chat: Chat, encoder: Encoder, longest: int, targets: str = "turn") -> Dialogue | None:
+    """None if not even the last question and answer fit `longest` tokens."""
+    ids, wanted, cut = encoder.chat(chat, longest - 1)
+    if not ids:
+        return None
+    borders = encoder.borders(chat, cut)
+    header = ids[: borders[0][1]] if borders[0][0] == "system" else []
+    at = [len(header)]
+    for _, n in borders[len(borders) - len(chat.turns) + cut :]:
+        at.append(at[-1] + n)
+    if not header:  # a turn's first token must have something before it
+        header, ids, wanted = [encoder.document_end], [encoder.document_end, *ids], [False, *wanted]
+        at = [place + 1 for place in at]
+    segments, places, labels, sizes = [ids], [], [], []
+    for part in rounds(chat.turns[cut:])[1:]:
+        a, b = at[part.start], at[part.stop]
+        mine = [t for t in range(a, b) if targets == "turn" or wanted[t]]
+        start = sum(map(len, segments)) + len(header) - a
+        places += [t - 1 for t in mine] + [start + t - 1 for t in mine]
+        labels += [ids[t] for t in mine] * 2
+        sizes.append(len(mine))
+        segments.append([*header, *ids[a:b]])
+    return Dialogue(segments, places, labels, sizes, cut)
+
+
+@torch.no_grad()
+def run(model: Aquila, found: Sequence[Dialogue]) -> list[tuple[list[list[float]], Tensor]]:
+    """For each dialogue of a row: ([L(t|H), L(t)] of each turn but the first, in nats per token;
+    NaN where a turn has no token that counts), and its embedding [D] float32."""
+    segments = [ids for one in found for ids in one.segments]
+    starts = [0]
+    for one in found:
+        starts.append(starts[-1] + one.n_tokens)
+    places = [s + p for s, one in zip(starts, found, strict=False) for p in one.places]
+    device, states = next(model.parameters()).device, []
+    row = row_from(segments)
+    row.labels = torch.tensor([label for one in found for label in one.labels] or [-100])
+    hook = model.layers[-1].register_forward_hook(lambda layer, x, y: states.append(model.norm(y)))
+    try:
+        nll = model(row.to(device), at=torch.tensor(places or [0], device=device)).nll.double()
+    finally:
+        hook.remove()
+    means, results, k = nll.cpu(), [], 0
+    for start, one in zip(starts, found, strict=False):
+        losses = []
+        for n in one.sizes:
+            parts = means[k : k + 2 * n].view(2, n) if n else torch.full((2, 1), torch.nan)
+            losses.append(parts.mean(1).tolist())
+            k += 2 * n
+        whole = states[0][start : start + len(one.segments[0])]
+        results.append((losses, whole.float().mean(0).cpu()))
+    return results
+
+
+def relevance(losses: Sequence[Sequence[float]]) -> list[float | None]:
+    """The CR of each turn; None where it is not defined."""
+    return [with_it / alone if alone >= LEAST else None for with_it, alone in losses]
+
+
+def rows(found: Sequence[Dialogue], capacity: int) -> list[range]:
+    """Dialogues in their order, together up to `capacity` tokens; a longer one alone."""
+    borders, used = [0], 0
+    for i, one in enumerate(found):
+        if i > borders[-1] and used + one.n_tokens > capacity:
+            borders.append(i)
+            used = 0
+        used += one.n_tokens
+    return [range(a, b) for a, b in pairwise([*borders, len(found)])] if found else []

@@ -1,0 +1,231 @@
+"""Scores of chats: computed once, kept chat by chat, and written in the order of the files.
+
+    OUT/cache/KEY.jsonl   of each turn complexity and quality, of all but the first both losses
+    OUT/cache/KEY.f32     the embeddings, in the same order
+    OUT/scores.jsonl      what a selection reads, a line for each record
+
+KEY is a hash of the model, the prompts and the way of asking; within it a chat is known by a hash
+of what it says. So the same command goes on after a kill, another limit asks no model, and a chat
+that stands twice is scored once.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from nanomed.build import context, deita
+from nanomed.build.runner import make_private, whole
+from nanomed.build.shards import line_of
+from nanomed.distributed import from_all, from_main
+from nanomed.model.scoring import Encoded, Scorer, plan
+from nanomed.records import Chat, names_of, read_chats
+from nanomed.records.shapes import language
+from nanomed.stages.exam import OPTION
+from nanomed.text.template import Encoder
+
+ROWS = 8  # rows of each rank between two writes to the disk: what a kill may cost
+
+
+class Item(NamedTuple):
+    """A record's chat; of several that differ in the question's wording, the first."""
+
+    file: str
+    record: int
+    chat: Chat
+    lang: str
+    kind: str  # single_turn, multi_turn or option, and the language
+    key: str
+
+
+def read(files: list[str], fields: Sequence[str]) -> list[Item]:
+    """Raises InputError naming file, record and field."""
+    found, names = [], names_of(fields)
+    for path in files:
+        last = 0
+        for number, chat, _ in read_chats(path, names):
+            if number == last:
+                continue
+            last = number
+            said = json.dumps([chat.system, chat.turns])
+            lang = language(" ".join(text for _, text in chat.turns))
+            key = hashlib.blake2b(said.encode(), digest_size=12).hexdigest()
+            found.append(Item(path, number, chat, lang, f"{form_of(chat)}_{lang}", key))
+    return found
+
+
+def form_of(chat: Chat) -> str:
+    if len(deita.rounds(chat.turns)) > 1:
+        return "multi_turn"
+    return "option" if len(OPTION.findall(chat.turns[0][1])) > 1 else "single_turn"
+
+
+class Kept:
+    """The scores in a folder that were computed in one way; one process at a time writes them."""
+
+    def __init__(self, folder: Path, identity: dict[str, Any], width: int):
+        name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+        make_private(folder)
+        self.paths, self.width = [folder / f"{name}.{end}" for end in ("jsonl", "f32")], width
+        self.files = [open(path, "a+b") for path in self.paths]
+        self.files[0].seek(0)
+        lines = self.files[0].read().split(b"\n")[:-1]
+        n = len(lines)  # what a kill cut off goes
+        if width:
+            n = min(n, self.paths[1].stat().st_size // (4 * width))
+        for file, size in zip(
+            self.files, (sum(len(line) + 1 for line in lines[:n]), 4 * width * n), strict=True
+        ):
+            file.truncate(size)
+        self.lines = {}
+        for line in map(json.loads, lines[:n]):
+            self.lines[line["key"]] = line
+
+    def add(self, found: Sequence[tuple[dict[str, Any], np.ndarray]]) -> None:
+        vectors = np.stack([vector for _, vector in found]).astype(np.float32)
+        content = vectors.tobytes(), b"".join(line_of(line) for line, _ in found)
+        for file, data in zip(reversed(self.files), content, strict=True):
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        self.lines |= {line["key"]: line for line, _ in found}
+
+    def vectors(self) -> tuple[dict[str, int], np.ndarray]:
+        """(each key's row, [n,D] float32)"""
+        shape = (len(self.lines), self.width)
+        table = np.memmap(self.paths[1], np.float32, "r", shape=shape) if self.lines else None
+        return {key: row for row, key in enumerate(self.lines)}, table
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A model that scores chats. Every rank has a whole copy of it."""
+
+    scorer: Scorer
+    encoder: Encoder
+    targets: str
+    parts: Sequence[str]  # of `digits` and `context`
+    micro_tokens: int
+
+    @property
+    def longest(self) -> int:
+        return self.scorer.model.config.max_seq_len
+
+    def fill(self, items: Sequence[Item], kept: Kept | None) -> None:
+        """Scores what is not kept yet; rank 0 has `kept`. Every rank calls it."""
+        world = self.scorer.world
+        known = from_main(set(kept.lines) if world.is_main else None)
+        todo = {item.key: item for item in items if not item.chat.dropped}
+        todo = [item for key, item in todo.items() if key not in known]
+        asker = deita.Asker(self.encoder, self.longest)
+        with tqdm(total=len(todo), unit="chat", disable=None if world.is_main else True) as bar:
+            for part in self._parts(todo, ROWS * self.micro_tokens * world.size):
+                found = self._measured([item.chat for item in part], asker)
+                if world.is_main:
+                    named = zip(part, found, strict=True)
+                    kept.add([({"key": item.key} | line, v) for item, (line, v) in named])
+                bar.update(len(part))
+        if asker.shortened and world.is_main:
+            print(f"{asker.shortened:,} prompts were cut to the {self.longest} tokens of the model")
+
+    def _parts(self, todo: list[Item], n_tokens: int) -> Iterator[list[Item]]:
+        """About so many tokens together: a token is at most some 2 characters here."""
+        part, size = [], 0
+        for item in todo:
+            part.append(item)
+            size += sum(len(text) for _, text in item.chat.turns)
+            if size >= n_tokens:
+                yield part
+                part, size = [], 0
+        if part:
+            yield part
+
+    def _measured(self, chats: list[Chat], asker: deita.Asker) -> list[tuple[dict, np.ndarray]]:
+        lines: list[dict[str, Any]] = [{} for _ in chats]
+        vectors = [np.zeros(0)] * len(chats)
+        if "digits" in self.parts:
+            for line, turns in zip(lines, self._digits(chats, asker), strict=True):
+                line["turns"] = turns
+        if "context" in self.parts:
+            made = [context.dialogue(x, self.encoder, self.longest, self.targets) for x in chats]
+            fits = [i for i, one in enumerate(made) if one]
+            found = dict(zip(fits, self._context([made[i] for i in fits]), strict=True))
+            unknown = ([], np.full(self.scorer.model.config.d_model, np.nan))
+            for i, one in enumerate(made):
+                losses, vectors[i] = found.get(i, unknown)
+                lines[i] |= {"losses": losses, "cut": one.cut if one else None}
+        return list(zip(lines, vectors, strict=True))
+
+    def _digits(self, chats: list[Chat], asker: deita.Asker) -> list[list[list[float]]]:
+        """[complexity, quality] of each turn of each chat."""
+        asked: dict[str, list[tuple[int, int, int, Encoded]]] = {}
+        turns = [[[0.0, 0.0] for _ in deita.rounds(chat.turns)] for chat in chats]
+        for i, chat in enumerate(chats):
+            for t, texts in enumerate(deita.exchanges(chat)):
+                for k, kind in enumerate(deita.ASKED):
+                    name, encoded = asker.encode(kind, *texts)
+                    asked.setdefault(name, []).append((i, t, k, encoded))
+        for _, requests in sorted(asked.items()):  # those of one prompt share its beginning
+            encoded = [request[-1] for request in requests]
+            rows = self.scorer.run(encoded, plan(encoded, self.micro_tokens))
+            logps = torch.tensor([six for row in rows for six in row])
+            for (i, t, k, _), value in zip(requests, deita.expectation(logps), strict=True):
+                turns[i][t][k] = float(value)
+        return turns
+
+    def _context(self, found: list[context.Dialogue]) -> list[tuple[list, np.ndarray]]:
+        world, results = self.scorer.world, []
+        rows = context.rows(found, self.micro_tokens)
+        for start in range(0, len(rows), world.size):
+            mine = rows[start + world.rank : start + world.rank + 1]
+            ran = context.run(self.scorer.model, [found[i] for i in mine[0]]) if mine else []
+            parts = from_all([(losses, vector.numpy()) for losses, vector in ran])
+            results += [one for part in parts for one in part]
+        return results
+
+
+def write(path: Path, items: Sequence[Item], lines: dict[str, dict], how: str) -> list[dict]:
+    """Writes OUT/scores.jsonl and returns its lines. `how`: a chat's score is the mean or the sum
+    of its turns'."""
+    found = []
+    for item in items:
+        line = {"file": item.file, "record": item.record}
+        line |= dict.fromkeys(("complexity", "quality", "score", "cr"), None)
+        line |= {"cr_turns": [], "turns": None, "kind": item.kind, "dropped": item.chat.dropped}
+        known = lines.get(item.key, {})
+        if known.get("turns") and all(None not in turn for turn in known["turns"]):
+            line["turns"] = known["turns"]
+            means = [sum(column) / len(column) for column in zip(*known["turns"], strict=True)]
+            line |= dict(zip(("complexity", "quality"), means, strict=True))
+            line["score"] = deita.score_of(known["turns"], how)
+        if known.get("losses"):
+            line["cr_turns"] = context.relevance(known["losses"])
+            defined = [cr for cr in line["cr_turns"] if cr is not None]
+            line["cr"] = sum(defined) / len(defined) if defined else None
+        if known.get("cut"):
+            line["turns_cut"] = known["cut"]
+        found.append(line)
+    with whole(path) as file:
+        for line in found:
+            file.write(line_of(line))
+    return found
+
+
+def quantiles(lines: Sequence[dict]) -> list[str]:
+    """How the scores of all chats are spread, for whoever is about to choose a limit."""
+    found = ["5, 25, 50, 75 and 95% of the chats are below"]
+    for name in ("complexity", "quality", "score", "cr"):
+        values = [line[name] for line in lines if line[name] is not None]
+        if values:
+            shown = ", ".join(
+                f"{v:.2f}" for v in np.quantile(values, (0.05, 0.25, 0.5, 0.75, 0.95))
+            )
+            found.append(f"  {name:<10} {shown} ({len(values):,} chats)")
+    return found
