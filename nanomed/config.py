@@ -3,6 +3,7 @@ is, in which unit, and what the paper used. arguments.py fills them."""
 
 import dataclasses
 import difflib
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -149,8 +150,19 @@ class Run:
     )
     seed: int = _flag(0, "number that decides the order of examples, fresh weights and dropout")
     recompute: str = _flag(
-        "none", "in backward compute again: lean, norms and SwiGLU's product; full, whole layers",
-        choices=("none", "lean", "full"),
+        "none",
+        "in backward compute again: lean, norms and SwiGLU's product; full, whole layers;\n"
+        "full:12, 12 whole layers and of the others what lean does",
+    )
+    nodes_share: str = _flag(
+        "auto", "several nodes: shard, one model over all of them; replicate, one on each,\n"
+        "and gradients alone are exchanged, once a step; auto: replicate where it fits",
+        choices=("auto", "shard", "replicate"),
+    )  # fmt: skip
+    sum_gradients: str = _flag(
+        "auto", "over the GPUs after each row; or once a step, until when each has them whole, 4\n"
+        "bytes per parameter; auto: once a step where it fits",
+        choices=("auto", "row", "step"),
     )  # fmt: skip
     kernels: str = _flag(
         "auto", "version of the fused ops; auto: Triton on CUDA, plain PyTorch elsewhere",
@@ -176,10 +188,13 @@ class Run:
     show_text: bool = _flag(False, "print text of examples though --data is not samples/")
     dry_run: bool = _flag(False, "say what the run would take (memory, time, disk), and end")
     hardware: str = _flag(
-        "8xA100-40G", "what --dry_run plans for: number of GPUs x kind",
+        "8xA100-40G",
+        "what --dry_run plans for: number of GPUs x kind, or x GiB,TFLOP/s,GB/s to the other GPUs",
         ("24xA100-40G", "24xA100-40G", "8xA100-40G", "8xA100"),
     )  # fmt: skip
-    mfu: float = _flag(0.5, "share of the GPUs' bf16 peak that --dry_run assumes (causal count)")
+    mfu: float = _flag(
+        0.5, "share of the GPUs' bf16 peak that --dry_run assumes, for all that is computed"
+    )
     examples: int = _flag(
         0, "number of examples --dry_run plans for, each of full length; 0: those of --data",
         ("60B tokens", "20B tokens", "320000", "12727"),
@@ -205,6 +220,8 @@ class Run:
             (min(self.keep_last, self.max_bad) >= 1, "keep_last and max_bad", "at least 1"),
             (len(self.data) > 0, "data", "at least one file"),
             (0 < self.mfu <= 1, "mfu", "above 0, at most 1"),
+            (re.fullmatch(r"none|lean|full(:\d+)?", self.recompute), "recompute",
+             "none, lean, full, or full:12 (so many layers full, the others lean)"),
             (self.examples >= 0, "examples", "0 or more"),
         ]  # fmt: skip
         _check(self, limits)

@@ -185,20 +185,32 @@ def alone_or_start(device: torch.device):
     return nullcontext(World(0, 1, device))
 
 
-def shard(model: nn.Module, world: World, compute_dtype: torch.dtype) -> nn.Module:
+@dataclass(frozen=True)
+class Sharing:
+    """Who holds what, and when gradients are summed over the ranks."""
+
+    copies: int = 1  # of the model; each is sharded over as many ranks, which are neighbours
+    once: bool = False  # a step, until when each rank has them whole; else after each row
+
+
+def shard(
+    model: nn.Module, world: World, compute_dtype: torch.dtype, sharing: Sharing | None = None
+) -> nn.Module:
     """FSDP2: parameters, gradients and optimizer state live sharded in float32; each unit is
     gathered in compute_dtype around its forward and backward.
 
     The root owns no parameter: a root that does stays gathered after a forward without backward,
     and an optimizer or a load then silently works on the wrong copy.
     """
+    model.sharing = sharing = sharing or Sharing()
+    mesh = world.mesh if sharing.copies == 1 else mesh_of(world.device.type, sharing)
     precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
     for unit in (model.embed_tokens, *model.layers, model.norm, model.lm_head, model):
         # Backward begins with what forward ends with: it is gathered once for both. Not the last
         # layer, too: it would be there at the peak of memory, in the head's backward, which in turn
         # hides its second gathering.
         keeps = unit in (model.norm, model.lm_head)
-        fully_shard(unit, mesh=world.mesh, mp_policy=precision, reshard_after_forward=not keeps)
+        fully_shard(unit, mesh=mesh, mp_policy=precision, reshard_after_forward=not keeps)
         if keeps:
             unit.register_forward_hook(_reshard_without_backward)
         # Gradients are plain sums: fit() divides by the trained tokens of the whole step, so FSDP
@@ -211,16 +223,32 @@ def shard(model: nn.Module, world: World, compute_dtype: torch.dtype) -> nn.Modu
     return model
 
 
+def sum_in_backward(model: nn.Module, last: bool) -> None:
+    """Whether the next backward, a step's `last` or not, sums gradients over the ranks. Copies wait
+    for the last one in any case: what they have to add up is sharded, and takes no more room."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last or not model.sharing.once)
+        model.set_requires_all_reduce(last)
+
+
 def _reshard_without_backward(unit: FSDPModule, *_) -> None:
     if not torch.is_grad_enabled():
         unit.reshard()
 
 
-def host_mesh() -> DeviceMesh:
-    """All ranks, for tensors in host memory, joined by a gloo group of its own: another thread may
-    exchange there while this one trains. Whoever is early there waits for the slowest disk; a rank
-    that is gone is noticed at once, by its closed connection. All ranks call it."""
-    return DeviceMesh.from_group(dist.new_group(backend="gloo", timeout=PATIENCE), "cpu")
+def host_group() -> dist.ProcessGroup:
+    """All ranks, joined by a gloo group of its own: another thread may exchange there while this
+    one trains. Whoever is early there waits for the slowest disk; a rank that is gone is noticed at
+    once, by its closed connection. All ranks call it."""
+    return dist.new_group(backend="gloo", timeout=PATIENCE)
+
+
+def mesh_of(device_type: str, sharing: Sharing) -> DeviceMesh:
+    """All ranks, by copies and by the shards of one. All ranks call it."""
+    n, size = sharing.copies, dist.get_world_size()
+    if n == 1:
+        return init_device_mesh(device_type, (size,))
+    return init_device_mesh(device_type, (n, size // n), mesh_dim_names=("copy", "shard"))
 
 
 def fill(param: Tensor, full: Tensor) -> None:

@@ -5,7 +5,8 @@
 `make_loss` is what a script would hand to fit(). `formula` is written by you, from the paper, for
 one example: it gets the float64 logits of each of its segments and their labels, and returns the
 example's loss and its metrics. The harness runs the step as fit() does, packed into rows of several
-sizes, on 1, 2 and 4 ranks, with ranks that have only fillers, and with an epoch's short last step.
+sizes, on 1, 2 and 4 ranks, with two copies of the model, with ranks that have only fillers, and
+with an epoch's short last step.
 Loss, gradients and metrics must be those of the formula in each of these layouts; a metric that the
 formula leaves out must be the same in all of them.
 """
@@ -21,14 +22,16 @@ from torch import Tensor
 from nanomed.batches.loader import Loader
 from nanomed.batches.packing import row_from
 from nanomed.config import SFT
-from nanomed.distributed import World
+from nanomed.distributed import Sharing, World
 from nanomed.model.decoder import Aquila
 from nanomed.run.log import Meter
 from nanomed.training.step import Loss, reduced, train_step
 from tests.training.test_exactness import Recorder, assert_same_gradients, sharded
 
-# (ranks, tokens of a row at most): one row; many rows; ranks that share; ranks with fillers alone
-LAYOUTS = [(1, 4096), (1, 96), (2, 200), (4, 4096)]
+# (ranks, tokens of a row at most, how the model is shared): one row; many rows; ranks that share;
+# ranks with fillers alone; two copies on two ranks each
+LAYOUTS = [(1, 4096, Sharing()), (1, 96, Sharing()), (2, 200, Sharing(once=True))]
+LAYOUTS += [(4, 4096, Sharing()), (4, 96, Sharing(copies=2))]
 BATCH = 8
 CLOCK = ("tokens_per_s", "peak_memory_gb")  # what a step logs and depends on no loss
 
@@ -51,10 +54,11 @@ def loader_of(world: World, data, micro_tokens: int) -> Loader:
     )  # fmt: skip
 
 
-def packed_step(world, config, data, make_loss: Callable[[], Loss], micro_tokens: int, step: int):
+def packed_step(world, config, data, make_loss, micro_tokens: int, sharing: Sharing, step: int):
     """(gradients, logged values) of one step as fit() takes it."""
     c = SFT(batch_size=BATCH, micro_tokens=micro_tokens, seq_len=64, grad_clip=0.0, dropout=0.0)
-    model, loader = sharded(world, config), loader_of(world, data, micro_tokens)
+    model = sharded(world, config, sharing=sharing)
+    loader = loader_of(world, data, micro_tokens)
     recorder, meter = Recorder(model), Meter(config, world.size)
     result = train_step(c, model, recorder, loader, make_loss(), step, 1e-3, meter)
     return recorder.gradients, reduced(result, loader.divisor(step), meter)
@@ -88,10 +92,8 @@ def check_loss(pool, config, data, make_loss: Callable[[], Loss], formula: Formu
     assert len(data) % BATCH, "the last step must be a short one"
     for step in (0, last):
         gradients, values = by_formula(config, data, formula, step)
-        for n_ranks, micro_tokens in LAYOUTS:
-            for ours, logged in pool(
-                n_ranks, packed_step, config, data, make_loss, micro_tokens, step
-            ):
+        for n_ranks, *layout in LAYOUTS:
+            for ours, logged in pool(n_ranks, packed_step, config, data, make_loss, *layout, step):
                 assert_same_gradients(ours, gradients)
                 # What the formula says nothing of must at least be the same in every layout.
                 values = {name: logged[name] for name in logged if name not in CLOCK} | values

@@ -282,6 +282,7 @@ def pretended():
         "current_stream": lambda *_: stream,
         "stream": lambda _: contextlib.nullcontext(),
         "max_memory_allocated": lambda *_: 2**30,
+        "get_device_properties": lambda *_: mock.Mock(total_memory=140 * 2**30),
         "get_device_name": lambda *_: "NVIDIA H200",
         "get_device_capability": lambda *_: (9, 0),
         "is_current_stream_capturing": lambda: False,

@@ -98,7 +98,7 @@ def test_one_process_needs_no_meeting_place(monkeypatch, given):
 def test_a_gpu_is_waited_for_minutes_and_a_disk_hours(world, monkeypatch):
     assert PATIENCE_GPU.total_seconds() <= 20 * 60 and PATIENCE.total_seconds() >= 2 * 3600
     of_gloo = dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout
-    of_saves = distributed.host_mesh().get_group()._get_backend(torch.device("cpu"))
+    of_saves = distributed.host_group()._get_backend(torch.device("cpu"))
     assert of_gloo == of_saves.options._timeout == PATIENCE
 
     class Joined(Exception):

@@ -8,6 +8,9 @@ inputs cost a few operations per element: a norm's output, and the product in Sw
 they are a third of what a layer keeps. Here the matmul keeps, in place of such a tensor, the
 autograd node that made it; the node keeps only its own inputs, which are kept anyway, and runs its
 module again when asked.
+
+full:12 is full for the first 12 layers and lean for the others. The first, because backward comes
+to them last: what they compute again then finds the memory that the others have left.
 """
 
 from collections.abc import Callable
@@ -17,14 +20,26 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
+from nanomed.config import InputError
+
 POLICIES = ("none", "lean", "full")  # from what keeps most to what computes most again
 
 
 def set_recompute(model: nn.Module, policy: str) -> None:
     """From here on the layers of the model (Aquila) keep what the policy says. Parameters keep
-    their names, and FSDP gathers a layer once around all of its forward."""
-    for layer in model.layers:
-        set_layer(layer, policy)
+    their names, and FSDP gathers a layer once around all of its forward. Raises InputError."""
+    for layer, its in zip(model.layers, by_layer(policy, len(model.layers)), strict=True):
+        set_layer(layer, its)
+
+
+def by_layer(policy: str, n_layers: int) -> list[str]:
+    """Each layer's own policy, one of POLICIES. Raises InputError."""
+    name, _, number = policy.partition(":")
+    if not number:
+        return [name] * n_layers
+    if int(number) > n_layers:
+        raise InputError(f"--recompute {policy}: the model has {n_layers} layers")
+    return [name] * int(number) + ["lean"] * (n_layers - int(number))
 
 
 def set_layer(layer: nn.Module, policy: str) -> None:

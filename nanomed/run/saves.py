@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.tensor import DTensor
 
 from nanomed.config import Run
-from nanomed.distributed import from_all, host_mesh, local
+from nanomed.distributed import Sharing, from_all, host_group, local, mesh_of
 from nanomed.run import checkpoint
 from nanomed.run.checkpoint import UNFINISHED
 from nanomed.run.log import RunFolder
@@ -59,7 +59,7 @@ def begin(
     ranks."""
     target = folder / f"step-{state['step']:06d}"
     unfinished = target.with_suffix(UNFINISHED)
-    group = host.mesh.get_group() if host else None
+    group = host.group if host else None
     with _undone_if_it_fails(unfinished):
         _together(lambda: _check_finite(model))
         _on_main(lambda: _prepare(folder, unfinished, checkpoint.size_of(model)))
@@ -87,8 +87,8 @@ class HostCopy:
     among the ranks. It is allocated at the first save and kept; page-locked if the model is on a
     GPU."""
 
-    def __init__(self) -> None:
-        self.mesh = host_mesh()
+    def __init__(self, sharing: Sharing | None = None) -> None:
+        self.group, self.mesh = host_group(), mesh_of("cpu", sharing or Sharing())
         self.tensors: dict = {}
         self._buffers: dict[tuple, Tensor] = {}
 
@@ -222,7 +222,9 @@ class Saver:
     def __init__(self, c: Run, model: nn.Module, optimizer: torch.optim.Optimizer, run: RunFolder):
         self.run, self.model, self.optimizer = run, model, optimizer
         self.keep_last, self.saved = c.keep_last, run.resume_from
-        self.host = HostCopy() if in_background(c.save, run.world.device) else None
+        self.host = None
+        if in_background(c.save, run.world.device):
+            self.host = HostCopy(getattr(model, "sharing", None))
         self.writer: Writer | None = None
         self.val_loss: float | None = None
 

@@ -4,7 +4,6 @@ The model is built on the meta device, so nothing is allocated.
 """
 
 import math
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,15 +12,15 @@ import torch
 
 from nanomed.batches.loader import Loader, split
 from nanomed.batches.slices import Slices
-from nanomed.config import SAVED_BYTES, InputError, ModelConfig, Run, nearest
+from nanomed.config import SAVED_BYTES, ModelConfig, Run
 from nanomed.meeting import rank_from_env
 from nanomed.model.decoder import Aquila
-from nanomed.run.log import PEAK_FLOPS, flops_of
-from nanomed.stages import memory
+from nanomed.run.log import flops_of
+from nanomed.stages import link, memory
+from nanomed.stages.hardware import Hardware, parse_hardware
 from nanomed.store import Store
 
 GB = 1e9
-GPU_MEMORY = {"A100-40G": 39.5, "A100-80G": 79.1, "H100-80G": 79.1, "H200-141G": 139.7}  # GiB
 
 
 def n_params(config: ModelConfig) -> int:
@@ -111,40 +110,37 @@ def disk(c: Run, config: ModelConfig, tokens: float) -> dict[str, float]:
 # ---------------------------------------------------------------- on the screen
 
 
-def parse_hardware(text: str) -> tuple[int, str]:
-    """(number of GPUs, their kind) of "8xA100-40G". Raises InputError."""
-    match = re.fullmatch(r"([1-9]\d*)x(.+)", text)
-    if not match or match[2] not in GPU_MEMORY:
-        known = ", ".join(GPU_MEMORY)
-        kind = match[2] if match else text
-        raise InputError(
-            f"--hardware is {text!r}; it must be like 8xA100-40G, of {known}"
-            + nearest(kind, GPU_MEMORY)
-        )
-    return int(match[1]), match[2]
+def step_of(c: Run, train: Work) -> link.Step:
+    """A step of so much work."""
+    share = c.batch_size / train.examples
+    return link.Step(train.tokens * share, train.squares * share)
 
 
 def show(c: Run, config: ModelConfig, load: Callable[[], Store | Slices]) -> None:
     """Prints the plan on rank 0. `load` tokenises the data and is called if --examples is 0."""
-    n_gpus, kind = parse_hardware(c.hardware)
+    hw = parse_hardware(c.hardware)
     if rank_from_env()[0] == 0:
         works = published_work(c) if c.examples else counted_work(c, load())
+        step, n = step_of(c, works[0]), hw.n_gpus
+        c = link.decided(config, c, hw)
+        remedy = link.remedy(config, c, hw, step)
         for line in (
-            f"dry run of {c.stage} on {n_gpus} x {kind}: nothing is trained",
+            f"dry run of {c.stage} on {n} x {c.hardware.partition('x')[2]}: nothing is trained",
             f"model: {n_params(config):,} parameters",
-            *memory.lines(config, c, n_gpus, GPU_MEMORY[kind]),
-            *_work_lines(c, config, *works, n_gpus, PEAK_FLOPS[kind.split("-")[0]]),
+            *memory.lines(config, c, n // link.copies(c, hw), hw.gib, remedy),
+            *link.lines(config, c, hw, step),
+            *_work_lines(c, config, *works, hw),
         ):
             print(line)
 
 
-def _work_lines(
-    c: Run, config: ModelConfig, train: Work, val: Work, n_gpus: int, peak: float
-) -> list[str]:
+def _work_lines(c: Run, config: ModelConfig, train: Work, val: Work, hw: Hardware) -> list[str]:
     steps, total = n_steps(c, train), flops(c, config, train, val)
     passes = steps * c.batch_size / train.examples
-    seconds = total / (n_gpus * peak * c.mfu)
-    per_step = train.flops(config) * c.batch_size / train.examples / (n_gpus * peak * c.mfu)
+    step = step_of(c, train)
+    per_step = max(link.seconds(config, c, hw, step))
+    # What validations and DPO's reference take is taken to be as slow as training.
+    seconds = total / step.flops(config) * per_step
     needed = disk(c, config, train.tokens + val.tokens)
     most = "at most " if c.examples else ""
     note = " (--examples, each of full length; --examples 0 reads --data)" if c.examples else ""
@@ -153,8 +149,8 @@ def _work_lines(
         f"steps: {steps:,} of {c.batch_size} examples; {most}{passes * train.tokens:.4g} tokens",
         f"compute: {most}{total:.3g} FLOPs, {n_validations(c, train)} validations included (causal "
         "count: 6 per matmul weight and token, 6 L D S per token of a segment of S)",
-        f"time: {most}{_duration(seconds)} at an assumed MFU of {c.mfu:.0%} of {n_gpus} x "
-        f"{peak / 1e12:.0f} TFLOP/s, {_duration(per_step)} a step"
+        f"time: {most}{_duration(seconds)} at an assumed MFU of {c.mfu:.0%} of {hw.n_gpus} x "
+        f"{hw.flops / 1e12:.0f} TFLOP/s, {_duration(per_step)} a step"
         + (f", a checkpoint every {_duration(per_step * c.save_every)}" if c.save_every else ""),
         f"disk: {sum(needed.values()) / GB:,.1f} GB: "
         + ", ".join(f"{name} {size / GB:,.1f} GB" for name, size in needed.items()),

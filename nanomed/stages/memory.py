@@ -10,15 +10,13 @@ layers are there when backward begins. To them comes what is needed for a moment
 backward, or a layer's, whichever takes more.
 """
 
-import dataclasses
-
 import torch
 
 import kernels
 from kernels.chunk import most_tokens
 from kernels.linear_nll_chunked import CHUNK_CUDA
 from nanomed.config import OPTIMIZER_BYTES, WEIGHT_BYTES, ModelConfig, Run
-from nanomed.model.recompute import POLICIES
+from nanomed.model.recompute import by_layer
 
 GIB = 2**30
 RESERVE = 2.0  # GiB, assumed: CUDA context, NCCL buffers, fragmentation
@@ -34,17 +32,19 @@ def width(c: Run) -> int:
     return 4 if c.dtype == "fp32" else 2
 
 
-def states(config: ModelConfig, n_gpus: int) -> dict[str, float]:
-    """Bytes of what FSDP shards, all in float32."""
+def states(config: ModelConfig, n_gpus: int, whole_gradients: bool = False) -> dict[str, float]:
+    """Bytes of what FSDP shards, all in float32. Gradients that are summed once a step are whole
+    until then, and become shards one unit after another."""
     n = config.n_params() / n_gpus
     weights = WEIGHT_BYTES * n
-    return {"weights": weights, "gradients": weights, "optimizer": OPTIMIZER_BYTES * n}
+    gradients = weights * (n_gpus if whole_gradients else 1)
+    return {"weights": weights, "gradients": gradients, "optimizer": OPTIMIZER_BYTES * n}
 
 
-def kept_per_token(config: ModelConfig, c: Run) -> dict[str, float]:
-    """Bytes that one layer keeps of a token for its backward pass, by tensor."""
+def kept_per_token(config: ModelConfig, c: Run, policy: str) -> dict[str, float]:
+    """Bytes that one layer of this recompute policy keeps of a token for its backward pass."""
     b, d, f = width(c), config.d_model, config.d_ff
-    if c.recompute == "full":
+    if policy == "full":
         return {"layer's input": b * d}
     q, kv = config.q_size, config.kv_size
     kept = {
@@ -60,7 +60,7 @@ def kept_per_token(config: ModelConfig, c: Run) -> dict[str, float]:
         kept["inside norms of q, k"] = size * (q + kv) + 4 * (config.n_heads + config.n_kv_heads)
     if is_plain(c):
         kept["sines and cosines"] = 4 * config.head_size
-    if c.recompute == "none":
+    if policy == "none":
         kept |= {"outputs of both norms": 2 * b * d, "SwiGLU's product": b * f}
         kept |= _inside_plain(config, b) if is_plain(c) else {"norms' scales": 2 * 4}
     return kept
@@ -78,8 +78,10 @@ def _inside_plain(config: ModelConfig, b: int) -> dict[str, float]:
 
 
 def activations(config: ModelConfig, c: Run, layers: int) -> float:
-    """Bytes that so many layers keep of one row between forward and backward."""
-    return layers * c.micro_tokens * sum(kept_per_token(config, c).values())
+    """Bytes that the first so many layers keep of one row between forward and backward."""
+    policies = by_layer(c.recompute, config.n_layers)[:layers]
+    of = {policy: sum(kept_per_token(config, c, policy).values()) for policy in set(policies)}
+    return c.micro_tokens * sum(of[policy] for policy in policies)
 
 
 def head_moment(config: ModelConfig, c: Run, n_gpus: int) -> dict[str, float]:
@@ -99,6 +101,10 @@ def head_moment(config: ModelConfig, c: Run, n_gpus: int) -> dict[str, float]:
         cast["loss's chunk"] = b * chunk(config, c) * config.vocab_size + part
     # By now hidden is let go: its gradient has taken its place.
     summed = {"gradients here": b * matrix, "FSDP": 4 * matrix * (1 + 1 / n_gpus)}
+    if (
+        c.sum_gradients == "step"
+    ):  # it was added to what is counted as whole, which goes as it is sent
+        summed = {"FSDP": 4 * matrix}
     gathered = {"FSDP": b * matrix}
     moments = loss | gathered, cast | gathered, summed
     return kept | max(moments, key=lambda parts: sum(parts.values()))
@@ -119,21 +125,22 @@ def chunk(config: ModelConfig, c: Run) -> int:
     return min(c.micro_tokens, CHUNK_CUDA if is_plain(c) else most_tokens(config.d_model))
 
 
-def layer_moment(config: ModelConfig, c: Run, n_gpus: int) -> dict[str, float]:
-    """Bytes while the last layer but one runs backward through its MLP, its widest part: what is
-    computed again, the gradients of product, gate and up, and FSDP's whole matrices: this layer's
-    and the next one's gathered, the gradients of the one before on their way into the sum."""
+def layer_moment(config: ModelConfig, c: Run, n_gpus: int, layers: int) -> dict[str, float]:
+    """Bytes while the last of the first so many layers runs backward through its MLP, its widest
+    part: what is computed again, the gradients of product, gate and up, and FSDP's whole matrices:
+    this layer's and the next one's gathered, the gradients of the one before on their way into the
+    sum."""
     b, d, f = width(c), config.d_model, config.d_ff
-    again = 0.0
-    if c.recompute == "full":
-        again = sum(kept_per_token(config, dataclasses.replace(c, recompute="none")).values())
-    elif c.recompute == "lean":  # SwiGLU's product and, if plain, silu(gate)
+    again, policy = 0.0, by_layer(c.recompute, config.n_layers)[layers - 1]
+    if policy == "full":
+        again = sum(kept_per_token(config, c, "none").values())
+    elif policy == "lean":  # SwiGLU's product and, if plain, silu(gate)
         again = (1 + is_plain(c)) * b * f
     # The product is let go before gate's and up's gradients come; lean's is not.
-    gradients = b * ((3 if c.recompute == "lean" else 2) * f + d)
+    gradients = b * ((3 if policy == "lean" else 2) * f + d)
     n_layer = (config.n_params() - 2 * config.vocab_size * d) / config.n_layers
     return {
-        "activations": activations(config, c, config.n_layers - 1),
+        "activations": activations(config, c, layers),
         "computed again": again * c.micro_tokens,
         "gradients here": gradients * c.micro_tokens,
         "FSDP": (2 * b + 4 + 4 / n_gpus) * n_layer,
@@ -141,30 +148,20 @@ def layer_moment(config: ModelConfig, c: Run, n_gpus: int) -> dict[str, float]:
 
 
 def memory(config: ModelConfig, c: Run, n_gpus: int) -> dict[str, float]:
-    """GiB on each GPU at the peak, by part."""
-    moments = head_moment(config, c, n_gpus), layer_moment(config, c, n_gpus)
+    """GiB on each GPU at the peak, by part, if a copy of the model is sharded over so many. What
+    `auto` of --sum_gradients comes to is for link.py to say: here it is after each row."""
+    # The last layer but one, and the last that is computed again as a whole.
+    n_full = by_layer(c.recompute, config.n_layers).count("full")
+    at = {max(1, config.n_layers - 1), max(1, min(n_full, config.n_layers - 1))}
+    moments = [head_moment(config, c, n_gpus), *(layer_moment(config, c, n_gpus, n) for n in at)]
     peak = max(moments, key=lambda parts: sum(parts.values()))
-    parts = states(config, n_gpus) | peak
+    parts = states(config, n_gpus, c.sum_gradients == "step") | peak
     return {name: size / GIB for name, size in parts.items()} | {"reserve": RESERVE}
-
-
-def remedy(config: ModelConfig, c: Run, n_gpus: int, limit: float) -> str:
-    """The cheapest change that fits `limit` GiB: shorter rows before matmuls are computed twice,
-    and of two that compute the same matmuls the one with longer rows."""
-    smallest = 2 * c.seq_len if c.stage == "dpo" else c.seq_len
-    sizes = [c.micro_tokens >> k for k in range(20) if c.micro_tokens >> k >= smallest]
-    allowed = POLICIES[POLICIES.index(c.recompute) :]
-    cheap = [(size, policy) for size in sizes for policy in allowed if policy != "full"]
-    for size, recompute in [*cheap, *((size, "full") for size in sizes)]:
-        other = dataclasses.replace(c, recompute=recompute, micro_tokens=size)
-        if sum(memory(config, other, n_gpus).values()) <= limit:
-            return f"--recompute {recompute} --micro_tokens {size} fits"
-    return "no --micro_tokens fits, more GPUs are needed"
 
 
 WHAT = {
     "weights": f"{WEIGHT_BYTES} bytes x parameters / GPUs: float32",
-    "gradients": f"{WEIGHT_BYTES} bytes x parameters / GPUs: float32",
+    "gradients": f"{WEIGHT_BYTES} bytes x parameters / GPUs: float32; whole if summed once a step",
     "optimizer": f"{OPTIMIZER_BYTES} bytes x parameters / GPUs: AdamW's two moments in float32",
     "activations": "{c.micro_tokens:,} tokens in a row, recompute {c.recompute}",
     "loss's chunk": "the logits that exist at once",
@@ -175,11 +172,11 @@ WHAT = {
 }
 
 
-def lines(config: ModelConfig, c: Run, n_gpus: int, limit: float) -> list[str]:
-    """The parts as text, with the cheapest change if they do not fit `limit` GiB."""
+def lines(config: ModelConfig, c: Run, n_gpus: int, limit: float, remedy: str) -> list[str]:
+    """The parts as text, with the remedy if they do not fit `limit` GiB."""
     parts = memory(config, c, n_gpus)
     total = sum(parts.values())
-    fits = "fits" if total <= limit else f"DOES NOT FIT; {remedy(config, c, n_gpus, limit)}"
+    fits = "fits" if total <= limit else f"DOES NOT FIT; {remedy}"
     head = f"memory: {total:.1f} GiB predicted of {limit} GiB on each GPU: {fits}"
     return [head] + [
         f"  {name:15} {size:6.2f} GiB  {WHAT[name].format(c=c)}" for name, size in parts.items()

@@ -12,14 +12,15 @@ from nanomed import hf
 from nanomed.batches import slices
 from nanomed.batches.loader import Loader
 from nanomed.config import MODELS, ROOT, InputError, ModelConfig, Run, beside_the_scripts
-from nanomed.distributed import World, from_main, shard
+from nanomed.distributed import Sharing, World, from_all, from_main, shard
 from nanomed.hf import pretrained
 from nanomed.meeting import rank_from_env
 from nanomed.model.decoder import Aquila, init_weights
 from nanomed.model.recompute import set_recompute
 from nanomed.run import checkpoint, tensorboard
 from nanomed.run.log import RunFolder
-from nanomed.stages import data_report, memory
+from nanomed.stages import data_report, link, memory
+from nanomed.stages.hardware import Hardware
 from nanomed.text import template, tokenizer
 from nanomed.training.optim import lr_at
 
@@ -59,6 +60,7 @@ def _fresh(c: Run) -> tuple[ModelConfig, template.Encoder]:
 MAY_CHANGE = {
     *("config", "model", "tokenizer", "template", "data", "val_data", "fields", "out", "resume"),
     *("steps", "epochs", "micro_tokens", "recompute", "kernels", "device", "allow_drop"),
+    *("nodes_share", "sum_gradients"),
     *("log_every", "eval_every", "save_every", "save", "keep_last", "max_bad", "show_text"),
     *("tensorboard", "dry_run", "hardware", "mfu", "examples", "repeat"),
 }
@@ -135,7 +137,7 @@ def build_model(c: Run, config: ModelConfig, world: World) -> Aquila:
     with torch.device("meta"):
         model = Aquila(config, c.dropout)
     set_recompute(model, c.recompute)
-    shard(model, world, compute_dtype(c, world.device))
+    shard(model, world, compute_dtype(c, world.device), sharing(c, config, world))
     model.to_empty(device=world.device)
     if not c.init:
         init_weights(model, c.seed)
@@ -144,6 +146,28 @@ def build_model(c: Run, config: ModelConfig, world: World) -> Aquila:
             print(f"reading {c.init}", flush=True)
         pretrained.load_weights(model, c.init)
     return model
+
+
+def sharing(c: Run, config: ModelConfig, world: World) -> Sharing:
+    """What --nodes_share and --sum_gradients come to here: `auto` is what fits every GPU. A CPU's
+    memory is not predicted: there it is what takes least. Rank 0 says which."""
+    rank, _, local_rank, n_local = rank_from_env()
+    gib = 0.0
+    if world.device.type == "cuda":
+        gib = torch.cuda.get_device_properties(world.device).total_memory / memory.GIB
+    ranks = from_all((gib, n_local, rank % n_local == local_rank))
+    even = all(neighbours and n == n_local for _, n, neighbours in ranks)
+    if c.nodes_share == "replicate" and not even:
+        raise InputError(
+            "--nodes_share replicate: each node needs as many processes as the others, with ranks "
+            "that follow one another (Slurm: --distribution=block); or use --nodes_share shard"
+        )
+    per_node = n_local if even else world.size
+    hw = Hardware(world.size, min(ranks)[0], flops=1, link=1, per_node=per_node)
+    c = link.decided(config, c, hw)
+    if world.is_main and world.size > 1:
+        print(link.sharing_line(c, hw), flush=True)
+    return Sharing(link.copies(c, hw), c.sum_gradients == "step")
 
 
 def with_newest_sft(c: Run) -> Run:
@@ -172,7 +196,9 @@ def load_best(model: Aquila, run: RunFolder) -> None:
 def export(c: Run, model: Aquila, encoder: template.Encoder, run: RunFolder) -> None:
     """The Hugging Face folder of the weights that the model now has; the last line says where."""
     if run.world.device.type == "cuda":
-        run.print(memory.compared(model.config, c, run.world.size))
+        kept = getattr(model, "sharing", Sharing())
+        c = dataclasses.replace(c, sum_gradients="step" if kept.once else "row")
+        run.print(memory.compared(model.config, c, run.world.size // kept.copies))
     folder, dtype = run.path / "export", compute_dtype(c, run.world.device)
     about = {"stage": c.stage} | dataclasses.asdict(c)
     hf.export(model, encoder.tokenizer, folder, dtype, encoder.template, replace=True, about=about)

@@ -11,7 +11,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from nanomed.batches.loader import Loader
 from nanomed.batches.packing import Row
 from nanomed.config import Run
-from nanomed.distributed import full, sum_over_ranks
+from nanomed.distributed import full, sum_in_backward, sum_over_ranks
 from nanomed.model.decoder import Scores
 from nanomed.run.log import Meter, RunFolder
 
@@ -57,13 +57,15 @@ def train_step(
     divisor = loader.divisor(step)
     sums: dict[str, Tensor] = {}
     rows = []
-    for row in loader.step(step):
+    packed = loader.step(step)
+    for n_left, row in zip(reversed(range(len(packed))), packed, strict=True):
         examples, n_tokens = row.examples, meter.count(row)
         row = row.to(device)
         row_loss, metrics = loss(model(row), row)
         metrics |= {"tokens": n_tokens, "trained_tokens": (row.labels >= 0).sum()}
         # A sum divided by what the whole step trains on: the gradient does not depend on how the
         # examples were packed, accumulated and distributed.
+        sum_in_backward(model, last=n_left == 0)
         (row_loss / divisor).backward()
         rows.append((examples, row_loss.detach()))
         _add(sums, {"loss": row_loss.detach(), **metrics})

@@ -55,7 +55,7 @@ def test_its_memory_is_counted(config, choice, monkeypatch):
         c = SFT(recompute=policy, dtype="bf16", kernels=choice, dropout=0.0)
         recompute.set_layer(layer, policy)
         kept = kept_bytes(layer, x, row, monkeypatch)
-        assert kept == 64 * sum(memory.kept_per_token(config, c).values()), policy
+        assert kept == 64 * sum(memory.kept_per_token(config, c, policy).values()), policy
 
 
 def test_it_is_exported(config):

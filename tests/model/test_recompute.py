@@ -6,6 +6,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 import kernels
 from nanomed.batches.packing import row_from
+from nanomed.config import SFT, InputError
 from nanomed.distributed import full, shard
 from nanomed.model import recompute
 from nanomed.model.decoder import Aquila, init_weights
@@ -31,13 +32,26 @@ def test_lean_changes_no_gradient(pool, small, n_ranks):
     """In bf16 bit for bit, with the same dropout masks. In float32 the plain norm reads its input
     twice, and the three terms of that input's gradient are added in another order."""
     for dtype, tolerance in ((torch.bfloat16, 0), (torch.float32, 1e-6)):
-        wanted, lean, whole = (
-            pool(n_ranks, gradients, small, policy, dtype)[0] for policy in recompute.POLICIES
+        wanted, lean, whole, mixed = (
+            pool(n_ranks, gradients, small, policy, dtype)[0]
+            for policy in (*recompute.POLICIES, "full:1")
         )
         for name, grad in wanted.items():
             if "k_proj.bias" not in name:  # 0 but for rounding: softmax ignores a common shift
-                assert (lean[name] - grad).norm() <= tolerance * grad.norm(), name
+                for found in (lean, mixed):
+                    assert (found[name] - grad).norm() <= tolerance * grad.norm(), name
             assert torch.equal(whole[name], grad), name
+
+
+def test_the_first_layers_are_computed_again(small):
+    assert recompute.by_layer("full:1", 3) == ["full", "lean", "lean"]
+    assert recompute.by_layer("full:0", 2) == ["lean"] * 2
+    assert recompute.by_layer("full:2", 2) == recompute.by_layer("full", 2)
+    with pytest.raises(InputError, match="full:3: the model has 2 layers"):
+        recompute.set_recompute(Aquila(small), "full:3")
+    for wrong in ("fully", "full:", "full:-1", "lean:2", "none:1"):
+        with pytest.raises(InputError, match=r"--recompute is .*so many layers full"):
+            SFT(recompute=wrong)
 
 
 def test_a_function_that_changes_between_its_runs_is_seen(pool, small, monkeypatch):

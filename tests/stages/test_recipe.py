@@ -10,7 +10,8 @@ import kernels
 from nanomed import store
 from nanomed.arguments import parse
 from nanomed.config import CPT, DPO, MODELS, SFT, InputError, Run
-from nanomed.stages import dry_run, memory, stage
+from nanomed.stages import dry_run, link, memory, stage
+from nanomed.stages.hardware import parse_hardware
 from tests.conftest import ROOT
 
 STAGES = {"cpt_stage1": CPT, "cpt_stage2": CPT, "sft": SFT, "dpo": DPO}
@@ -116,16 +117,40 @@ def test_defaults_are_the_recipes():
 @pytest.mark.parametrize("column, name", list(enumerate(STAGES)))
 def test_what_follows(column, name):
     c, follows = dataclasses.replace(config(name), kernels="reference"), table("What follows")
-    n_gpus, _ = dry_run.parse_hardware(c.hardware)
+    hw = parse_hardware(c.hardware)
     train, val = dry_run.published_work(c)
     nothing_held_out = dataclasses.replace(c, val_fraction=0.0)
     all_steps = dry_run.n_steps(c, dry_run.published_work(nothing_held_out)[0])
-    parts = memory.memory(model(c), c, n_gpus)
-    days = dry_run.flops(c, model(c), train, val) / (n_gpus * 312e12 * 0.5) / 86400
+    gib = link.gib(model(c), link.decided(model(c), c, hw), hw)
+    days = dry_run.flops(c, model(c), train, val) / (hw.n_gpus * 312e12 * 0.5) / 86400
     assert follows["steps if nothing is held out"][column] == str(all_steps)
     assert follows["steps"][column] == str(dry_run.n_steps(c, train))
-    assert follows["predicted GiB on each GPU"][column] == f"{sum(parts.values()):.1f}"
+    assert follows["predicted GiB on each GPU"][column] == f"{gib:.1f}"
     assert follows["days at an MFU of 50%, at most"][column] == f"{days:.1f}"
+
+
+MACHINES = ("24xA100-40G", "8xA100-40G", "8xA100-40G-PCIe", "8xH800", "1xH200")
+
+
+def bounds(machine: str, name: str) -> str:
+    """A row of the table of docs/recipe.md."""
+    c, hw = config(name), parse_hardware(machine)
+    step = dry_run.step_of(c, dry_run.published_work(c)[0])
+    best = link.advice(model(c), c, hw, step)
+    computing, exchanging = link.seconds(model(c), best, hw, step)
+    cells = (
+        f"`{machine}`", name, f"`{link.flags(best, hw)}`", f"{link.gib(model(c), best, hw):.1f}",
+        f"{computing:.2f}", f"{exchanging:.2f}", f"{step.tokens / max(computing, exchanging):,.0f}",
+        link.rules(model(c), best, hw, step),
+    )  # fmt: skip
+    return f"| {' | '.join(cells)} |"
+
+
+def test_the_table_of_bounds():
+    text = (ROOT / "docs/recipe.md").read_text(encoding="utf-8")
+    for machine in MACHINES:
+        for name in ("cpt_stage1", "sft"):
+            assert bounds(machine, name) in text
 
 
 def test_steps_of_the_report():
@@ -141,7 +166,7 @@ def test_steps_of_the_report():
 def test_rows_and_recompute_are_the_cheapest_within_36_gib(name):
     """Whichever kernels run."""
     c = config(name)
-    n_gpus, _ = dry_run.parse_hardware(c.hardware)
+    n_gpus = parse_hardware(c.hardware).n_gpus
 
     def fits(recompute: str, micro_tokens: int) -> bool:
         changed = {"recompute": recompute, "micro_tokens": micro_tokens}
@@ -207,7 +232,8 @@ def test_what_does_not_fit_gets_a_remedy(capsys):
     remedy = capsys.readouterr().out.split("DOES NOT FIT; ")[1].split(" fits")[0].split()
     changed = dataclasses.replace(c, recompute=remedy[1], micro_tokens=int(remedy[3]))
     assert sum(memory.memory(model(c), changed, 8).values()) <= 39.5
-    assert "more GPUs" in memory.remedy(model(c), c, n_gpus=1, limit=39.5)
+    alone, step = parse_hardware("1xA100-40G"), dry_run.step_of(c, dry_run.published_work(c)[0])
+    assert "more GPUs" in link.remedy(model(c), c, alone, step)
 
 
 @pytest.mark.parametrize("text", ["A100-40G", "0xA100-40G", "8xA100"])

@@ -17,7 +17,7 @@ from nanomed import hf
 from nanomed.batches.loader import Loader
 from nanomed.batches.packing import row_from
 from nanomed.config import SFT
-from nanomed.distributed import World, full, shard
+from nanomed.distributed import Sharing, World, full, shard
 from nanomed.model.decoder import Aquila, init_weights
 from nanomed.model.recompute import set_recompute
 from nanomed.run import checkpoint, saves
@@ -40,12 +40,12 @@ def settings(**changes) -> SFT:
 
 
 def sharded(
-    world: World, model_config, seed=0, recompute="none", dtype=torch.float32, dropout=0.0
+    world, model_config, seed=0, recompute="none", dtype=torch.float32, dropout=0.0, sharing=None
 ) -> Aquila:
     with torch.device("meta"):
         model = Aquila(model_config, dropout)
     set_recompute(model, recompute)
-    shard(model, world, dtype)
+    shard(model, world, dtype, sharing)
     model.to_empty(device=world.device)
     init_weights(model, seed)
     return model
@@ -88,10 +88,10 @@ class Recorder:
 # ---------------------------------------------------------------- gradients and losses
 
 
-def gradients_of_a_step(world, model_config, n, batch_size, micro_tokens, step):
+def gradients_of_a_step(world, model_config, n, batch_size, micro_tokens, step, sharing=None):
     """(gradients, loss, number of rows on this rank) of one step, as train_step makes them."""
     c = settings(batch_size=batch_size, micro_tokens=micro_tokens, grad_clip=0.0)
-    model = sharded(world, model_config)
+    model = sharded(world, model_config, sharing=sharing)
     loader = loader_of(world, n, c)
     recorder = Recorder(model)
     meter = Meter(model_config, world.size)
@@ -126,14 +126,17 @@ def test_gradients_do_not_depend_on_processes_packing_or_accumulation(
     pool, small, n, batch_size, step
 ):
     """64 chats of different lengths as (1 process, 1 row), (1, 8 or more), (2,
-    several), (4, several); then the short last step of an epoch that nothing divides evenly. All
-    equal a plain float64 computation; the logged loss is the sum of nll over the trained tokens."""
-    layouts = [(1, 4096), (1, 256), (2, 300), (4, 128), (4, 64)]
+    several), (4, several), two copies of two; then the short last step of an epoch that nothing
+    divides evenly; sums over ranks after each row and once. All equal a plain float64 computation;
+    the logged loss is the sum of nll over the trained tokens."""
+    row, once = Sharing(), Sharing(once=True)
+    layouts = [(1, 4096, row), (1, 256, row), (1, 256, once), (2, 300, once), (4, 128, row)]
+    layouts += [(4, 64, once), (4, 64, Sharing(copies=2)), (4, 64, Sharing(2, once=True))]
     n_rows = []
     alone = loader_of(ALONE, n, settings(batch_size=batch_size))
     wanted, loss = reference_gradients(small, n, alone.examples(step))
-    for n_ranks, micro_tokens in layouts:
-        arguments = (small, n, batch_size, micro_tokens, step)
+    for n_ranks, micro_tokens, sharing in layouts:
+        arguments = (small, n, batch_size, micro_tokens, step, sharing)
         results = pool(n_ranks, gradients_of_a_step, *arguments)
         _, values, rows, examples = results[0]
         assert examples.tolist() == alone.examples(step).tolist()
@@ -250,12 +253,12 @@ def test_every_parameter_moves(pool, small, tmp_path, n_ranks, before):
 # ---------------------------------------------------------------- resume
 
 
-def train(world, model_config, out, changes, dies=(), n_steps=20):
+def train(world, model_config, out, changes, dies=(), n_steps=20, sharing=None):
     """A run in the folder `out`; `dies` (module, name, step) is a function that ends it once that
     step is saved. What it leaves behind."""
     saving = dict(save_every=5, eval_every=10, save="blocking", out=out)
-    c = settings(batch_size=16, micro_tokens=256, epochs=5, **saving, **changes)
-    model = sharded(world, model_config, dropout=c.dropout)
+    c = settings(batch_size=16, micro_tokens=256, epochs=5, **{**saving, **changes})
+    model = sharded(world, model_config, dropout=c.dropout, sharing=sharing)
     run = RunFolder(c, world)
     loader = loader_of(world, 61, c, max_steps=n_steps)
     if dies:

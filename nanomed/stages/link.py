@@ -1,0 +1,178 @@
+"""What GPUs exchange in a step, which bound rules, and the settings that get most out of a machine.
+
+Every formula is a count. FSDP gathers each weight, in the dtype of the computation, for a row's
+forward and again for its backward, and adds up float32 gradients over the GPUs after each row or
+once a step. None of it depends on how long a row is: few long rows pass less over the link. Of n
+GPUs that share a tensor one has 1/n of it; the rest comes, and goes, over the link.
+
+Left out, and all of it makes a run slower: elementwise work, FSDP's copies inside a GPU, gaps
+between launches, ranks that wait for the slowest. The link is taken to work while the GPU computes.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+from nanomed.config import ModelConfig, Run
+from nanomed.model.recompute import by_layer
+from nanomed.run.log import flops_of
+from nanomed.stages import memory
+from nanomed.stages.hardware import REACHED, Hardware
+
+ROOM = 1.0  # GiB that advice and `auto` leave free: no prediction was measured on a GPU
+
+
+def copies(c: Run, hw: Hardware) -> int:
+    """Of the model: one for each node, or one over all GPUs."""
+    return hw.n_nodes if c.nodes_share == "replicate" else 1
+
+
+def gib(config: ModelConfig, c: Run, hw: Hardware) -> float:
+    """Predicted on each GPU."""
+    return sum(memory.memory(config, c, hw.n_gpus // copies(c, hw)).values())
+
+
+def fits(config: ModelConfig, c: Run, hw: Hardware) -> bool:
+    return gib(config, c, hw) <= hw.gib - ROOM
+
+
+def decided(config: ModelConfig, c: Run, hw: Hardware) -> Run:
+    """What `auto` of --nodes_share and --sum_gradients comes to: the first that fits, of those that
+    exchange least first; the one that takes least memory if none does."""
+    nodes = ["replicate"] * (hw.n_nodes > 1) + ["shard"]
+    nodes = nodes if c.nodes_share == "auto" else [c.nodes_share]
+    sums = ["step", "row"] if c.sum_gradients == "auto" else [c.sum_gradients]
+    ways = [dataclasses.replace(c, nodes_share=n, sum_gradients=s) for n in nodes for s in sums]
+    return next((way for way in ways if fits(config, way, hw)), ways[-1])
+
+
+# ---------------------------------------------------------------- counting
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step: tokens of all GPUs, the sum of the squared lengths of their segments."""
+
+    tokens: float
+    squares: float
+
+    def flops(self, config: ModelConfig) -> float:
+        """Of forward and backward."""
+        return flops_of(config, self.tokens, self.squares)
+
+    def rows(self, c: Run, hw: Hardware) -> int:
+        """On each GPU, if they are full."""
+        return max(1, math.ceil(self.tokens / (hw.n_gpus * c.micro_tokens)))
+
+
+def sent(config: ModelConfig, c: Run, hw: Hardware, n_rows: int) -> tuple[float, float]:
+    """Bytes that one GPU sends in a step of so many rows: (all of them, those to other nodes)."""
+    n_copies = copies(c, hw)
+    n = hw.n_gpus // n_copies  # that share one
+    n_params, ends = config.n_params(), 2 * config.vocab_size * config.d_model + config.d_model
+    # Backward finds head and last norm gathered, and needs no embedding.
+    gathered = memory.width(c) * (2 * n_params - ends) * n_rows
+    summed = 4 * n_params * (1 if c.sum_gradients == "step" else n_rows)
+    shared = (gathered + summed) * (n - 1) / n
+    # A node gets what it lacks once, and its GPUs share the work.
+    n_nodes = hw.n_nodes // n_copies
+    far = (gathered + summed) * (n_nodes - 1) / n_nodes / hw.per_node
+    # Copies add up their shards of the gradients, once a step: there and back.
+    added = 2 * 4 * n_params / n * (n_copies - 1) / n_copies
+    return shared + added, far + added
+
+
+def executed(config: ModelConfig, c: Run, step: Step) -> float:
+    """FLOPs of a step, what is computed again included."""
+    counted = step.flops(config)
+    layers = counted / 3 - 2 * config.vocab_size * config.d_model * step.tokens  # forward alone
+    share = by_layer(c.recompute, config.n_layers).count("full") / config.n_layers
+    return counted + share * layers
+
+
+def seconds(config: ModelConfig, c: Run, hw: Hardware, step: Step) -> tuple[float, float]:
+    """(of computing, of the link) for one step. The step takes at least the longer one."""
+    computing = executed(config, c, step) / (hw.n_gpus * hw.flops * c.mfu)
+    near, far = sent(config, c, hw, step.rows(c, hw))
+    return computing, max((near - far) / (hw.link * REACHED), far / (hw.between * REACHED))
+
+
+def rules(config: ModelConfig, c: Run, hw: Hardware, step: Step) -> str:
+    """Which bound: the link; or memory, where it is for its sake that matmuls are computed twice;
+    or matmuls."""
+    computing, link = seconds(config, c, hw, step)
+    if link > computing:
+        return "link"
+    return "memory" if "full" in by_layer(c.recompute, config.n_layers) else "matmuls"
+
+
+# ---------------------------------------------------------------- advice
+
+
+def advice(config: ModelConfig, c: Run, hw: Hardware, step: Step) -> Run | None:
+    """The settings of speed and memory, of those that fit, with which a step takes least; of equal
+    ones that with the fewest and then the shortest rows. None if nothing fits."""
+    least = 2 * c.seq_len if c.stage == "dpo" else c.seq_len
+    most = max(least, 2 * step.tokens / hw.n_gpus)  # a longer row would only be emptier
+    sizes = [least << k for k in range(20) if least << k <= most]
+    nodes = ["shard", "replicate"] if hw.n_nodes > 1 else ["shard"]
+    found = []
+    for size, share, sums in ((t, n, s) for t in sizes for n in nodes for s in ("row", "step")):
+        way = dataclasses.replace(c, micro_tokens=size, nodes_share=share, sum_gradients=sums)
+        policies = ["none", "lean", *(f"full:{n}" for n in range(1, config.n_layers)), "full"]
+        ways = (dataclasses.replace(way, recompute=policy) for policy in policies)
+        if way := next((way for way in ways if fits(config, way, hw)), None):
+            found.append(way)
+
+    def cost(way: Run) -> tuple[float, int, int]:
+        took = max(seconds(config, way, hw, step))
+        return float(f"{took:.2g}"), step.rows(way, hw), way.micro_tokens
+
+    return min(found, key=cost, default=None)
+
+
+def flags(c: Run, hw: Hardware) -> str:
+    more = f" --nodes_share {c.nodes_share}" if hw.n_nodes > 1 else ""
+    return (
+        f"--recompute {c.recompute} --micro_tokens {c.micro_tokens} "
+        f"--sum_gradients {c.sum_gradients}{more}"
+    )
+
+
+def remedy(config: ModelConfig, c: Run, hw: Hardware, step: Step) -> str:
+    best = advice(config, c, hw, step)
+    return f"{flags(best, hw)} fits" if best else "no --micro_tokens fits, more GPUs are needed"
+
+
+def sharing_line(c: Run, hw: Hardware) -> str:
+    kept = f"one model over all {hw.n_gpus}"
+    if copies(c, hw) > 1:
+        kept = f"one model on each of {hw.n_nodes} nodes, over {hw.per_node}"
+    when = "once a step" if c.sum_gradients == "step" else "after each row"
+    return f"sharing: {kept} processes; gradients are summed over them {when}"
+
+
+def lines(config: ModelConfig, c: Run, hw: Hardware, step: Step) -> list[str]:
+    """Of settings without `auto`: what passes over the link, which bound rules, and advice."""
+    n_rows, (near, far) = step.rows(c, hw), sent(config, c, hw, step.rows(c, hw))
+    computing, link = seconds(config, c, hw, step)
+    where = "over PCIe or NVLink" + f", {far / 1e9:.1f} GB between nodes" * (hw.n_nodes > 1)
+    text = [
+        sharing_line(c, hw),
+        f"link: each GPU sends {(near - far) / 1e9:.1f} GB a step {where}, for {n_rows} rows of "
+        f"{c.micro_tokens:,} tokens; a longer row sends no more",
+        f"bound: {rules(config, c, hw, step)}: a step takes {computing:.3g} s of computing at "
+        f"{c.mfu:.0%} of {hw.flops / 1e12:.0f} TFLOP/s, and {link:.3g} s of the link at "
+        f"{REACHED:.0%} of {hw.link / 1e9:.0f} GB/s"
+        + f" ({hw.between / 1e9:.0f} between nodes)"
+        * (hw.n_nodes > 1),
+    ]
+    best = advice(config, c, hw, step)
+    if best and gib(config, c, hw) <= hw.gib:
+        faster = max(computing, link) / max(seconds(config, best, hw, step))
+        text.append(
+            f"advice: {flags(best, hw)}: {faster:.2f} times as fast by these bounds"
+            if faster > 1.02
+            else "advice: keep these settings; by these bounds none is faster"
+        )
+    return text
