@@ -23,6 +23,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from nanomed import meeting
 from nanomed.config import InputError
 from nanomed.meeting import PATIENCE, PATIENCE_GPU, rank_from_env
+from nanomed.watchdog import LIMIT, Watchdog
 
 
 @dataclass(frozen=True)
@@ -139,9 +140,10 @@ def start(device: torch.device):
         keep_freed_memory()
     store, named = meeting.place(rank, size)
     _join("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", rank, size, store)
-    failed = False
+    failed, first = False, LIMIT if device.type == "cuda" else PATIENCE.total_seconds()
     try:
-        yield World(rank, size, device, init_device_mesh(device.type, (size,)), named)
+        with Watchdog(store, rank, size, first):
+            yield World(rank, size, device, init_device_mesh(device.type, (size,)), named)
     except Exception as error:
         failed = True
         if meeting.another_failed_before(store, rank, error):

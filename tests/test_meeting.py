@@ -128,10 +128,14 @@ def process(function, folder: str, rank: int, size: int, port: int) -> None:
     distributed.launch(lambda: function(folder, rank))
 
 
-def screens(function, folder: Path, size: int = 2) -> list[str]:
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def screens(function, folder: Path, size: int = 2) -> list[str]:
+    port = free_port()
     ranks = [
         server().Process(target=process, args=(function, str(folder), rank, size, port))
         for rank in range(size)

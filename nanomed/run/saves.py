@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.tensor import DTensor
 
+from nanomed import watchdog
 from nanomed.config import Run
 from nanomed.distributed import Sharing, from_all, host_group, local, mesh_of
 from nanomed.run import checkpoint
@@ -263,6 +264,7 @@ class Saver:
 
     def wait(self) -> None:
         """Returns when nothing is being written."""
+        watchdog.away("a save, or what comes after training")
         if self.writer is None:
             return
         if self.writer.is_alive():

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from nanomed import watchdog
 from nanomed.batches.loader import Loader
 from nanomed.batches.packing import Row
 from nanomed.config import Run
@@ -58,14 +59,15 @@ def train_step(
     sums: dict[str, Tensor] = {}
     rows = []
     packed = loader.step(step)
-    for n_left, row in zip(reversed(range(len(packed))), packed, strict=True):
+    for n, row in enumerate(packed, 1):
+        watchdog.at(f"row {n} of {len(packed)} of step {step + 1}")
         examples, n_tokens = row.examples, meter.count(row)
         row = row.to(device)
         row_loss, metrics = loss(model(row), row)
         metrics |= {"tokens": n_tokens, "trained_tokens": (row.labels >= 0).sum()}
         # A sum divided by what the whole step trains on: the gradient does not depend on how the
         # examples were packed, accumulated and distributed.
-        sum_in_backward(model, last=n_left == 0)
+        sum_in_backward(model, last=n == len(packed))
         (row_loss / divisor).backward()
         rows.append((examples, row_loss.detach()))
         _add(sums, {"loss": row_loss.detach(), **metrics})
@@ -105,7 +107,8 @@ def evaluate(
         return None
     model.eval()
     sums: dict[str, Tensor] = {}
-    for row in loader.validation():
+    for n, row in enumerate(loader.validation(), 1):
+        watchdog.at(f"row {n} of the validation after step {step}")
         row = row.to(run.world.device)
         row_loss, metrics = loss(model(row), row)
         _add(sums, {"loss": row_loss, **metrics})
