@@ -21,6 +21,8 @@ OPTIONAL = {
     "pyarrow",
     "ray",
     "zstandard",
+    "starlette",
+    "uvicorn",
 }
 SOURCES = sorted([*ROOT.glob("*.py"), *ROOT.glob("nanomed/**/*.py"), *ROOT.glob("kernels/*.py")])
 

@@ -69,10 +69,12 @@ def stream(
     sampling: Sampling,
     first: int = 0,
     agree: Callable[[Tensor], Tensor] = lambda tokens: tokens,
+    watch: Callable[[list[int], Tensor], None] = lambda prompts, logits: None,
 ) -> Iterator[tuple[int, int]]:
     """Yields (index of the prompt, its next token) as they come, stop tokens included. `agree`
-    makes the ranks of a sharded model choose alike. Raises InputError for a prompt that leaves no
-    room for an answer."""
+    makes the ranks of a sharded model choose alike; `watch` sees, before each token, the indices of
+    the prompts that are still in the batch and the model's own logits[n,V] for them. Raises
+    InputError for a prompt that leaves no room for an answer."""
     limits = limits_of(model, prompts, sampling)
     device = next(model.parameters()).device
     generators = [_generator(sampling.seed, first + i) for i in range(len(prompts))]
@@ -83,6 +85,7 @@ def stream(
     logits = _next(model, row_from(prompts).to(device), cache)  # [B,V]
     done = set()
     while True:
+        watch(batch, logits)
         tokens = agree(choose(logits, seen, sampling, [generators[i] for i in batch]))
         for i, token in zip(batch, tokens.tolist(), strict=True):
             if i not in done:
