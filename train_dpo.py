@@ -77,7 +77,7 @@ def what_happens(values: dict[str, float]) -> str:
     """One sentence on an evaluation."""
     chosen = values["val_log_ratio_per_token/chosen"]
     rejected = values["val_log_ratio_per_token/rejected"]
-    if not values["val_rewards/margins"] > 0:
+    if not chosen > rejected:
         return "the margin has not grown yet"
     if chosen >= 0:
         other = "fall" if rejected < 0 else "rise less"

@@ -127,7 +127,7 @@ class Run:
         ("1e-4", "1e-5", "2e-6", "2e-7"),
     )
     min_lr_ratio: float = _flag(
-        0.0, "learning rate that the cosine ends at, as a share of the peak", (UNPUBLISHED,) * 4
+        0.0, "learning rate at the end, as a share of the peak", (UNPUBLISHED,) * 4
     )
     warmup_ratio: float = _flag(
         0.03,

@@ -3,6 +3,7 @@
 Nothing is assumed: what a config asks for and the model cannot do is an error.
 """
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,15 @@ def _theta(path: Path, raw: dict) -> float:
         raise InputError(f"{path}: two different values: {found}")
     name = next(iter(found))
     return _number(path, found, name, float)
+
+
+def unsaid(config: ModelConfig) -> list[str]:
+    """The options of a model that config.json has no word for: who loads it would get another
+    model."""
+    raw = render(config, torch.float32, False, [], 0)
+    said = parse(Path("config.json"), raw, config.qkv_bias, config.o_bias)
+    said, meant = (dataclasses.asdict(c) | {"head_dim": c.head_size} for c in (said, config))
+    return [name for name in meant if said.get(name) != meant[name]]
 
 
 def render(

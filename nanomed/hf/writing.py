@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from nanomed.config import InputError
 from nanomed.hf.card import model_card
-from nanomed.hf.config import render
+from nanomed.hf.config import render, unsaid
 from nanomed.hf.reading import hf_name
 from nanomed.hf.tensors import Spec, plan, write_file, write_index, write_json
 from nanomed.hf.tokenizer import is_qwen, write_tokenizer
@@ -36,7 +36,7 @@ def export(
     `template` defaults to the one that fits the tokenizer's special tokens; `about` is the run's
     configuration, for the model card. Raises InputError before anything is written: if the folder
     is not empty (unless `replace` says that it is an older export of the same run), the disk is
-    too full, or the tokenizer does not belong to the model."""
+    too full, the tokenizer does not belong to the model, or config.json cannot say its shape."""
     folder, template = Path(folder), template or fitting(tokenizer)
     specs = _specs(model, dtype, _is_qwen2(model, tokenizer))
     _check(model, tokenizer, folder, sum(spec.n_bytes for spec in specs), replace)
@@ -108,6 +108,8 @@ def _rows_of_each_rank(param: DTensor, dtype: torch.dtype) -> Iterator[Tensor]:
 def _check(model: Aquila, tokenizer: Tokenizer, folder: Path, n_bytes: int, replace: bool) -> None:
     if not replace and folder.exists() and (folder.is_file() or any(folder.iterdir())):
         raise InputError(f"{folder} is not empty; export to a new folder")
+    if names := unsaid(model.config):
+        raise InputError(f"config.json has no word for {', '.join(names)}: this cannot be exported")
     if tokenizer.vocab_size > model.config.vocab_size:
         raise InputError(
             f"the tokenizer {tokenizer.path} has {tokenizer.vocab_size} ids, the model only "

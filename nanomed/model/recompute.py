@@ -43,7 +43,8 @@ def by_layer(policy: str, n_layers: int) -> list[str]:
 
 
 def set_layer(layer: nn.Module, policy: str) -> None:
-    cheap = (layer.input_layernorm, layer.post_attention_layernorm, layer.mlp.act)
+    norms = [module for name, module in layer.named_children() if "norm" in name]
+    cheap = (*norms, layer.mlp.act)
     for module in (layer, *cheap):
         vars(module).pop("forward", None)  # an earlier policy's
     if policy == "full":

@@ -13,7 +13,9 @@ from typing import Any
 from nanomed.config import InputError, nearest
 from nanomed.records import chats, exams, files, pairs
 from nanomed.records.fields import (
+    AS_THEY_ARE,
     LABELS,
+    Names,
     by_known_names,
     filled,
     given,
@@ -122,21 +124,18 @@ FORMATS = [
 KNOWN = {n for f in FORMATS for n in (*re.split("[ |]", f.fields), *f.besides)}
 
 
-def names_of(fields: Iterable[str]) -> dict[str, str]:
+def names_of(fields: Iterable[str]) -> Names:
     """--fields as the readers take it: a file's name -> the known one. Raises InputError."""
     return naming(fields, {*KNOWN, *LABELS, *ROLES, *TURN, *MARKS})
 
 
 # ---------------------------------------------------------------- readers
 
-Names = dict[str, str]  # of names_of()
-AS_THEY_ARE: Names = {}
-
 
 def read_records(path: str, names: Names = AS_THEY_ARE) -> Iterator[tuple[int, Any, int]]:
     """(number from 1, record, bytes read so far) for every record in a file of any kind, its fields
     under the names that they are known by. Raises InputError."""
-    return _named(files.read_records(path), names)
+    return ((n, renamed(record, names), size) for n, record, size in files.read_records(path))
 
 
 def read_chats(path: str, names: Names = AS_THEY_ARE) -> Iterator[tuple[int, Chat, int]]:
@@ -184,12 +183,6 @@ def examples_in(path: str, number: int, record: Any) -> list[PreferencePair | Ch
     document. Raises InputError as texts_in() does."""
     shape = _shape_of(record, PAIR, CHAT, DOCUMENT) or CHAT
     return _naming_record(path, number, partial(_read, wanted=shape), record)
-
-
-def _named(records: files.Numbered, names: Names) -> files.Numbered:
-    if not names:
-        return records
-    return ((number, renamed(record, names), n_bytes) for number, record, n_bytes in records)
 
 
 def _naming_record(path: str, number: int, convert: Callable, record: Any) -> Any:

@@ -47,8 +47,9 @@ def kept_per_token(config: ModelConfig, c: Run, policy: str) -> dict[str, float]
     if policy == "full":
         return {"layer's input": b * d}
     q, kv = config.q_size, config.kv_size
+    norms = 2  # of the layer's input, and of what goes into the MLP
     kept = {
-        "inputs of both norms": 2 * b * d,
+        "norms' inputs": norms * b * d,
         "q, k, v": b * (q + 2 * kv),
         "attention's output": b * q,
         "its log-sum-exp": 4 * config.n_heads,
@@ -61,18 +62,19 @@ def kept_per_token(config: ModelConfig, c: Run, policy: str) -> dict[str, float]
     if is_plain(c):
         kept["sines and cosines"] = 4 * config.head_size
     if policy == "none":
-        kept |= {"outputs of both norms": 2 * b * d, "SwiGLU's product": b * f}
-        kept |= _inside_plain(config, b) if is_plain(c) else {"norms' scales": 2 * 4}
+        kept |= {"norms' outputs": norms * b * d, "SwiGLU's product": b * f}
+        kept["norms' scales"] = norms * 4
+        if is_plain(c):
+            kept |= _inside_plain(config, b, norms)
     return kept
 
 
-def _inside_plain(config: ModelConfig, b: int) -> dict[str, float]:
+def _inside_plain(config: ModelConfig, b: int, norms: int) -> dict[str, float]:
     """What autograd keeps between the single operations of the plain norm and SwiGLU. The norm's
     input is kept in float32 there, instead of as it came."""
     return {
-        "norms' inputs in float32, instead": 2 * (4 - b) * config.d_model,
-        "norms' values before the weight": 2 * b * config.d_model,
-        "norms' scales": 2 * 4,
+        "norms' inputs in float32, instead": norms * (4 - b) * config.d_model,
+        "norms' values before the weight": norms * b * config.d_model,
         "silu(gate)": b * config.d_ff,
     }
 

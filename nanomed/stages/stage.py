@@ -14,6 +14,7 @@ from nanomed.batches.loader import Loader
 from nanomed.config import MODELS, ROOT, InputError, ModelConfig, Run, beside_the_scripts
 from nanomed.distributed import Sharing, World, from_all, from_main, shard
 from nanomed.hf import pretrained
+from nanomed.hf.config import unsaid
 from nanomed.meeting import rank_from_env
 from nanomed.model.decoder import Aquila, init_weights
 from nanomed.model.recompute import set_recompute
@@ -199,6 +200,8 @@ def export(c: Run, model: Aquila, encoder: template.Encoder, run: RunFolder) -> 
         kept = getattr(model, "sharing", Sharing())
         c = dataclasses.replace(c, sum_gradients="step" if kept.once else "row")
         run.print(memory.compared(model.config, c, run.world.size // kept.copies))
+    if unsaid(model.config):  # announce() has warned
+        return run.print(f"not exported; run folder: {run.path.absolute()}")
     folder, dtype = run.path / "export", compute_dtype(c, run.world.device)
     about = {"stage": c.stage} | dataclasses.asdict(c)
     hf.export(model, encoder.tokenizer, folder, dtype, encoder.template, replace=True, about=about)
@@ -257,6 +260,11 @@ def announce(
     )
     if run.world.is_main and (warning := bf16_warning(c, run.world.device)):
         run.print(warning)
+    if names := unsaid(config):
+        run.print(
+            f"WARNING: Hugging Face's config.json has no word for {', '.join(names)}: this model "
+            "can be trained and talked to here, and there will be no export/"
+        )
     device, reasons = run.world.device, kernels.reasons(run.world.device)
     run.print(f"kernels: {kernels.in_force(device)}" + (f" ({reasons})" if reasons else ""))
     spare = config.vocab_size - encoder.tokenizer.vocab_size

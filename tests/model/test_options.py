@@ -4,14 +4,14 @@ An option that is new in ModelConfig turns the first test red; listed in OPTIONS
 others."""
 
 import dataclasses
-from pathlib import Path
 
 import pytest
 import torch
 
 from nanomed.batches.packing import row_from
-from nanomed.config import MODELS, SFT, ModelConfig
-from nanomed.hf.config import parse, render
+from nanomed.config import MODELS, SFT, InputError, ModelConfig
+from nanomed.hf import export
+from nanomed.hf.config import unsaid
 from nanomed.model import recompute
 from nanomed.model.decoder import Aquila, Layer
 from nanomed.stages import memory
@@ -58,7 +58,23 @@ def test_its_memory_is_counted(config, choice, monkeypatch):
         assert kept == 64 * sum(memory.kept_per_token(config, c, policy).values()), policy
 
 
-def test_it_is_exported(config):
+# Options that config.json has no word for. A run says so at its start and has no export.
+NO_WORD: set[str] = set()
+
+
+def test_config_json_says_it(config, request):
     """tests/hf/test_shapes.py compares the tensors; here is what config.json says."""
-    raw = render(config, torch.float32, False, [1], 0)
-    assert parse(Path("x"), raw, config.qkv_bias, o_bias=config.o_bias) == config
+    name = request.node.callspec.params["config"]
+    assert unsaid(config) == [name] * (name in NO_WORD)
+
+
+def test_an_option_without_a_word_is_seen_and_not_exported(encoder, tmp_path):
+    """One that exists only here."""
+    new = dataclasses.make_dataclass(
+        "New", [("new", bool, True)], bases=(ModelConfig,), frozen=True
+    )
+    model = Aquila(new(**dataclasses.asdict(SHAPE)))
+    assert unsaid(model.config) == ["new"]
+    with pytest.raises(InputError, match="has no word for new"):
+        export(model, encoder.tokenizer, tmp_path / "x")
+    assert not list(tmp_path.iterdir())
