@@ -29,9 +29,9 @@ from nanomed.training.trainer import fit
 
 
 def next_token_loss(data: slices.Slices, n_bytes: Tensor) -> Loss:
-    """The loss of a row, for fit(): its sum; the share of tokens that were the likeliest one; and
-    of each source nats per token and bits per byte, which other tokenizers' models can be compared
-    with. n_bytes[vocab]: what each id stands for."""
+    """The loss of a row, for fit(), with its metrics: accuracy, and for each source nats per token
+    and bits per byte. The last can be compared with models that have another tokenizer.
+    n_bytes[vocab]: how many bytes each id stands for."""
     first, source_of_span = (torch.from_numpy(x).to(n_bytes) for x in (data.first, data.source))
 
     def loss(scores: Scores, row: Row) -> tuple[Tensor, dict]:

@@ -33,9 +33,9 @@ Written by `python -m bench.results` from `bench/results/*.jsonl`; a test compar
 above a table is the one that measured it.
 
 Versions take turns within a run (A B A B), on a GPU with its L2 cache emptied before every sample.
-*IQR* is the distance between the quartiles of the samples. A ratio is the median of the pairs taken
-in turn, with the smallest and largest pair; *no difference* is a ratio nearer to 1 than that of a
-version to itself. Only lines of one table may be compared.
+*IQR* is the distance between the quartiles of the samples. A ratio is the median over the turns,
+with the smallest and the largest. *No difference*: it is nearer to 1 than the ratio of a version to
+itself. Only lines of one table may be compared.
 """
 
 WAITING = """## What waits for a GPU
@@ -122,7 +122,7 @@ def page(paths: list[Path]) -> str:
         mine = [line for line in lines if line["kind"] == kind]
         on_gpu = {"gpu" in runs[line["run"]] for line in mine}
         if known.gpu and True not in on_gpu:
-            waiting.append(f"- {known.title}: `{known.gpu}`")
+            waiting.append(f"- {known.title}: `" + "` and `".join(known.gpu.splitlines()) + "`")
         if not mine:
             continue
         commands = [known.gpu] * (True in on_gpu) + [known.cpu] * (False in on_gpu)

@@ -6,9 +6,9 @@ Matmuls are torch's own. Between them a kernel reads a chunk of logits once in f
 backward overwrites it by its gradient; the definition makes several float32 copies of it instead.
 
 Backward needs the logits again. It begins with the last chunk, which forward leaves in the
-workspace: a row of one chunk takes three matmuls. Other chunks take a fourth, since all logits
-would be too many to keep. To take the gradient in forward, chunk by chunk, would save that one;
-but it needs dnll, which for DPO hangs on both answers of a pair.
+workspace: a row of one chunk takes three matmuls. For other chunks the logits are computed a second
+time, because all of them would take too much memory. Forward could compute each chunk's gradient at
+once if it knew dnll; but in DPO dnll depends on both answers of a pair.
 """
 
 import torch

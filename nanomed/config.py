@@ -224,7 +224,7 @@ class Run:
              "none, lean, full, or full:12 (so many layers full, the others lean)"),
             (self.examples >= 0, "examples", "0 or more"),
         ]  # fmt: skip
-        _check(self, limits)
+        check_limits(self, limits)
         for f in dataclasses.fields(self):
             choices, value = f.metadata["choices"], getattr(self, f.name)
             if choices and value not in choices:
@@ -232,11 +232,11 @@ class Run:
                 raise InputError(f"--{f.name} is {value!r}; it must be one of {choices}{hint}")
 
 
-def _check(c: Run, limits: list[tuple[bool, str, str]]) -> None:
-    """(whether it holds, the setting's name, the rule in words)."""
+def check_limits(settings: Any, limits: list[tuple[bool, str, str]]) -> None:
+    """Raises InputError unless all hold: (whether it holds, the setting's name, the rule)."""
     for holds, name, rule in limits:
         if not holds:
-            raise InputError(f"--{name} is {getattr(c, name, '?')}; it must be {rule}")
+            raise InputError(f"--{name} is {getattr(settings, name, '?')}; it must be {rule}")
 
 
 @dataclass(frozen=True)
@@ -322,7 +322,7 @@ class DPO(Run):
             (self.sft_weight >= 0, "sft_weight", "0 or more"),
             (self.dropout == 0, "dropout", "0: policy and reference would differ by it"),
         ]
-        _check(self, limits)
+        check_limits(self, limits)
         if self.micro_tokens < 2 * self.seq_len:
             raise InputError(
                 f"--micro_tokens is {self.micro_tokens}; it must be at least 2 x --seq_len "

@@ -124,10 +124,10 @@ def end_with(parent: int) -> None:
 
 @contextmanager
 def start(device: torch.device):
-    """Joins the process group and yields the World. Tensors on a GPU go through NCCL; what is in
-    host memory, objects included, through gloo, on whatever device the model is.
+    """Joins the process group and yields the World. Tensors on a GPU are exchanged
+    through NCCL, all else, objects too, through gloo.
 
-    If several ranks fail, the first has said why, and the others raise SystemExit instead."""
+    If several ranks fail, the first raises its error and the others SystemExit."""
     rank, size, _, local_size = rank_from_env()
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -208,16 +208,16 @@ def shard(
     mesh = world.mesh if sharing.copies == 1 else mesh_of(world.device.type, sharing)
     precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
     for unit in (model.embed_tokens, *model.layers, model.norm, model.lm_head, model):
-        # Backward begins with what forward ends with: it is gathered once for both. Not the last
-        # layer, too: it would be there at the peak of memory, in the head's backward, which in turn
-        # hides its second gathering.
+        # Backward begins with what forward ends with: it is gathered once for both. The last layer
+        # is not kept: it would take memory at the peak, in the head's backward. Gathering it again
+        # takes no time, because it happens beside that.
         keeps = unit in (model.norm, model.lm_head)
         fully_shard(unit, mesh=mesh, mp_policy=precision, reshard_after_forward=not keeps)
         if keeps:
             unit.register_forward_hook(_reshard_without_backward)
-        # Gradients are plain sums: fit() divides by the trained tokens of the whole step, so FSDP
-        # must divide by 1, and by a plain sum, since gloo cannot divide while it reduces. One
-        # process alone reduces nothing; FSDP would copy each gradient to divide it by 1.
+        # fit() divides the loss by the trained tokens of the whole step, so FSDP must not divide
+        # gradients: its divisor is 1. It must also reduce by a plain sum, because gloo cannot
+        # divide while it reduces. For one process FSDP would copy each gradient to divide it by 1.
         if world.size > 1:
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)

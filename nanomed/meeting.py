@@ -51,10 +51,10 @@ LINGER = 10.0  # seconds: the first to fail comes to its message, and torchrun t
 
 
 def _attempt(store: dist.Store, rank: int, size: int) -> str:
-    """A new name, the same on all ranks. No count serves: each machine's torchrun counts restarts
-    by itself. So rank 0 makes a name, every other rank answers with it and a name of its own, and
-    once all have answered rank 0 shows their answers: whoever finds its own among them goes on.
-    What an earlier attempt has left in the store is in nobody's answer."""
+    """A new name, the same on all ranks. It cannot be a count of restarts: each machine's torchrun
+    counts by itself. So rank 0 makes a name. Every other rank answers with it and a name of its
+    own. Once all have answered, rank 0 shows the answers, and a rank that finds its own among them
+    goes on. What an earlier attempt has left in the store is in nobody's answer."""
     mine, (_, _, local_rank, _) = uuid.uuid4().hex, rank_from_env()
     since = said = time.monotonic()
     while True:
@@ -101,8 +101,8 @@ def tell_torchrun(words: str) -> None:
 
 
 def another_failed_before(store: dist.Store, rank: int, error: Exception) -> bool:
-    """What a rank meets when another has failed is a connection that was closed: the reason is on
-    that one's screen. Where that is another machine's, one line says it here too."""
+    """When a rank fails, the others only see a closed connection, and the reason is on its screen.
+    If that is another machine's screen, one line says the reason here, too."""
     _, _, local_rank, _ = rank_from_env()
     mine = json.dumps([os.uname().nodename, rank, f"{type(error).__name__}: {error}"])
     try:

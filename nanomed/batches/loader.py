@@ -164,7 +164,7 @@ class Loader:
         return self._divisor(self.val)
 
     def _divisor(self, examples: Indices) -> int:
-        """At least 1: an epoch of slices can end with one of a single token, without a label."""
+        """At least 1: the last slice of an epoch can have a single token, and so no label."""
         return max(1, int(self.data.divisors_of(np.asarray(examples)).sum()))
 
     def validation(self) -> Iterator[Row]:

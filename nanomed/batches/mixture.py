@@ -1,7 +1,7 @@
 """Which source the next slice comes from: a mixture with exact proportions and no memory.
 
-Two sources of weights w and W - w share the draws as Bresenham's line shares pixels: of the first d
-draws the one has floor(d w / W), the other has the rest. More sources are shared out one after
+Two sources with weights w and W - w: of the first d draws the one has floor(d w / W), the other the
+rest (as Bresenham's line steps through pixels). More sources are shared out one after
 another: the first against all others, the second against all but the first, and so on. So draw d's
 source, and how often that source was drawn before, follow from d alone, in exact integers. After d
 draws each source has been drawn d times its weight, give or take as many draws as there are

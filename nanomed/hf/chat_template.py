@@ -9,10 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from nanomed.config import InputError
-from nanomed.hf.config import read_json
 from nanomed.records import Turns
 from nanomed.text.template import TEMPLATES, Template
 from nanomed.text.tokenizer import Tokenizer
+from nanomed.text.tokenizer_files import read_object
 
 # (turns, whether the text goes on to where an answer begins) -> the text
 Render = Callable[[Turns, bool], str]
@@ -25,7 +25,7 @@ def renderer(folder: Path) -> Render | None:
     """What renders chats by a folder's own template, as transformers would; None if it has none.
     Raises InputError if it is no Jinja."""
     path = folder / "tokenizer_config.json"
-    settings = read_json(path) if path.exists() else {}
+    settings = read_object(path) if path.exists() else {}
     text = settings.get("chat_template")
     if isinstance(text, list):  # several by name
         text = {one.get("name"): one.get("template") for one in text}.get("default")

@@ -4,7 +4,6 @@ Nothing is assumed: what a config asks for and the model cannot do is an error.
 """
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +15,6 @@ from nanomed.config import InputError, ModelConfig
 # modeling_aquila.py, transformers' modeling_mistral.py).
 MODEL_TYPES = ("aquila", "aquila3", "llama", "mistral", "qwen2", "qwen3")
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: {error}") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: expected an object, found {type(value).__name__}")
-    return value
 
 
 def parse(path: Path, raw: dict[str, Any], qkv_bias: bool, o_bias: bool) -> ModelConfig:

@@ -26,11 +26,7 @@ def describe(
     be named apart; a tokenizer that gives other ids than the folder's own is an InputError."""
     config = config_of(folder)
     tok = tokenizer_of(folder, tokenizer_path)
-    if tok.vocab_size > config.vocab_size:
-        raise InputError(
-            f"the tokenizer {tok.path} has {tok.vocab_size} ids, the model's embedding only "
-            f"{config.vocab_size} rows: they do not belong together"
-        )
+    tokenizer.check_rows(tok, config.vocab_size)
     return config, template.Encoder(_template_of(folder, tok, template_name), tok)
 
 

@@ -11,9 +11,10 @@ from torch.distributed.tensor import DTensor
 
 from nanomed.config import InputError, ModelConfig
 from nanomed.distributed import local_rows
-from nanomed.hf.config import parse, read_json
+from nanomed.hf.config import parse
 from nanomed.hf.tensors import Spec, some, stored
 from nanomed.model.decoder import Aquila
+from nanomed.text.tokenizer_files import read_object
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 O_BIAS = "self_attn.o_proj.bias"
@@ -28,7 +29,7 @@ def read_config(folder: str | Path) -> ModelConfig:
     """The model in a folder, its config.json checked against every tensor's shape. Allocates
     nothing. Raises InputError for what nanomed cannot represent, and for what does not fit."""
     path = Path(folder) / "config.json"
-    raw = read_json(path)
+    raw = read_object(path)
     tensors = stored(folder)
     # Aquila's configs do not say whether there is a bias: the tensors do.
     said = True if raw.get("model_type") == "qwen2" else raw.get("attention_bias")
@@ -99,7 +100,7 @@ def _fill(name: str, param: Tensor, path: Path, stored_slice) -> None:
 
 def _is_tied(folder: str | Path) -> bool:
     """Whether the head is the embedding. In the model they become two tensors."""
-    return bool(read_json(Path(folder) / "config.json").get("tie_word_embeddings"))
+    return bool(read_object(Path(folder) / "config.json").get("tie_word_embeddings"))
 
 
 def _check(

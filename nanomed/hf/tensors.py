@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nanomed.config import InputError
-from nanomed.hf.config import read_json
+from nanomed.text.tokenizer_files import read_object
 
 SHARD_BYTES = 5 * 10**9
 DTYPES = {
@@ -66,7 +66,7 @@ def index_of(folder: Path, name: str) -> tuple[dict[str, Path] | None, list[Path
     index, single = folder / f"{name}.index.json", folder / name
     if not index.exists():
         return None, [single] if single.exists() else []
-    weight_map = read_json(index).get("weight_map")
+    weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{index}: no weight_map")
     if single.exists() and name not in weight_map.values():

@@ -18,7 +18,7 @@ from nanomed.hf.tokenizer import is_qwen, write_tokenizer
 from nanomed.model.decoder import Aquila
 from nanomed.model.generation import CHAT
 from nanomed.text.template import Template, fitting
-from nanomed.text.tokenizer import Tokenizer
+from nanomed.text.tokenizer import Tokenizer, check_rows
 
 
 def export(
@@ -67,7 +67,8 @@ def _is_qwen2(model: Aquila, tokenizer: Tokenizer) -> bool:
 
 
 def _specs(model: Aquila, dtype: torch.dtype, is_qwen2: bool) -> list[Spec]:
-    """What will be written, in the model's order; all but a Qwen2 with bias has one in o_proj."""
+    """What will be written, in the model's order. Where q, k and v have a bias, transformers wants
+    one in o_proj, too, except in a Qwen2: ours has the value 0."""
     specs = []
     for name, param in model.named_parameters():
         specs.append(Spec(hf_name(name), dtype, tuple(param.shape)))
@@ -110,11 +111,7 @@ def _check(model: Aquila, tokenizer: Tokenizer, folder: Path, n_bytes: int, repl
         raise InputError(f"{folder} is not empty; export to a new folder")
     if names := unsaid(model.config):
         raise InputError(f"config.json has no word for {', '.join(names)}: this cannot be exported")
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise InputError(
-            f"the tokenizer {tokenizer.path} has {tokenizer.vocab_size} ids, the model only "
-            f"{model.config.vocab_size} rows: they do not belong together"
-        )
+    check_rows(tokenizer, model.config.vocab_size)
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if (free := shutil.disk_usage(there).free) < n_bytes + 2**27:  # tokenizer files are small
         raise InputError(

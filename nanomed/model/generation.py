@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from nanomed.batches.packing import Row, row_from
-from nanomed.config import InputError
+from nanomed.config import InputError, check_limits
 from nanomed.distributed import from_main_tensor
 from nanomed.model.cache import Cache, new_cache
 from nanomed.model.decoder import Aquila
@@ -32,9 +32,7 @@ class Sampling:
             (self.repetition_penalty > 0, "repetition_penalty", "above 0"),
             (self.max_new >= 1, "max_new", "at least 1"),
         ]
-        for holds, name, rule in limits:
-            if not holds:
-                raise InputError(f"--{name} is {getattr(self, name)}; it must be {rule}")
+        check_limits(self, limits)
 
 
 # How chats are answered: nanomed.tools.chat's default, and what an export tells servers.
@@ -178,9 +176,9 @@ def choose(
 def greedy_in_lockstep(
     model: Aquila, prompts: list[list[int]], stop: set[int], max_new: int
 ) -> list[list[int]]:
-    """The most likely answer to each prompt, from a sharded model: a rank that stopped alone would
-    hang the others, so all of them run the same batch and rank 0 decides each token (on another
-    GPU a tie could fall the other way)."""
+    """The most likely answer to each prompt, from a sharded model. A rank that stopped alone would
+    hang the others, so all of them run the same batch. Rank 0 decides each token, because of two
+    equally likely ones another GPU could take the other."""
     model.eval()
     answers = generate(model, prompts, stop, Sampling(max_new=max_new), agree=from_main_tensor)
     return [ids for ids, _ in answers]

@@ -5,9 +5,9 @@ full keeps each layer's input alone, and runs the layer again.
 
 lean computes again what is cheap. A matmul keeps its input for its own backward. Two of those
 inputs cost a few operations per element: a norm's output, and the product in SwiGLU. In AquilaMed
-they are a third of what a layer keeps. Here the matmul keeps, in place of such a tensor, the
-autograd node that made it; the node keeps only its own inputs, which are kept anyway, and runs its
-module again when asked.
+they are a third of what a layer keeps. With lean the matmul does not keep such a tensor, but the
+autograd node that made it. The node keeps its own inputs, which something else keeps anyway, and
+runs its module again when backward asks for the tensor.
 
 full:12 is full for the first 12 layers and lean for the others. The first, because backward comes
 to them last: what they compute again then finds the memory that the others have left.

@@ -163,8 +163,8 @@ def exam_of(record: dict) -> Exam | None:
 
 
 def letters_of(answer: Any, options: dict[str, str]) -> str:
-    """The letters that an answer names, in the options' order: of "C", "(C)", "opc", "ABD",
-    "A、B、D", ["A", "D"], or of an option's whole text, with its letter or without. "" if it is not
+    """The letters that an answer names, in the options' order. It may be "C", "(C)", "opc", "ABD",
+    "A、B、D", ["A", "D"], or an option's whole text, with its letter or without. "" if it is not
     certain: it names none, or can be read in two ways, as a number can (from 0 or from 1?)."""
     if isinstance(answer, list):
         parts = [letters_of(part, options) for part in answer]

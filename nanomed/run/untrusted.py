@@ -1,4 +1,4 @@
-"""Reading checkpoints that somebody else may have written, without running what is in them.
+"""Reads checkpoints that somebody else may have written, and runs no code that is in them.
 
 torch.distributed.checkpoint reads `.metadata`, and every value that is no tensor, with plain
 pickle, which calls whatever function a file names. Here both go through readers that admit only

@@ -122,16 +122,16 @@ def loss_chunk(config: ModelConfig, c: Run) -> float:
 
 
 def chunk(config: ModelConfig, c: Run) -> int:
-    """Tokens whose logits may exist at once. How many of a row are trained decides into how many
-    chunks they are shared out: a few fewer may make longer ones."""
+    """The most tokens whose logits exist at once. linear_nll shares a row's trained tokens out
+    evenly over as few chunks as it can, so no chunk has more than this."""
     return min(c.micro_tokens, CHUNK_CUDA if is_plain(c) else most_tokens(config.d_model))
 
 
 def layer_moment(config: ModelConfig, c: Run, n_gpus: int, layers: int) -> dict[str, float]:
     """Bytes while the last of the first so many layers runs backward through its MLP, its widest
-    part: what is computed again, the gradients of product, gate and up, and FSDP's whole matrices:
-    this layer's and the next one's gathered, the gradients of the one before on their way into the
-    sum."""
+    part. There are what is computed again, and the gradients of product, gate and up. FSDP has this
+    layer's and the next one's matrices gathered, and the gradients of the one before on their way
+    into the sum."""
     b, d, f = width(c), config.d_model, config.d_ff
     again, policy = 0.0, by_layer(c.recompute, config.n_layers)[layers - 1]
     if policy == "full":

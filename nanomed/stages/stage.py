@@ -47,11 +47,7 @@ def _fresh(c: Run) -> tuple[ModelConfig, template.Encoder]:
     config = MODELS[c.model or "tiny"]
     if config is MODELS["tiny"]:
         config = dataclasses.replace(config, vocab_size=tok.vocab_size)  # it has none of its own
-    if tok.vocab_size > config.vocab_size:
-        raise InputError(
-            f"the tokenizer {tok.path} has {tok.vocab_size} ids, the model's embedding only "
-            f"{config.vocab_size} rows: they do not belong together"
-        )
+    tokenizer.check_rows(tok, config.vocab_size)
     return config, encoder
 
 

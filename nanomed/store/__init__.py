@@ -1,4 +1,5 @@
-"""The token stores that every stage reads: files tokenised once and memory-mapped ever after.
+"""The token stores that every stage reads: files that are tokenised once, and whose
+ids are then read from disk (memory-mapped).
 
 examples.py    chats and preference pairs, with the tokens that are trained on
 stream.py      documents for continued pre-training as streams of tokens: the reader

@@ -1,9 +1,10 @@
 """Which version of the code a store's ids come from.
 
-What turns a file into ids has parts, and each part a number: how many lines it has here. A store
-keeps the numbers of the parts that made it and is read as long as they are these; so it survives
-any change of the code that does not change its ids. tests/store/test_versions.py holds every number
-to the ids it makes: if they change, it asks for a line, which says what is other.
+The code that turns a file into ids has parts. The version of a part is the number of its lines
+below. A store keeps the versions that made it, and can be read as long as they are the same: so it
+survives a change of code that does not change its ids. tests/store/test_versions.py knows the ids
+of every version. If a change of code changes them it fails, and asks for a new line that says what
+is different.
 """
 
 from nanomed.config import InputError

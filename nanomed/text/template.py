@@ -2,8 +2,9 @@
 
 A template is data: what stands before and after each role's text. Ids are built turn by turn, and
 since only a template's own pieces are searched for special tokens, what a user types stays text.
-What stands between two special tokens of a turn is tokenised as one text, as whoever renders a chat
-first and tokenises then does: a line break of the template and one of the message may be one token.
+What stands between two special tokens of a turn is tokenised as one text, because that is what a
+program does that renders a chat first and then tokenises it. So a line break of the template and
+one of the message may become one token.
 """
 
 import dataclasses

@@ -214,6 +214,15 @@ def same(a: Tokenizer, b: Tokenizer) -> bool:
     return alike and all(a.encode(text) == b.encode(text) for text in PROBES)
 
 
+def check_rows(tokenizer: Tokenizer, n_rows: int) -> None:
+    """Raises InputError if a model's embedding has fewer rows than the tokenizer has ids."""
+    if tokenizer.vocab_size > n_rows:
+        raise InputError(
+            f"the tokenizer {tokenizer.path} has {tokenizer.vocab_size} ids, the model's embedding "
+            f"only {n_rows} rows: they do not belong together"
+        )
+
+
 def _spaced(piece: str) -> int:
     """Bytes of a piece in which U+2581 stands for a space."""
     return len(piece.replace("\u2581", " ").encode())

@@ -46,7 +46,7 @@ def read_ranks(path: Path) -> dict[bytes, int]:
 
 def read_tokenizer_json(path: Path) -> Parts:
     """Raises InputError for what templates could not be built with."""
-    content = _json(path)
+    content = read_object(path)
     model = content.get("model") or {}
     if model.get("type") != "BPE":
         raise InputError(f"{path}: model type {model.get('type')!r}; known is BPE")
@@ -91,7 +91,7 @@ def read_vocab_and_merges(path: Path) -> Parts:
     """`path` is vocab.json; merges.txt stands beside it. Special tokens: those that the files of
     the folder name, and every entry of the vocabulary that no merge makes."""
     folder = path.parent
-    vocab, merges_path = _json(path), folder / "merges.txt"
+    vocab, merges_path = read_object(path), folder / "merges.txt"
     if not merges_path.exists():
         raise InputError(f"{path} needs merges.txt beside it")
     lines = merges_path.read_text(encoding="utf-8").split("\n")
@@ -104,7 +104,7 @@ def read_vocab_and_merges(path: Path) -> Parts:
     files = {"vocab.json": path, "merges.txt": merges_path}
     _add_named_specials(folder, vocab, special, files)
     settings = folder / "tokenizer_config.json"
-    name = _json(settings).get("tokenizer_class") if settings.exists() else None
+    name = read_object(settings).get("tokenizer_class") if settings.exists() else None
     if name not in GPT2_CLASSES + QWEN_CLASSES:
         raise InputError(
             f"{settings}: how a {name!r} cuts text into words is unknown here; save a "
@@ -120,10 +120,10 @@ def _add_named_specials(folder: Path, vocab: dict, special: dict, files: dict[st
     named: list[tuple[Path, str, int]] = []
     if (path := folder / "added_tokens.json").exists():
         files[path.name] = path
-        named += [(path, name, i) for name, i in _json(path).items()]
+        named += [(path, name, i) for name, i in read_object(path).items()]
     if (path := folder / "tokenizer_config.json").exists():
         files[path.name] = path
-        added = _json(path).get("added_tokens_decoder") or {}
+        added = read_object(path).get("added_tokens_decoder") or {}
         named += [(path, token["content"], int(i)) for i, token in added.items()]
     taken = {i: name for name, i in (vocab | special).items()}
     if (path := folder / "special_tokens.txt").exists():  # FlagScale's: one per line, ids follow
@@ -141,7 +141,8 @@ def _add_named_specials(folder: Path, vocab: dict, special: dict, files: dict[st
         vocab.pop(name, None)
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises InputError."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -11,7 +11,7 @@ from nanomed.run.log import RunFolder
 @torch.no_grad()
 def dropout_cost(model: nn.Module, loader: Loader) -> tuple[float, float]:
     """(with dropout, without) the loss in nats per trained token of one row on each rank, of the
-    first step; every rank calls it. Nothing later depends on it: each step seeds its own masks."""
+    first step; every rank calls it. No later step changes by it: each step seeds its own masks."""
     row = loader.step(0)[0].to(next(model.parameters()).device)
 
     def loss(training: bool) -> Tensor:

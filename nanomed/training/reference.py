@@ -24,9 +24,9 @@ def reference_logps(model: nn.Module, loader: Loader, run: RunFolder, parts: dic
     """[pairs, 2] float32, (chosen, rejected), on the run's device. Every rank calls it, with the
     start weights in the model.
 
-    `parts` is what else the numbers depend on, but for the data: that a resumed run has the same
-    tokens, wherever its files lie, RunFolder has seen to. It reads what the first one computed;
-    raises InputError, with the difference, if that was under another key.
+    A resumed run reads what its first start computed. Raises InputError, with the difference, if
+    that was computed with other weights, kernels or `parts`: what else the numbers depend on. The
+    data are not in the key, because RunFolder has already compared them.
     """
     in_force = kernels.in_force(run.world.device)
     key = {"weights": fingerprint(model), "kernels": in_force, **parts}

@@ -34,7 +34,8 @@ def test_a_page_shows_what_was_measured_and_lists_what_waits_for_a_gpu(tmp_path)
     assert "## A new kind" in text and "## Ceilings" not in text and "not measured" not in text
     waiting = text.split("## What waits for a GPU")[1]
     for kind in results.KINDS.values():
-        assert (f"`{kind.gpu}`" in waiting) == bool(kind.gpu)
+        assert all(f"`{command}`" in waiting for command in kind.gpu.splitlines())
+        assert (f"- {kind.title}: " in waiting) == bool(kind.gpu)
     # Measured there: it waits no more, and the command is the GPU's.
     path.write_text(
         path.read_text().replace('"device"', '"gpu": "H200", "memory_gib": 1, "cuda": 1, "device"')

@@ -4,6 +4,7 @@ An option that is new in ModelConfig turns the first test red; listed in OPTIONS
 others."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from nanomed.hf import export
 from nanomed.hf.config import unsaid
 from nanomed.model import recompute
 from nanomed.model.decoder import Aquila, Layer
-from nanomed.stages import memory
+from nanomed.stages import memory, stage
 from tests.model.test_recompute import kept_bytes, like_a_gpu
 
 SHAPE = dataclasses.replace(
@@ -69,7 +70,7 @@ def test_config_json_says_it(config, request):
 
 
 def test_an_option_without_a_word_is_seen_and_not_exported(encoder, tmp_path):
-    """One that exists only here."""
+    """One that exists only here. A run ends without an export, and says so."""
     new = dataclasses.make_dataclass(
         "New", [("new", bool, True)], bases=(ModelConfig,), frozen=True
     )
@@ -77,4 +78,10 @@ def test_an_option_without_a_word_is_seen_and_not_exported(encoder, tmp_path):
     assert unsaid(model.config) == ["new"]
     with pytest.raises(InputError, match="has no word for new"):
         export(model, encoder.tokenizer, tmp_path / "x")
-    assert not list(tmp_path.iterdir())
+    said = []
+    world = SimpleNamespace(device=torch.device("cpu"))
+    run = SimpleNamespace(path=tmp_path / "run", print=said.append, world=world)
+    stage.export(SFT(), model, encoder, run)
+    assert said == [f"not exported; run folder: {tmp_path / 'run'}"] and not list(
+        tmp_path.iterdir()
+    )
