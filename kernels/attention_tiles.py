@@ -1,4 +1,4 @@
-"""Which program of flash_attention.py's kernels computes which tile, and how large tiles are.
+"""Which program of attention_triton.py's kernels computes which tile, and how large tiles are.
 
 T tokens of a packed row, H query heads, K key/value heads, G = H/K, E head size.
 """

@@ -31,8 +31,8 @@ class World:
     rank: int
     size: int
     device: torch.device
-    mesh: DeviceMesh | None = None  # of a process alone
-    launch: tuple[str, str] = ("-", "-")  # no other has the first; a restart changes the second
+    mesh: DeviceMesh | None = None  # None for a process alone
+    launch: tuple[str, str] = ("-", "-")  # names of the launch and of the attempt: meeting.place()
 
     @property
     def is_main(self) -> bool:

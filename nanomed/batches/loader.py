@@ -94,7 +94,7 @@ class Loader:
         mixture: Mixture | None = None,
     ) -> "Loader":
         """As the settings say; the files of c.val_data come last in data. `parts` (to train on,
-        held out) stands for split()."""
+        held out) takes the place of split()'s."""
         return cls(
             data,
             *(parts or split(data, c.val_fraction, len(c.data) if c.val_data else None)),

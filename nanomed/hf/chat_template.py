@@ -1,5 +1,5 @@
-"""Chat templates in Jinja, as Hugging Face folders carry them: ours written as one, and a folder's
-own followed where it is one of ours, or compared with the one that is used instead.
+"""Chat templates in Jinja, as Hugging Face folders have them: ours are written as such. A folder's
+own is followed if it is one of ours; else it is compared with the one that is used in its place.
 """
 
 import dataclasses

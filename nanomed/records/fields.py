@@ -43,9 +43,9 @@ def given(record: dict, names: Iterable[str]) -> str:
 
 
 def by_known_names(record: dict) -> tuple[dict, dict[str, str]]:
-    """The record with its fields under their known names, and of these the file's own names. Of
-    several fields with one known name, the known name itself and then the first that is filled
-    has it; the others keep their own."""
+    """(the record with its fields under their known names, known name -> the file's own). Of
+    several fields with one known name, the filled ones come first, and of these the one that is
+    called so itself: it gets the name, and the others keep theirs."""
     if not KNOWN_AS.keys() & record.keys():
         return record, {}
     own: dict[str, str] = {}

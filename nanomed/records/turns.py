@@ -101,7 +101,7 @@ def add_turns(chat: Chat, entries: Any, name: str) -> None:
 
 
 def _turns_in(entry: Any) -> list[Any]:
-    """The entry; Firefly's {"human": ..., "assistant": ...} is one for each of its roles."""
+    """The entry itself; of Firefly's {"human": ..., "assistant": ...} one turn for each role."""
     if not isinstance(entry, dict) or filled(entry.get("role")) or filled(entry.get("from")):
         return [entry]
     spoken = [key for key in entry if key.lower() in ROLES]

@@ -220,9 +220,9 @@ def mark_validated(saved: Path, val_loss: float) -> None:
 
 
 def point_best(folder: Path) -> None:
-    """The first checkpoint of the lowest validation loss: no decision of an interrupted run is
-    needed, so none can be lost. A loss that is not finite is never the lowest; min() would keep a
-    NaN that comes first."""
+    """Points `best` to the checkpoint with the lowest validation loss, of equal ones to the first.
+    That follows from what the checkpoints say, so a kill can lose no decision. A loss that is not
+    finite is never the lowest: min() would keep a NaN that comes first."""
     noted = [path for path in steps(folder) if is_validated(path)]
     losses = {path: float(_json(path / "validation.json")["val_loss"]) for path in noted}
     if finite := [path for path in noted if math.isfinite(losses[path])]:

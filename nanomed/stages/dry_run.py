@@ -1,31 +1,21 @@
-"""What a run would take, from shapes alone: memory (memory.py), steps, tokens, FLOPs, days, disk.
-
-The model is built on the meta device, so nothing is allocated.
-"""
+"""What a run would take, by shapes alone: memory (memory.py), steps, tokens, FLOPs, days, disk."""
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from nanomed.batches.loader import Loader, split
 from nanomed.batches.slices import Slices
 from nanomed.config import SAVED_BYTES, ModelConfig, Run
 from nanomed.meeting import rank_from_env
-from nanomed.model.decoder import Aquila
 from nanomed.run.log import flops_of
 from nanomed.stages import link, memory
 from nanomed.stages.hardware import Hardware, parse_hardware
 from nanomed.store import Store
 
 GB = 1e9
-
-
-def n_params(config: ModelConfig) -> int:
-    with torch.device("meta"):
-        return sum(p.numel() for p in Aquila(config).parameters())
 
 
 # ---------------------------------------------------------------- work of the whole run
@@ -126,7 +116,7 @@ def show(c: Run, config: ModelConfig, load: Callable[[], Store | Slices]) -> Non
         remedy = link.remedy(config, c, hw, step)
         for line in (
             f"dry run of {c.stage} on {n} x {c.hardware.partition('x')[2]}: nothing is trained",
-            f"model: {n_params(config):,} parameters",
+            f"model: {config.n_params():,} parameters",
             *memory.lines(config, c, n // link.copies(c, hw), hw.gib, remedy),
             *link.lines(config, c, hw, step),
             *_work_lines(c, config, *works, hw),

@@ -211,7 +211,8 @@ class Encoder:
 
     def _turn(self, role: str, text: str, apart: bool = False) -> Encoded:
         """An assistant's text and its end token are trained on, nothing else is; a token that holds
-        the text's beginning and something before it belongs to the text. `apart`: there is none."""
+        the text's beginning and something before it belongs to the text. `apart`: the text is
+        tokenised by itself, so there is no such token."""
         (head, tail, opening), (lead, rest) = self._before[role], self._after[role]
         encode = self.tokenizer.encode
         body = opening + encode(text + lead) if apart else encode(tail + text + lead)

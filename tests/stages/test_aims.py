@@ -28,7 +28,7 @@ def test_what_fits_an_h200_and_what_bounds_it():
         assert re.search(rf"{rate:,} (would )?take {share:.0%}", TEXT)
 
     layer = (gib["lean"] - gib["full"]) / model.n_layers
-    assert f"it keeps {layer:.2f} GiB" in TEXT
-    assert f"need {gib['lean'] - 12 * layer:.1f} GiB" in TEXT
-    assert f"bound at {MATMUL / (flops + again * 12 / 32):,.0f};" in TEXT
+    assert f"`lean` keeps {layer:.2f} GiB" in TEXT
+    assert f"{gib['lean'] - 12 * layer:.1f} GiB would do" in TEXT
+    assert f"at {MATMUL / (flops + again * 12 / 32):,.0f} tokens/s at most" in TEXT
     assert f"free {4 * model.n_params() / memory.GIB:.1f} GiB" in TEXT
