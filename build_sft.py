@@ -71,6 +71,7 @@ class Chats(Paid):
     shares: list[str] = flag((), "languages, kinds or sources as KEY=SHARE, or paper",
                              "single_turn_zh=0.272 single_turn_en=0.14 option_zh=0.248 "
                              "multi_turn_zh=0.34")  # fmt: skip
+    limit: int = flag(0, "only the first records of each file, to try things; 0: all")
     near_dup_jaccard: float = flag(0.8, "least share of 5-token runs that near duplicates share")
     decontaminate: list[str] = flag((), "files of benchmarks whose questions must not be learned")
     micro_tokens: int = flag(4096, "most tokens in one packed row")
@@ -89,7 +90,7 @@ class Chats(Paid):
             raise InputError(f"--min_cr {self.min_cr} is above --max_cr {self.max_cr}")
 
 
-DEMONSTRATION = {"min_cr": 0.05, "max_cr": 1.0, "min_score": 3.0, "show_text": True}
+DEMONSTRATION = {"limit": 400, "targets": "assistant", "max_cr": 1.0, "show_text": True}
 SMALL = {  # a scorer trained from nothing, in less than a minute
     "epochs": 1, "batch_size": 32, "lr": 2e-3, "seq_len": 512, "log_every": 10,
 }  # fmt: skip
@@ -224,7 +225,7 @@ def select(
         for item, line in zip(items, written, strict=True)
     }
     stages, final = cleaned(c, files, out)
-    ids = [doc.id for path in final for doc in read_shard(path)]
+    ids = [doc.id for path in final for doc in read_shard(path) if doc.id in of_id]
     mine = [of_id[i] for i in ids]
     sources = [item.chat.source or Path(item.file).name for item, _ in mine]
     table = None
@@ -245,7 +246,7 @@ def select(
 def main() -> None:
     c = settings()
     out, files = Path(c.out), files_of(c.data)
-    items = scores.read(files, c.fields)
+    items = scores.read(files, c.fields, c.limit)
     selection.shares_of(c.shares)
     decontaminate.index_of(tuple(c.decontaminate))  # what cannot be read stops the run now
     lines, vectors = score(c, items, out)

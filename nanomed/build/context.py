@@ -54,16 +54,27 @@ def dialogue(chat: Chat, encoder: Encoder, longest: int, targets: str = "turn") 
     ids, wanted, cut = encoder.chat(chat, longest - 1)
     if not ids:
         return None
-    borders = encoder.borders(chat, cut)
-    header = ids[: borders[0][1]] if borders[0][0] == "system" else []
-    at = [len(header)]
-    for _, n in borders[len(borders) - len(chat.turns) + cut :]:
-        at.append(at[-1] + n)
+    return laid_out(ids, wanted, encoder.borders(chat, cut), encoder, targets, cut)
+
+
+def laid_out(
+    ids: list[int],
+    wanted: list[bool],
+    borders: Sequence[tuple[str, int]],
+    encoder: Encoder,
+    targets: str = "turn",
+    cut: int = 0,
+) -> Dialogue:
+    """Of a chat's ids, whether each is learned, and (role, tokens) of each of its turns."""
+    n_system = borders[0][1] if borders[0][0] == "system" else 0
+    header, turns = ids[:n_system], borders[1 if n_system else 0 :]
     if not header:  # a turn's first token must have something before it
         header, ids, wanted = [encoder.document_end], [encoder.document_end, *ids], [False, *wanted]
-        at = [place + 1 for place in at]
+    at = [len(header)]
+    for _, n in turns:
+        at.append(at[-1] + n)
     segments, places, labels, sizes = [ids], [], [], []
-    for part in rounds(chat.turns[cut:])[1:]:
+    for part in rounds(turns)[1:]:
         a, b = at[part.start], at[part.stop]
         mine = [t for t in range(a, b) if targets == "turn" or wanted[t]]
         start = sum(map(len, segments)) + len(header) - a

@@ -11,6 +11,7 @@ digits' logits, or of an endpoint, whose digit is taken as it is.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from nanomed.build.labeller import Request, quoted
 from nanomed.build.labels import prompts
 from nanomed.config import InputError
 from nanomed.model.scoring import Encoded
-from nanomed.records import Chat, Turns
+from nanomed.records import Chat
 from nanomed.records.shapes import language
 from nanomed.text.template import Encoder
 
@@ -34,8 +35,9 @@ def expectation(logits: Tensor) -> Tensor:
     return (logits.float().softmax(-1) * values).sum(-1)
 
 
-def rounds(turns: Turns) -> list[range]:
-    """The turns of a chat as the paper counts them: what the user says and what is answered."""
+def rounds(turns: Sequence[tuple[str, Any]]) -> list[range]:
+    """Of turns that begin with their roles, those of a chat as the paper counts them: what the user
+    says and what is answered."""
     starts = [
         i
         for i, (role, _) in enumerate(turns)

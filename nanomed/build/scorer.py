@@ -56,7 +56,7 @@ def ladders(items: Sequence[Item]) -> Iterator[dict]:
     3, a question; 5, a question with options; 6, two questions at once. Quality: 6, the answer as
     it stands; 3, its first half; 1, the answer to another question."""
     chats = [item for item in items if not item.chat.dropped]
-    for k, item in enumerate(chats):
+    for item in chats:
         for question, answer in exchanges(item.chat):
             other = exchanges(chats[_hash(question, len(chats))].chat)
             (also, wrong), *_ = [pair for pair in other if pair[1] != answer] or [("", "")]
@@ -64,11 +64,11 @@ def ladders(items: Sequence[Item]) -> Iterator[dict]:
             word = question.split()[-1][:12] if item.lang == "en" else question[-4:]
             asked = {1: word, whole: question, 6: f"{question}\n{also}"}
             told = {6: answer, 3: answer[: len(answer) // 2], 1: wrong}
-            # One step of each ladder: a chat stands in the data twice, not six times.
-            step = sorted(asked)[k % 3]
-            yield _training("complexity", asked[step], "", step)
-            step = sorted(told)[_hash(answer, 3)]
-            if told[step].strip():
+            # One step of one ladder for each turn: its other steps come from other chats.
+            if _hash(question, 2):
+                step = sorted(asked)[_hash(answer, 3)]
+                yield _training("complexity", asked[step], "", step)
+            elif told[step := sorted(told)[_hash(answer, 3)]].strip():
                 yield _training("answer_quality", question, told[step], step)
 
 
@@ -84,7 +84,7 @@ def _training(kind: str, question: str, answer: str, digit: int) -> dict[str, An
 
 
 def train(
-    chats: Sequence[dict], folder: Path, device: torch.device, beside: Sequence[str], **given: Any
+    chats: Sequence[dict], folder: Path, where: torch.device, beside: Sequence[str], **given: Any
 ) -> Path:
     """The folder of a scorer that fit() trained on these chats, and on the files `beside`: a fresh
     model has a language to learn as well. What is there already is not trained again."""
@@ -103,7 +103,7 @@ def train(
     c = SFT(**{**base, **given}, data=[str(made), *beside], out=str(folder))
     config, encoder = stage.model_and_encoder(c)
     data = store.chats(c.data, encoder, c.seq_len, c.allow_drop)
-    with start(device) as world:
+    with start(where) as world:
         loader = Loader.of(c, data, world.rank, world.size)
         model = stage.build_model(c, config, world)
         run = RunFolder(c, world, stage.identity(c, config, encoder, loader))

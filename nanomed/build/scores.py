@@ -45,14 +45,17 @@ class Item(NamedTuple):
     key: str
 
 
-def read(files: list[str], fields: Sequence[str]) -> list[Item]:
-    """Raises InputError naming file, record and field."""
+def read(files: list[str], fields: Sequence[str], most: int = 0) -> list[Item]:
+    """The chats of all records, or of the first `most` of each file. Raises InputError naming file,
+    record and field."""
     found, names = [], names_of(fields)
     for path in files:
         last = 0
         for number, chat, _ in read_chats(path, names):
             if number == last:
                 continue
+            if most and number > most:
+                break
             last = number
             said = json.dumps([chat.system, chat.turns])
             lang = language(" ".join(text for _, text in chat.turns))

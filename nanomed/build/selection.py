@@ -155,7 +155,7 @@ def write(
 ) -> Tally:  # fmt: skip
     """OUT/selected.jsonl: the records as they came, with their scores; OUT/dropped.jsonl gets what
     goes here."""
-    docs = (doc for path in cleaned for doc in read_shard(path))
+    docs = (doc for path in cleaned for doc in read_shard(path) if doc.id in lines)
     tally = write_shard(out / "select/00000", docs, append, files, show_text)
     with gzip.open(out / "select/00000.jsonl.gz") as kept, whole(out / "selected.jsonl") as file:
         for record in map(json.loads, kept):

@@ -3,6 +3,8 @@
     python -m nanomed.tools.show DATA -n 3                       the first examples of a file
     python -m nanomed.tools.show DATA --step 0 --init RUN        the packed rows of a step, and the
                                                                  loss of each token under RUN
+    python -m nanomed.tools.show DATA --init MODEL --cr          dialogues, with each turn's Context
+                                                                 Relevance
     python -m nanomed.tools.show DATA --html page.html           the same as one static page
 
 DATA are chats, preference pairs or documents, as their first record is. Every flag of that stage's
@@ -15,7 +17,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice, takewhile
 from pathlib import Path
 
@@ -26,6 +28,8 @@ from nanomed import arguments, config, store
 from nanomed.batches import slices
 from nanomed.batches.loader import Loader
 from nanomed.batches.packing import Row, row_from
+from nanomed.build import context
+from nanomed.build.deita import rounds
 from nanomed.config import Run
 from nanomed.distributed import launch, pick_device, start
 from nanomed.model.decoder import Aquila
@@ -55,6 +59,7 @@ class Token:
 class DrawnSegment:
     title: str
     turns: list[tuple[str, list[Token]]]  # (role, its tokens)
+    relevance: dict[int, float] = field(default_factory=dict)  # a turn's number -> its CR
 
 
 @dataclass
@@ -194,10 +199,27 @@ def draw(c: Run, own: argparse.Namespace) -> list[RowView | str]:
     else:
         found = islice(step_rows(c, encoder, own.step, own.world_size), own.n)
     if not c.init:
+        if own.cr:
+            raise config.InputError("--cr needs a model that reads the dialogue: --init FOLDER")
         return [_view(encoder, *one, model=None) for one in found]
     with start(pick_device(c.device)) as world, torch.no_grad():
         model = stage.build_model(c, model_config, world).eval()
-        return [_view(encoder, *one, model=model) for one in found]
+        views = [_view(encoder, *one, model=model) for one in found]
+        for segment in (s for v in views if own.cr and isinstance(v, RowView) for s in v.segments):
+            segment.relevance = _relevance(segment, encoder, model)
+        return views
+
+
+def _relevance(segment: DrawnSegment, encoder: Encoder, model: Aquila) -> dict[int, float]:
+    """The Context Relevance of every turn but the first, a user's and its answer's together."""
+    tokens = [token for _, turn in segment.turns for token in turn]
+    lengths = [(role, len(turn)) for role, turn in segment.turns]
+    ids, trained = [token.id for token in tokens], [token.trained for token in tokens]
+    ((losses, _),) = context.run(model, [context.laid_out(ids, trained, lengths, encoder)])
+    first = 1 if lengths[0][0] == "system" else 0
+    later = rounds(lengths[first:])[1:]
+    named = zip(later, context.relevance(losses), strict=True)
+    return {first + i: cr for part, cr in named if cr is not None for i in part}
 
 
 def _view(
@@ -239,6 +261,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("-n", type=int, default=3, help="examples or, with --step, rows; default 3")
     parser.add_argument("--step", type=int, help="draw the rows of this step, from 0")
     parser.add_argument("--world_size", type=int, default=1, help="processes that share the step")
+    parser.add_argument(
+        "--cr", action="store_true", help="Context Relevance of each turn of a dialogue"
+    )
     parser.add_argument("--html", type=Path, help="write one static page instead of text")
     own, flags = parser.parse_known_args(argv)
     views = draw(settings(own.files, flags), own)

@@ -65,10 +65,19 @@ def _bar(segments: list) -> str:
 def _segment(segment) -> str:
     turns = "\n".join(
         f"<div class='turn {role}'><b>{role}<small>position {tokens[0].position} to "
-        f"{tokens[-1].position}</small></b><div>{''.join(map(_token, tokens))}</div></div>"
-        for role, tokens in segment.turns
+        f"{tokens[-1].position}</small>{_cr(segment.relevance.get(i))}</b>"
+        f"<div>{''.join(map(_token, tokens))}</div></div>"
+        for i, (role, tokens) in enumerate(segment.turns)
     )
     return f"<div class='segment'><h3>{html.escape(segment.title)}</h3>\n{turns}</div>"
+
+
+def _cr(value: float | None) -> str:
+    """Blue near 0, where a turn repeats what was said; green; red from 1 on, where that hurts."""
+    if value is None:
+        return ""
+    hue = 220 if value <= 0.1 else max(0, 120 - 120 * max(0, value - 0.5) / 0.6)
+    return f"<small style='background:hsl({hue:.0f} 75% 80%)'>CR {value:.2f}</small>"
 
 
 def _token(token) -> str:

@@ -10,6 +10,13 @@ BY_LOSS = [
     (4.0, "\033[30;48;5;215m"),
     (float("inf"), "\033[97;48;5;160m"),
 ]
+# By Context Relevance: repeats what was said, follows from it, hardly does, does not.
+BY_RELEVANCE = [
+    (0.1, "\033[97;48;5;27m"),
+    (0.9, "\033[30;48;5;157m"),
+    (1.0, "\033[30;48;5;228m"),
+    (float("inf"), "\033[97;48;5;160m"),
+]
 RESET, BOLD = "\033[0m", "\033[1m"
 
 
@@ -24,11 +31,19 @@ def lines(views: list, colour: bool) -> list[str]:
         out += ["", _bold(f"=== {view.title}", colour)]
         for segment in view.segments:
             out.append(f"--- {segment.title}")
-            for role, tokens in segment.turns:
+            for i, (role, tokens) in enumerate(segment.turns):
                 where = f"{tokens[0].position}-{tokens[-1].position}"
+                if i in segment.relevance:
+                    where += f" {_cr(segment.relevance[i], colour)}"
                 text = _coloured(tokens) if colour else _marked(tokens)
                 out.append(f"  {role:<12} {where:>9}  {text}")
     return out
+
+
+def _cr(value: float, colour: bool) -> str:
+    text = f"CR {value:.2f}"
+    code = next(code for top, code in BY_RELEVANCE if value <= top)
+    return f"{code}{text}{RESET}" if colour else text
 
 
 def visible(text: str) -> str:

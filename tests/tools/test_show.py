@@ -11,6 +11,7 @@ import torch
 
 from nanomed import arguments, config
 from nanomed.batches.packing import row_from
+from nanomed.build import context
 from nanomed.config import InputError
 from nanomed.model.decoder import Aquila
 from nanomed.records import chats_of
@@ -44,7 +45,7 @@ def run(capsys, *argv: str) -> str:
 
 
 def views_of(*argv: str, **own) -> list:
-    given = {"n": 9, "step": None, "world_size": 1, **own}
+    given = {"n": 9, "step": None, "world_size": 1, "cr": False, **own}
     return show.draw(show.settings([argv[0]], [*argv[1:]]), show.argparse.Namespace(**given))
 
 
@@ -229,3 +230,25 @@ def test_fields_of_other_names_are_drawn(tmp_path):
     file = write(tmp_path / "x.jsonl", {"q_text": "问", "a_text": "答"})
     (view,) = views_of(file, "--fields", "question=q_text", "answer=a_text", "--seed", "1")
     assert learned(view.segments[0]).startswith("答")
+
+
+def test_a_dialogue_s_turns_have_their_context_relevance(tmp_path, encoder, capsys):
+    from tests.build import scored
+
+    roles = ("one", "two", "three", "four")
+    data = scored.write(tmp_path / "chats.jsonl", [scored.chat(*roles), scored.chat("one", "two")])
+    model = scored.folder_of(encoder, tmp_path / "model")
+    dialogue, single = views_of(str(data), "--init", str(model), "--seq_len", "256", cr=True)
+    found = dialogue.segments[0].relevance
+    made = context.dialogue(chats_of(scored.chat(*roles))[0], encoder, 512)
+    ((losses, _),) = context.run(scored.tiny(encoder), [made])
+    assert found == {3: found[4], 4: pytest.approx(context.relevance(losses)[0], abs=1e-5)}
+    assert single.segments[0].relevance == {}
+    shown = f"CR {found[4]:.2f}"
+    page = show_html.page([dialogue])
+    assert page.count(shown) == 2 and "hsl(" in page
+    assert sum(shown in line for line in show_text.lines([dialogue], colour=False)) == 2
+    coloured = "".join(show_text.lines([dialogue], colour=True))
+    assert f"m{shown}\033[0m" in coloured
+    with pytest.raises(InputError, match="--init"):
+        views_of(str(data), cr=True)
