@@ -91,8 +91,11 @@ class Chats(Paid):
 
 
 DEMONSTRATION = {"limit": 400, "targets": "assistant", "max_cr": 1.0, "show_text": True}
+TUNED = {  # Deita's, but for the batch, which is 512 there
+    "epochs": 6, "batch_size": 64, "lr": 2e-5, "warmup_ratio": 0.1,
+}  # fmt: skip
 SMALL = {  # a scorer trained from nothing, in less than a minute
-    "epochs": 1, "batch_size": 32, "lr": 2e-3, "seq_len": 512, "log_every": 10,
+    "epochs": 2, "batch_size": 8, "lr": 2e-3, "seq_len": 512, "log_every": 20,
 }  # fmt: skip
 
 
@@ -132,10 +135,14 @@ def score(c: Chats, items: list[scores.Item], out: Path) -> tuple[dict, dict | N
 def trained(c: Chats, items: list[scores.Item], out: Path, device: torch.device) -> str:
     """A small scorer's folder: of labelled chats, in the demonstration of ladders."""
     chats = scorer.labelled(c.labels) if c.labels else [*scorer.ladders(items)]
-    start = {"init": c.scorer} if c.scorer else SMALL
-    beside = [] if c.scorer else c.data
+    if c.scorer:
+        longest = pretrained.config_of(c.scorer).max_seq_len
+        start = TUNED | {"init": c.scorer, "seq_len": min(2048, longest)}
+    else:
+        chats += scorer.plain(items)
+        start = SMALL
     settings = start | {"device": c.device, "dtype": c.dtype, "template": c.template}
-    return str(scorer.train(chats, out / "scorer", device, beside, **settings))
+    return str(scorer.train(chats, out / "scorer", device, **settings))
 
 
 def measured(

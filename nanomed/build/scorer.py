@@ -72,6 +72,14 @@ def ladders(items: Sequence[Item]) -> Iterator[dict]:
                 yield _training("answer_quality", question, told[step], step)
 
 
+def plain(items: Sequence[Item]) -> Iterator[dict]:
+    """The chats themselves, for a scorer that starts from nothing and has a language to learn."""
+    for item in items:
+        if not item.chat.dropped:
+            turns = [{"role": role, "content": text} for role, text in item.chat.turns]
+            yield {"messages": turns, "system": item.chat.system, "kind": "chat"}
+
+
 def _hash(text: str, n: int) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") % n
 
@@ -83,11 +91,9 @@ def _training(kind: str, question: str, answer: str, digit: int) -> dict[str, An
     return {"messages": turns, "system": chat.system, "kind": kind}
 
 
-def train(
-    chats: Sequence[dict], folder: Path, where: torch.device, beside: Sequence[str], **given: Any
-) -> Path:
-    """The folder of a scorer that fit() trained on these chats, and on the files `beside`: a fresh
-    model has a language to learn as well. What is there already is not trained again."""
+def train(chats: Sequence[dict], folder: Path, where: torch.device, **given: Any) -> Path:
+    """The folder of a scorer that fit() trained on these chats. What is there already is not
+    trained again."""
     folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     made = folder.with_name(f"{folder.name}-labels.jsonl")
     lines = b"".join(map(line_of, chats))
@@ -100,7 +106,7 @@ def train(
     with whole(made) as file:
         file.write(lines)
     base = {} if given.get("init") else SFT.FRESH
-    c = SFT(**{**base, **given}, data=[str(made), *beside], out=str(folder))
+    c = SFT(**{**base, **given}, data=[str(made)], out=str(folder))
     config, encoder = stage.model_and_encoder(c)
     data = store.chats(c.data, encoder, c.seq_len, c.allow_drop)
     with start(where) as world:
