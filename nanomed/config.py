@@ -244,8 +244,8 @@ class SFT(Run):
     stage: ClassVar[str] = "sft"
     FRESH: ClassVar[dict[str, Any]] = {
         "lr": 1e-3,
-        "epochs": 6,
-        "batch_size": 16,
+        "epochs": 4,
+        "batch_size": 8,
         "seq_len": 1024,
         "min_lr_ratio": 0.1,
         "warmup_ratio": 0.05,

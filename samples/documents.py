@@ -77,8 +77,7 @@ def arithmetic(rng: random.Random, n: int, lang: str) -> dict:
 
 
 def mixed(rng: random.Random, good: list[dict], source: str) -> list[dict]:
-    """The good documents without exact copies, and the bad ones among them."""
-    good = list({record["text"]: record for record in good}.values())
+    """The good documents and the bad ones among them, without exact copies."""
     n_bad = round(BAD_SHARE * len(good))
     made = good + [near_duplicate(rng, record) for record in rng.sample(good, n_bad)]
     for quality, text_of in (("advertising", advert), ("garbage", garbage), ("private", private)):
@@ -87,6 +86,7 @@ def mixed(rng: random.Random, good: list[dict], source: str) -> list[dict]:
             group = f"{source}-{quality}-{i}/document_{lang}"
             bad = document(text_of(rng, lang), source, lang, group)
             made.append(bad | {"quality": quality})
+    made = list({record["text"]: record for record in made}.values())
     rng.shuffle(made)
     return made
 

@@ -17,7 +17,7 @@ from itertools import chain
 from pathlib import Path
 
 from documents import TITLES, TITLES_EN, advert, arithmetic, garbage
-from world import HERE, SEED, Fact, read_facts, say
+from world import HERE, SEED, Fact, fill, read_facts, say, trained
 
 JOIN = {"zh": "", "en": " "}
 Made = tuple[str, str, str]  # (text, what it was made as, source)
@@ -56,7 +56,7 @@ class World:
         first = self.facts[entity][0]
         name = first.name_en if lang == "en" else first.name
         if rng.random() < 0.3:
-            asked = say(rng, first, "ask_en" if lang == "en" else "ask")
+            asked = fill(rng.choice(trained(first, "ask_en" if lang == "en" else "ask")), first)
             return [f"问：{asked}\n答：" if lang == "zh" else f"Q: {asked}\nA:", *body]
         title = rng.choice(TITLES_EN if lang == "en" else TITLES)
         return [title.format(e=name, E=name[0].upper() + name[1:]), *body]

@@ -4,55 +4,48 @@ Facts (facts.jsonl) times wordings (wordings.toml) give chats, exam questions, p
 documents. All chance comes from one seed, so the files are the same on every machine.
 
 Three rules keep the measured numbers honest; tests/stages/test_samples.py checks them:
-  seen    a held-out chat or exam question asks for a fact that training states in another form
-          (kind), never merely for the same question reworded
-  pairs   a held-out pair asks in words that no training pair uses for its fact
-  unseen  3% of the facts stand on the held-out side in every form: training never states them
+  wordings   questions.jsonl and exam.jsonl ask for a fact in words in which no chat asks for it
+  documents  some facts stand in documents alone
+  nowhere    some facts stand nowhere: what a model gets right of them it has guessed
 """
 
 import argparse
 import json
 import random
-from collections import Counter
 from collections.abc import Iterable
-from itertools import cycle, islice
+from itertools import product
 from pathlib import Path
 
 from documents import general_documents, medical_documents
-from pairs import by_question, pairs, partners
+from pairs import pairs
 from world import (
     HERE,
     SEED,
-    VAL_FRACTION,
+    WORDINGS,
     Fact,
+    all_facts,
     as_prompt,
+    chosen_answer,
+    fill,
+    fours,
     held_out,
-    in_chats,
+    kept,
+    letter_of,
     long_answer,
     read_facts,
     say,
-    states,
-    wrong_values,
+    trained,
 )
 
-# Chats of each kind, in the paper's proportions (27, 14, 34 and 25%).
-CHATS = {"single_turn_zh": 324, "single_turn_en": 168, "multi_turn_zh": 408, "option_zh": 300}
-# Chats in which a fact is asked in each single form: some facts often rather than all of them once.
-TIMES = {"single_turn_zh": 1, "single_turn_en": 4, "option_zh": 2}
-ENGLISH_SHARE = 1 / 7  # of the facts are taught in English
+# Chats of each kind, in the paper's proportions (27, 14, 34 and 25%): every fact is asked about
+# seven times in Chinese, six times with options, and in seventeen dialogues. One fact of each four
+# is asked in English, too, fourteen times: so few chats would not teach a small model all of them.
+CHATS = {"single_turn_zh": 432, "single_turn_en": 224, "multi_turn_zh": 544, "option_zh": 400}
 GREETINGS = ["", "", "您好，", "我想了解一下，", "想请教一个问题，"]
+GREETINGS_EN = ["", "Hello. ", "I have a question. ", "Please tell me: "]
 
 
 # ---------------------------------------------------------------- chats
-
-
-def question_with_options(
-    rng: random.Random, fact: Fact, facts: list[Fact], letter: str, lang: str = "zh"
-) -> tuple[str, dict[str, str]]:
-    """A stem and options A to D, the right one at `letter`."""
-    wrong = [getattr(f, lang) for f in rng.sample(wrong_values(fact, facts), 3)]
-    options = {c: getattr(fact, lang) if c == letter else wrong.pop() for c in "ABCD"}
-    return say(rng, fact, "exam" if lang == "zh" else "exam_en"), options
 
 
 def chat(turns: list[str], kind: str, group: str, facts: Iterable[Fact]) -> dict:
@@ -61,174 +54,146 @@ def chat(turns: list[str], kind: str, group: str, facts: Iterable[Fact]) -> dict
     return {"messages": messages, "kind": kind, "group": group, "facts": [f.key for f in facts]}
 
 
-def dialogue_groups(seen: list[Fact]) -> dict[str, list[Fact]]:
-    """Two or three facts of one entity each. A fact is in one group only, so its dialogues all
-    stand on one side of the split."""
-    by_entity: dict[str, list[Fact]] = {}
-    for fact in seen:
-        by_entity.setdefault(fact.entity, []).append(fact)
-    parts = [
-        part
-        for f in by_entity.values()
-        for part in ([f] if len(f) < 4 else [f[: len(f) // 2], f[len(f) // 2 :]])
-        if len(part) > 1
-    ]
-    return {f"{p[0].entity}/{'+'.join(f.relation for f in p)}/multi_turn_zh": p for p in parts}
+def group(fact: Fact, ask: str, kind: str) -> str:
+    """What the split goes by: a fact asked in these words."""
+    patterns = WORDINGS[fact.relation]["ask_en" if kind.endswith("_en") else "ask"]
+    stems = WORDINGS[fact.relation]["exam"]
+    return f"{fact.key}/{kind}_{(stems + patterns if kind == 'option_zh' else patterns).index(ask)}"
 
 
-def plan(rng: random.Random, facts: list[Fact]) -> dict[str, list[Fact]]:
-    """The fact of each chat that has one. Unseen facts get one chat of every form. Of the others a
-    form gets as many as its places take when each is asked TIMES over: always the fact that
-    training states in the fewest forms, so that none is only on the held-out side."""
-    able = dict.fromkeys(TIMES, facts)
-    able["option_zh"] = [f for f in facts if len(wrong_values(f, facts)) >= 3]
-    unseen = {form: [f for f in able[form] if f.unseen] for form in TIMES}
-    seen = [f for f in facts if not f.unseen]
-    stated: Counter[str] = Counter()  # forms on the training side
-    for group, part in dialogue_groups(seen).items():
-        if not held_out(group, VAL_FRACTION):
-            stated.update(f.key for f in part)
-    places = {form: CHATS[form] - len(unseen[form]) for form in TIMES}
-    waiting = {
-        form: [f for f in rng.sample(facts, len(facts)) if f in able[form] and not f.unseen]
-        for form in ("single_turn_zh", "option_zh")
-    }
-    chosen: dict[str, list[Fact]] = {form: [] for form in TIMES}
-    turns = [form for form in waiting for _ in range(-(-places[form] // TIMES[form]))]
-    for form in rng.sample(turns, len(turns)):
-        fact = min(waiting[form], key=lambda f: stated[f.key])
-        waiting[form].remove(fact)
-        chosen[form].append(fact)
-        stated[fact.key] += not held_out(fact.group(form), VAL_FRACTION)
-    # English comes last: it takes those that have no second form in Chinese.
-    needy = [f for f in seen if not stated[f.key] or in_one_form(f, seen, chosen)]
-    chosen["single_turn_en"] = needy + english_facts(rng, [f for f in seen if f not in needy])
-    for fact in chosen["single_turn_en"]:
-        stated[fact.key] += not held_out(fact.group("single_turn_en"), VAL_FRACTION)
-    short = [f.key for f in seen if not stated[f.key]]
-    assert not short, f"no training record states these facts: {short}"
-    return {form: unseen[form] + list(islice(cycle(chosen[form]), places[form])) for form in TIMES}
+def single_chat(fact: Fact, turn: int, kind: str) -> dict:
+    """The fact's question number `turn`: each time in other words, as long as there are any."""
+    lang, greetings = ("_en", GREETINGS_EN) if kind.endswith("_en") else ("", [""])
+    asks, tells = trained(fact, "ask" + lang), WORDINGS[fact.relation]["tell" + lang]
+    words = [*product(greetings, asks, tells)]
+    random.Random(f"{SEED}/{fact.key}/{kind}").shuffle(words)
+    greeting, ask, tell = words[turn % len(words)]
+    return chat(
+        [greeting + fill(ask, fact), fill(tell, fact)], kind, group(fact, ask, kind), [fact]
+    )
 
 
-def in_one_form(fact: Fact, seen: list[Fact], chosen: dict[str, list[Fact]]) -> bool:
-    told = [*dialogue_groups(seen).values(), *chosen.values()]
-    return sum(fact in part for part in told) < 2
+def options(rng: random.Random, four: list[Fact], lang: str = "zh") -> dict[str, str]:
+    """The values of four facts, in any order, under the letters A to D."""
+    return dict(zip("ABCD", (getattr(f, lang) for f in rng.sample(four, 4)), strict=True))
 
 
-def english_facts(rng: random.Random, facts: list[Fact]) -> list[Fact]:
-    """Those that chats state in English: of every question a few, which can be told apart."""
-    found = []
-    for part in by_question(facts).values():
-        able = partners(rng, [f for f in part if not f.shared])
-        found += able[: round(ENGLISH_SHARE * len(part) / 2)]
-    return [fact for two in rng.sample(found, len(found)) for fact in two]
+def option_chat(rng: random.Random, fact: Fact, four: list[Fact], turn: int) -> dict:
+    stems = trained(fact, "exam") + trained(fact, "ask")
+    stem, choice = stems[turn % len(stems)], options(rng, four)
+    turns = [as_prompt(fill(stem, fact), choice), chosen_answer(choice, fact.zh)]
+    return chat(turns, "option_zh", group(fact, stem, "option_zh"), [fact])
 
 
-def single_chat(rng: random.Random, fact: Fact, form: str) -> dict:
-    lang = "_en" if form.endswith("_en") else ""
-    turns = [say(rng, fact, "ask" + lang), say(rng, fact, "tell" + lang)]
-    return chat(turns, form, fact.group(form), [fact])
+def dialogue(rng: random.Random, fact: Fact, facts: list[Fact], number: int) -> dict:
+    """Two questions: a fact, and another one of the same entity or of any."""
+    others = [f for f in facts if f.entity == fact.entity and f != fact]
+    other = rng.choice(others or [f for f in facts if f != fact])
+    second = say(rng, other, "follow") if others else asked(rng, other)
+    turns = [rng.choice(GREETINGS) + asked(rng, fact), long_answer(rng, fact)]
+    turns += [second, long_answer(rng, other)]
+    return chat(turns, "multi_turn_zh", f"{fact.key}/multi_turn_zh_{number}", [fact, other])
 
 
-def option_chat(rng: random.Random, fact: Fact, facts: list[Fact], letter: str) -> dict:
-    prompt = as_prompt(*question_with_options(rng, fact, facts, letter))
-    answer = f"{letter}。{say(rng, fact, 'tell')}"
-    return chat([prompt, answer], "option_zh", fact.group("option_zh"), [fact])
+def asked(rng: random.Random, fact: Fact) -> str:
+    """A question in words that are on the training side of the chats."""
+    asks = trained(fact, "ask")
+    free = [a for a in asks if not held_out(group(fact, a, "single_turn_zh"))]
+    return fill(rng.choice(free or asks), fact)
 
 
-def dialogue(rng: random.Random, group: str, part: list[Fact]) -> dict:
-    order = rng.sample(part, len(part))
-    turns = []
-    for i, fact in enumerate(order):
-        asked = say(rng, fact, "follow") if i else rng.choice(GREETINGS) + say(rng, fact, "ask")
-        turns += [asked, long_answer(rng, fact)]
-    return chat(turns, "multi_turn_zh", group, order)
-
-
-def dialogues(rng: random.Random, seen: list[Fact]) -> list[dict]:
-    """Every group in turn until there are enough; never the same dialogue twice."""
-    groups = list(dialogue_groups(seen).items())
-    rng.shuffle(groups)
-    made: dict[str, dict] = {}
-    while len(made) < CHATS["multi_turn_zh"]:
-        record = dialogue(rng, *groups[len(made) % len(groups)])
-        made.setdefault(json.dumps(record["messages"]), record)
-    return list(made.values())
-
-
-def chats(facts: list[Fact]) -> list[dict]:
+def chats(told: list[list[Fact]]) -> list[dict]:
+    """Every fact in turn, again and again, until a kind has its number of chats."""
     rng = random.Random(f"{SEED}/chats")
-    forms = plan(rng, facts)
-    made = dialogues(rng, [f for f in facts if not f.unseen])
-    for form, chosen in forms.items():
-        for i, fact in enumerate(chosen):
-            made.append(new_chat(rng, fact, facts, form, "ABCD"[i % 4], made))
-    rng.shuffle(made)
-    return made
+    facts = [(fact, four) for four in told for fact in four]
+    made: dict[str, dict] = {}
+    for kind, n in CHATS.items():
+        asked_about = facts[::4] if kind.endswith("_en") else facts
+        order, turn, wanted = rng.sample(asked_about, len(asked_about)), 0, len(made) + n
+        while len(made) < wanted:
+            fact, four = order[turn % len(order)]
+            again, turn = turn // len(order), turn + 1
+            assert again < n, f"{kind}: {n} different chats need more wordings"
+            if kind == "multi_turn_zh":
+                record = dialogue(rng, fact, [f for f, _ in facts], again)
+            elif kind == "option_zh":
+                record = option_chat(rng, fact, four, again)
+            else:
+                record = single_chat(fact, again, kind)
+            made.setdefault(json.dumps(record["messages"]), record)  # no two alike
+    return rng.sample(list(made.values()), len(made))
 
 
-def new_chat(
-    rng: random.Random, fact: Fact, facts: list[Fact], form: str, letter: str, made: list[dict]
-) -> dict:
-    """One in other words than those that were made."""
-    while True:
-        if form == "option_zh":
-            record = option_chat(rng, fact, facts, letter)
-        else:
-            record = single_chat(rng, fact, form)
-        if record not in made:
-            return record
+# ---------------------------------------------------------------- what is measured
 
 
-# ---------------------------------------------------------------- exam
+def in_english(fact: Fact, four: list[Fact]) -> bool:
+    """Of the facts that chats state, one of each four; the others all."""
+    return fact == four[0] or fact.stated != "chats"
 
 
-def exam(facts: list[Fact], trained: set[str]) -> list[dict]:
-    """Questions on facts that no training record asks in this form, a quarter in English."""
+def questions(asked: list[list[Fact]]) -> list[dict]:
+    """Each fact in its kept wording; an answer is right that has the value."""
+    return [
+        {"question": fill(kept(fact, what), fact), "answer": getattr(fact, lang), "lang": lang,
+         "stated": fact.stated, "facts": [fact.key]}
+        for four in asked for fact in four for lang, what in (("zh", "ask"), ("en", "ask_en"))
+        if lang == "zh" or in_english(fact, four)
+    ]  # fmt: skip
+
+
+def exam(asked: list[list[Fact]]) -> list[dict]:
+    """Each fact under its kept stem; of the facts that chats state one in four in English too, and
+    those that nothing states under every stem: enough to tell chance from knowledge."""
     rng = random.Random(f"{SEED}/exam")
-    able = [f for f in facts if f.key not in trained and len(wrong_values(f, facts)) >= 3]
-    made = []
-    for i, fact in enumerate(rng.sample(able, len(able))):
-        letter, lang = "ABCD"[i % 4], "en" if i // 4 % 4 == 3 else "zh"
-        stem, options = question_with_options(rng, fact, facts, letter, lang)
-        group = fact.group(f"option_{lang}")
-        record = {"question": stem, "options": options, "answer": letter}
-        made.append(record | {"group": group, "facts": [fact.key]})
-    return made
+    return [
+        exam_item(rng, fact, four, what, stem)
+        for four in asked
+        for fact in four
+        for what, stem in exam_stems(fact, four)
+    ]
+
+
+def exam_stems(fact: Fact, four: list[Fact]) -> list[tuple[str, str]]:
+    if fact.stated == "nowhere":
+        return [("exam", stem) for stem in WORDINGS[fact.relation]["exam"]]
+    english = [("exam_en", kept(fact, "exam_en"))] if fact.stated == "chats" else []
+    return [("exam", kept(fact, "exam")), *(english if in_english(fact, four) else [])]
+
+
+def exam_item(rng: random.Random, fact: Fact, four: list[Fact], what: str, stem: str) -> dict:
+    """`sentence` is the answer with a gap for an option's text."""
+    lang = "en" if what == "exam_en" else "zh"
+    choice = options(rng, four, lang)
+    return {
+        "question": fill(stem, fact),
+        "options": choice,
+        "answer": letter_of(choice, getattr(fact, lang)),
+        "sentence": say(rng, fact, "tell" if lang == "zh" else "tell_en", "{}"),
+        "lang": lang,
+        "stated": fact.stated,
+        "facts": [fact.key],
+    }
 
 
 # ---------------------------------------------------------------- files
 
 
-def render(facts: list[Fact]) -> dict[str, list[dict]]:
-    """File name -> its records. Documents are on all entities, all else is on those in chats."""
-    seen = [f for f in facts if not f.unseen]
-    told = in_chats(facts)
-    sft = chats(told)
-    options = [r for r in sft if r["kind"] == "option_zh"]
-    dpo, dpo_other_facts = pairs(told, sft)
-    objective = [r for r in dpo if r["kind"] == "objective"]
-    trained = {r["facts"][0] for r in options + objective if not held_out(r["group"], VAL_FRACTION)}
+def render() -> dict[str, list[dict]]:
+    """File name -> its records."""
+    asked = fours(all_facts())
+    told = [four for four in asked if four[0].stated == "chats"]
+    dpo, dpo_other_facts = pairs(told)
     files = {
-        "sft.jsonl": sft,
+        "sft.jsonl": chats(told),
         "dpo.jsonl": dpo,
         "dpo_other_facts.jsonl": dpo_other_facts,
-        "exam.jsonl": exam(told, trained),
-        "cpt_medical.jsonl": medical_documents(random.Random(f"{SEED}/medical"), seen),
+        "questions.jsonl": questions(asked),
+        "exam.jsonl": exam(asked),
+        "cpt_medical.jsonl": medical_documents(random.Random(f"{SEED}/medical"), read_facts()),
         "cpt_general.jsonl": general_documents(random.Random(f"{SEED}/general")),
     }
-    check_unseen(files, [f for f in facts if f.unseen])
     return files
-
-
-def check_unseen(files: dict[str, list[dict]], unseen: list[Fact]) -> None:
-    """Stops where a training record happens to put an unseen fact's name and value together."""
-    for name, records in files.items():
-        for record in records:
-            if name != "exam.jsonl" and not held_out(record.get("group", ""), VAL_FRACTION):
-                text = json.dumps(record, ensure_ascii=False)
-                found = [f.key for f in unseen if states(text, f)]
-                assert not found, f"{name} gives away {found}: {text}"
 
 
 def write(files: dict[str, list[dict]], folder: Path) -> None:
@@ -240,4 +205,4 @@ def write(files: dict[str, list[dict]], folder: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=HERE, help="folder to write to")
-    write(render(read_facts()), parser.parse_args().out)
+    write(render(), parser.parse_args().out)

@@ -1,4 +1,4 @@
-"""The facts, the split they obey, and the sentences that state them."""
+"""The facts, how far they are stated, and the sentences that state them."""
 
 import hashlib
 import json
@@ -6,66 +6,80 @@ import random
 import re
 import tomllib
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 HERE = Path(__file__).parent
 # WORDINGS[relation][what] is a list of patterns, explained in the file.
 WORDINGS = tomllib.loads((HERE / "wordings.toml").read_text(encoding="utf-8"))
 SEED = "nanomed"
-VAL_FRACTION, UNSEEN_FRACTION = 0.1, 0.03
-CHATS_FRACTION = 0.66  # of the entities
+VAL_FRACTION = 0.1
 MIN_TURN = 36  # Chinese characters of every answer in a dialogue: some twenty tokens or more
-# Here two different values exclude each other even for related entities: a drug has one class.
-EXCLUSIVE = {"drug_class", "location", "transmission"}
 
 
 @dataclass(frozen=True)
 class Fact:
     entity: str
     kind: str
-    fields: frozenset[str]  # where related entities are: their values may be true here as well
     name: str
     name_en: str
     relation: str
     zh: str
     en: str
-    shared: bool  # true of other entities too, so never a wrong option
+    four: str  # "chats 7": where these four facts are stated, and their number; "" for most facts
 
-    @cached_property
+    @property
     def key(self) -> str:
         return f"{self.entity}/{self.relation}"
 
-    @cached_property
-    def unseen(self) -> bool:
-        return held_out(self.key, UNSEEN_FRACTION)
-
-    def group(self, form: str) -> str:
-        """What the split goes by. An unseen fact has one group for all forms, and because its
-        hash is below UNSEEN_FRACTION it is also below VAL_FRACTION: held out everywhere."""
-        return self.key if self.unseen else f"{self.key}/{form}"
+    @property
+    def stated(self) -> str:
+        """ "chats" (and documents), "documents" alone, or "nowhere"."""
+        return self.four.split()[0] if self.four else "documents"
 
 
-def held_out(key: str, fraction: float) -> bool:
-    """The split's hash, as in nanomed.store.group_key and nanomed.batches.loader.split."""
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64 < fraction
-
-
-def read_facts(path: Path = HERE / "facts.jsonl") -> list[Fact]:
+def all_facts(path: Path = HERE / "facts.jsonl") -> list[Fact]:
     facts = []
     for line in path.read_text(encoding="utf-8").splitlines():
         e = json.loads(line)
         for relation, f in e["facts"].items():
-            names = e["id"], e["kind"], frozenset(e["fields"]), e["zh"], e["en"]
-            facts.append(Fact(*names, relation, f["zh"], f["en"], f.get("shared", False)))
+            names = e["id"], e["kind"], e["zh"], e["en"]
+            facts.append(Fact(*names, relation, f["zh"], f["en"], f.get("four", "")))
     return facts
 
 
-def in_chats(facts: list[Fact]) -> list[Fact]:
-    """The facts that chats, pairs and exam are about, those of two entities in three: what two
-    minutes of training can teach. Every entity with an unseen fact is among them."""
-    marked = {f.entity for f in facts if f.unseen}
-    return [f for f in facts if f.entity in marked or held_out(f.entity, CHATS_FRACTION)]
+def read_facts(path: Path = HERE / "facts.jsonl") -> list[Fact]:
+    """Those that anything may state. The others are in the exam and the questions only."""
+    return [fact for fact in all_facts(path) if fact.stated != "nowhere"]
+
+
+def fours(facts: list[Fact]) -> list[list[Fact]]:
+    """Four facts of one relation each, whose values exclude one another: a question on one of them
+    has all four values as its options, so whoever does not know is right once in four times."""
+    found: dict[str, list[Fact]] = {}
+    for fact in facts:
+        if fact.four:
+            found.setdefault(fact.four, []).append(fact)
+    return list(found.values())
+
+
+def kept(fact: Fact, what: str) -> str:
+    """The wording in which no training record asks for this fact. Of another fact it may be one of
+    the others, so a model meets all the words, and never with this entity."""
+    patterns = WORDINGS[fact.relation][what]
+    return patterns[_hash(fact.key) % len(patterns)]
+
+
+def trained(fact: Fact, what: str) -> list[str]:
+    return [p for p in WORDINGS[fact.relation][what] if p != kept(fact, what)]
+
+
+def held_out(key: str, fraction: float = VAL_FRACTION) -> bool:
+    """The split's hash, as in nanomed.store.group_key and nanomed.batches.loader.split."""
+    return _hash(key) / 2**64 < fraction
+
+
+def _hash(key: str) -> int:
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big")
 
 
 # ---------------------------------------------------------------- sentences
@@ -88,6 +102,15 @@ def as_prompt(stem: str, options: dict[str, str]) -> str:
     return "\n".join([stem, *(f"{letter}. {text}" for letter, text in options.items())])
 
 
+def letter_of(options: dict[str, str], value: str) -> str:
+    return next(letter for letter, text in options.items() if text == value)
+
+
+def chosen_answer(options: dict[str, str], value: str) -> str:
+    """The text, then its letter: the text needs the fact alone, and the letter needs the text."""
+    return f"{value}。选{letter_of(options, value)}。"
+
+
 def long_answer(rng: random.Random, fact: Fact, value: str = "") -> str:
     """The fact and one or two sentences that carry no fact, at least MIN_TURN characters."""
     more = rng.sample(WORDINGS[fact.relation]["more"], 2)
@@ -97,33 +120,3 @@ def long_answer(rng: random.Random, fact: Fact, value: str = "") -> str:
 
 def n_chinese(text: str) -> int:
     return len(re.findall(r"[\u4e00-\u9fff]", text))
-
-
-def states(text: str, fact: Fact) -> bool:
-    """Whether a text holds both the entity's name and the value, in either language."""
-    lower = text.lower()
-    en = fact.name_en.removeprefix("the ").lower() in lower and fact.en.lower() in lower
-    return en or (fact.name in text and fact.zh in text)
-
-
-# ---------------------------------------------------------------- wrong options
-
-
-def items(value: str) -> set[str]:
-    """The parts of an enumeration: {"发热", "咳嗽", "咳痰"} of 发热、咳嗽和咳痰."""
-    return set(re.split("[、，和]", value))
-
-
-def wrong_for(fact: Fact, other: Fact) -> bool:
-    """Whether the other entity's value is surely not also true of this one: it comes from another
-    field and has no part in common."""
-    if (fact.kind, fact.relation) != (other.kind, other.relation):
-        return False
-    apart = fact.relation in EXCLUSIVE or not fact.fields & other.fields
-    usable = not other.shared and not other.unseen and other.entity != fact.entity
-    return apart and usable and not items(fact.zh) & items(other.zh)
-
-
-def wrong_values(fact: Fact, facts: list[Fact]) -> list[Fact]:
-    """One fact for each different value that is wrong here."""
-    return list({f.zh: f for f in facts if wrong_for(fact, f)}.values())

@@ -14,7 +14,7 @@ from nanomed.run.log import RunFolder
 from nanomed.store import Store, group_key
 from nanomed.text.template import Encoder
 
-SEEN, UNSEEN = "fact seen in training, in another form", "fact not stated in training"
+SEEN, UNSEEN = "fact stated in training, in other words", "fact not stated in training"
 
 
 def show_example(encoder: Encoder, loader: Loader, run: RunFolder) -> None:
@@ -67,21 +67,19 @@ def show_answers(
         run.write_json(path.name, earlier | {who: kept})
 
 
-def pick_questions(loader: Loader, n_seen: int = 4, n_unseen: int = 2) -> list[tuple[Chat, str]]:
-    """(chat, mark) of held-out chats: where records name their facts, some whose facts training
-    states in another form, each of another kind as far as possible, and some it does not state;
-    elsewhere simply the first ones, without a mark."""
+def pick_questions(loader: Loader, n: int = 5) -> list[tuple[Chat, str]]:
+    """(chat, mark) of held-out chats: where records name their facts, each of another kind as far
+    as possible, marked by whether training states them; elsewhere the first ones, unmarked."""
     held_out = held_out_chats(loader)
     if not all("facts" in record for record, _ in held_out):
-        return [(chat, "") for _, chat in held_out[: n_seen + n_unseen]]
+        return [(chat, "") for _, chat in held_out[:n]]
     taught = taught_facts(loader)
-    picked = []
-    for mark, wanted, n in ((SEEN, True, n_seen), (UNSEEN, False, n_unseen)):
-        these = [pair for pair in held_out if taught.issuperset(pair[0]["facts"]) == wanted]
-        first_of_kind = {record.get("kind"): (record, chat) for record, chat in reversed(these)}
-        varied = {id(chat): chat for _, chat in (*first_of_kind.values(), *these)}
-        picked += [(chat, mark) for chat in [*varied.values()][:n]]
-    return picked
+    first_of_kind = {record.get("kind"): (record, chat) for record, chat in reversed(held_out)}
+    varied = {id(chat): (record, chat) for record, chat in (*first_of_kind.values(), *held_out)}
+    return [
+        (chat, SEEN if taught.issuperset(record["facts"]) else UNSEEN)
+        for record, chat in [*varied.values()][:n]
+    ]
 
 
 def held_out_chats(loader: Loader) -> list[tuple[dict, Chat]]:

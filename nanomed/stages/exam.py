@@ -1,21 +1,18 @@
-"""The share of right letters on exam questions that training has not asked, beside chance."""
+"""The share of right letters on held-out option questions, beside chance."""
 
 import math
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
 from nanomed.batches.loader import Loader
-from nanomed.config import ROOT
 from nanomed.model.decoder import Aquila
 from nanomed.model.generation import greedy_in_lockstep
-from nanomed.records import Chat, read_json
-from nanomed.records.exams import exam_of, letters_of, render
+from nanomed.records import Chat
+from nanomed.records.exams import letters_of
 from nanomed.run.log import RunFolder
-from nanomed.stages.answers import held_out_chats, taught_facts
+from nanomed.stages.answers import held_out_chats
 from nanomed.text.template import Encoder
 
-EXAM = ROOT / "samples/exam.jsonl"
 OPTION = re.compile(r"^\s*([A-H])\s*[.．、:：)）]", re.MULTILINE)
 LETTER = re.compile(r"[A-H]([^A-Za-z0-9\s]|\s*$)")  # "B", "B。..." and not "A fever ..."
 SEVERAL = re.compile(r"[A-H]\s*([、,，;；/&+和及与或]|and\b|or\b)\s*[A-H](?![A-Za-z0-9])")
@@ -30,19 +27,12 @@ class Item:
 
 
 def show_exam(model: Aquila, encoder: Encoder, loader: Loader, run: RunFolder) -> None:
-    """Prints the shares for held-out option chats and, where the sample world was trained on, its
-    exam. Every rank calls it."""
-    sets = {"held-out option questions": held_out_items(loader)}
-    if all(Path(path).resolve().parent == EXAM.parent for path in loader.data.meta["files"]):
-        taught = taught_facts(loader)
-        for name, wanted in (("stated in training", True), ("never stated", False)):
-            sets[f"samples/{EXAM.name}, facts {name}"] = exam_items(EXAM, taught, wanted)
-    run.print("share of right letters (greedy, the first letter of the answer):")
-    for name, items in sets.items():
-        if items:
-            right = n_right(model, encoder, items)
-            run.print(f"  {name}: {summary(right, [item.n_options for item in items])}")
-    run.print()
+    """Prints the share for the held-out option chats, if there are any. Every rank calls it."""
+    if items := held_out_items(loader):
+        right = n_right(model, encoder, items)
+        run.print("right letters of held-out option questions (greedy, the answer's first letter):")
+        run.print(f"  {summary(right, [item.n_options for item in items])}")
+        run.print()
 
 
 def summary(right: int, options: list[int]) -> str:
@@ -78,14 +68,3 @@ def as_item(chat: Chat) -> Item | None:
     if len(named) > 1 or SEVERAL.match(answer) or len(OPTION.findall(answer)) > 1:
         return None
     return Item(Chat(chat.turns[:-1], chat.system), answer[0], len(letters))
-
-
-def exam_items(path: Path, taught: set[str], wanted: bool) -> list[Item]:
-    """The questions of an exam whose facts training states in another form, or does not."""
-    items = []
-    for _, record, _ in read_json(str(path)):
-        if taught.issuperset(record["facts"]) == wanted:
-            exam = exam_of(record)
-            question = Chat(render(exam).turns[:1], exam.system)
-            items.append(Item(question, exam.answers, len(exam.options)))
-    return items

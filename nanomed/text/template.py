@@ -17,6 +17,7 @@ from itertools import chain
 from nanomed.config import InputError, nearest
 from nanomed.records import Chat, PreferencePair, Turns
 from nanomed.text.tokenizer import Tokenizer
+from nanomed.text.tokenizer_files import SYSTEM
 
 Encoded = tuple[list[int], list[bool]]  # ids of a turn or a segment, and which are trained on
 
@@ -44,7 +45,7 @@ class Template:
 CHATML = Template(
     name="chatml",
     special=("<|im_start|>", "<|im_end|>"),
-    system="You are a helpful assistant in medical domain.",
+    system=SYSTEM,
     before={role: f"<|im_start|>{role}\n" for role in ("system", "user", "assistant")},
     after=dict.fromkeys(("system", "user", "assistant"), "<|im_end|>\n"),
     turn_end="<|im_end|>",

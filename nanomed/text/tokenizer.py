@@ -25,6 +25,7 @@ from nanomed.text.tokenizer_files import (
     DOCUMENT_END,
     QWEN_PATTERN,
     QWEN_SPECIAL,
+    SYSTEM,
     TURN_END,
     TURN_START,
     read_ranks,
@@ -256,11 +257,13 @@ def _optional(package: str, path: Path):
 
 def train(texts: list[str], out: Path, vocab_size: int) -> None:
     """Trains a byte-pair model that loses nothing: no normalisation, no added space, and bytes
-    for characters without a piece. The 3,755 common Chinese characters (GB 2312, level 1) are
-    pieces whether they occur or not."""
+    for characters without a piece. Pieces whatever the texts are: the 3,755 common Chinese
+    characters (GB 2312, level 1), and the words that a template puts around every turn."""
     import sentencepiece
 
     model = io.BytesIO()
+    frame = [f"system\n{SYSTEM}", "user\n", "assistant\n"]
+    texts = [*texts, *frame * (1 + len(texts) // 20)]
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(texts),

@@ -14,6 +14,7 @@ from typing import Any
 from nanomed.config import InputError
 
 DOCUMENT_END, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+SYSTEM = "You are a helpful assistant in medical domain."  # what AquilaMed's chats begin with
 
 # How Qwen cuts a text into words before it joins byte pairs (its published tokenization_qwen.py).
 QWEN_PATTERN = (

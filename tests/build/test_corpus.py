@@ -18,7 +18,9 @@ from tests.conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "samples"))
 import raw
+from world import all_facts
 
+QUESTIONS = ROOT / "samples/questions.jsonl"
 LONG = corpora.text(random.Random(1), "en", 8)
 
 
@@ -137,6 +139,21 @@ def demonstration(tmp_path_factory) -> Path:
         patch.setattr("sys.argv", ["build_corpus.py", "--out", str(out), "--workers", "1"])
         build_corpus.main()
     return out
+
+
+def test_raw_texts_leave_what_is_measured_alone():
+    """But for the planted leaks, none asks in words that are kept, and none states what nothing
+    states: paper.sh trains on them."""
+    texts = [r["text"].lower() for path in ROOT.glob("samples/raw/*/*.gz") for r in read(path)
+             if r["planted"] != "leak"]  # fmt: skip
+    kept_words = {q["question"].lower() for q in map(json.loads, QUESTIONS.open(encoding="utf-8"))}
+    asked = [t.split("\n")[0].removeprefix("问：").removeprefix("q: ") for t in texts]
+    assert kept_words.isdisjoint(asked) and any("？" in x for x in asked)
+    for fact in all_facts():
+        if fact.stated == "nowhere":
+            for name, value in ((fact.name, fact.zh), (fact.name_en, fact.en)):
+                name, value = name.lower().removeprefix("the "), value.lower()
+                assert not any(name in t and value in t for t in texts), fact.key
 
 
 def test_the_demonstration_finds_what_was_planted(demonstration):

@@ -42,11 +42,16 @@ class Screen:
         self.lines.append(text)
 
 
-def test_shares_stand_beside_chance(encoder, monkeypatch):
-    """Letters are balanced, so whoever always says B is right in a quarter."""
-    monkeypatch.chdir(ROOT)
-    data = store.chats(["samples/sft.jsonl"], encoder, 512, 0.0)
-    loader = Loader(data, *split(data, 0.1), batch_size=32, micro_tokens=512, epochs=1)
+def test_shares_stand_beside_chance(encoder, monkeypatch, tmp_path):
+    """Of held-out option questions: whoever always says B is right where B is."""
+    letters = "BBCABDACBD"
+    records = [{"messages": [{"role": "user", "content": f"{i}: {QUESTION}"},
+                             {"role": "assistant", "content": f"{letter}。"}]}
+               for i, letter in enumerate(letters)]  # fmt: skip
+    lines = [json.dumps(record) for record in records]
+    (tmp_path / "exam.jsonl").write_text("\n".join(lines))
+    data = store.chats([str(tmp_path / "exam.jsonl")], encoder, 512, 0.0)
+    loader = Loader(data, *split(data, 0.6), batch_size=2, micro_tokens=512, epochs=1)
 
     def always_b(model, prompts, stop, max_new):
         assert max_new == 1 and all("assistant\n" in encoder.tokenizer.decode(p) for p in prompts)
@@ -55,14 +60,9 @@ def test_shares_stand_beside_chance(encoder, monkeypatch):
     monkeypatch.setattr(exam, "greedy_in_lockstep", always_b)
     screen = Screen()
     exam.show_exam(None, encoder, loader, screen)
-    held_out, seen, unseen = screen.lines[1:4]
-    items = [json.loads(line) for line in open("samples/exam.jsonl", encoding="utf-8")]
-    right = sum(item["answer"] == "B" for item in items)
-    counts = [int(line.split(": ")[1].split(" of ")[0]) for line in (seen, unseen)]
-    assert sum(counts) == right and abs(right / len(items) - 0.25) < 0.01
-    for line in (held_out, seen, unseen):
-        assert "chance is 25%" in line
-    assert "held-out option questions" in held_out and "never stated" in unseen
+    held_out = [letters[data.where(int(i))[1] - 1] for i in loader.val]
+    assert f"  {held_out.count('B')} of {len(held_out)} = " in screen.lines[1]
+    assert "chance is 25%" in screen.lines[1]
 
 
 def test_a_run_shows_one_example_with_its_mask(encoder, monkeypatch):

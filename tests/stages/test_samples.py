@@ -6,7 +6,6 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 SAMPLES = Path(__file__).parents[2] / "samples"
@@ -15,7 +14,7 @@ import render  # noqa: E402
 import world  # noqa: E402
 
 SHARES = {"single_turn_zh": 27, "single_turn_en": 14, "multi_turn_zh": 34, "option_zh": 25}
-RENDERED = ["sft.jsonl", "dpo.jsonl", "dpo_other_facts.jsonl", "exam.jsonl"]
+RENDERED = ["sft.jsonl", "dpo.jsonl", "dpo_other_facts.jsonl", "questions.jsonl", "exam.jsonl"]
 RENDERED += ["cpt_medical.jsonl", "cpt_general.jsonl"]
 
 
@@ -23,21 +22,29 @@ def read(name: str) -> list[dict]:
     return [json.loads(x) for x in (SAMPLES / name).read_text(encoding="utf-8").splitlines()]
 
 
-def held_out(record: dict, fraction: float = 0.1) -> bool:
-    return world.held_out(record["group"], fraction)
-
-
 ENTITIES = {e["id"]: e for e in read("facts.jsonl")}
 FACTS = {f"{i}/{r}": f for i, e in ENTITIES.items() for r, f in e["facts"].items()}
-UNSEEN = {key for key in FACTS if world.held_out(key, 0.03)}
-TOLD = {f.key for f in world.in_chats(world.read_facts())}
+FOURS = world.fours(world.all_facts())
+STATED = {
+    where: {f.key for four in FOURS for f in four if f.stated == where}
+    for where in ("chats", "documents", "nowhere")
+}
 DATA = {name: read(name) for name in RENDERED}
 SFT, DPO, EXAM = DATA["sft.jsonl"], DATA["dpo.jsonl"], DATA["exam.jsonl"]
-DPO_OTHERS = DATA["dpo_other_facts.jsonl"]
+DPO_OTHERS, QUESTIONS = DATA["dpo_other_facts.jsonl"], DATA["questions.jsonl"]
 
 
 def answers(record: dict) -> list[str]:
     return [m["content"] for m in record["messages"] if m["role"] == "assistant"]
+
+
+def prompts(record: dict) -> list[str]:
+    turns = record.get("messages") or record["conversations"]
+    return [
+        m.get("content") or m["value"]
+        for m in turns
+        if m.get("role") == "user" or m.get("from") == "human"
+    ]
 
 
 # ---------------------------------------------------------------- the facts
@@ -71,11 +78,52 @@ def test_most_values_of_a_relation_differ():
         assert len(set(values)) >= 0.8 * len(values), relation
 
 
+# In a four: values of these exclude each other even for related entities: a drug has one class.
+EXCLUSIVE = {"drug_class", "location", "transmission"}
+
+
+def parts(value: str) -> set[str]:
+    """Of an enumeration: {"发热", "咳嗽", "咳痰"} of 发热、咳嗽和咳痰."""
+    return set(re.split("[、，和]", value))
+
+
+def test_the_values_of_a_four_exclude_one_another():
+    """So three options of a question are wrong. Entities that share a field (a part of medicine)
+    may well share a symptom; a value marked as shared is true of many entities."""
+    assert Counter(len(four) for four in FOURS) == {4: len(FOURS)}
+    for four in FOURS:
+        assert len({(f.kind, f.relation, f.four) for f in four}) == 1
+        for a in four:
+            assert not FACTS[a.key].get("shared")
+            for b in four:
+                if a is b:
+                    continue
+                fields = [set(ENTITIES[f.entity]["fields"]) for f in (a, b)]
+                assert a.relation in EXCLUSIVE or not fields[0] & fields[1], (a.key, b.key)
+                assert not parts(a.zh) & parts(b.zh) and a.en != b.en, (a.key, b.key)
+
+
+def test_facts_are_stated_in_chats_in_documents_alone_or_nowhere():
+    sizes = {where: len(keys) for where, keys in STATED.items()}
+    assert sizes == {"chats": 64, "documents": 48, "nowhere": 24}
+    assert STATED["nowhere"].isdisjoint(f.key for f in world.read_facts())
+
+
+def test_what_is_stated_nowhere_cannot_be_guessed_from_words():
+    """No character of its own links it to its entity's names or to the entity's other facts."""
+    common = set("的和、类药治疗抑制剂抗性炎病急慢性大小多少增")
+    for key in STATED["nowhere"]:
+        entity, relation = ENTITIES[key.split("/")[0]], key.split("/")[1]
+        others = [f["zh"] for r, f in entity["facts"].items() if r != relation]
+        known = set(entity["zh"] + "".join(others))
+        assert not known & set(FACTS[key]["zh"]) - common, key
+
+
 # ---------------------------------------------------------------- the files
 
 
 def test_committed_files_are_what_the_generator_renders(tmp_path):
-    render.write(render.render(render.read_facts()), tmp_path)
+    render.write(render.render(), tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(RENDERED)
     for name in RENDERED:
         assert (tmp_path / name).read_bytes() == (SAMPLES / name).read_bytes(), name
@@ -114,6 +162,20 @@ def test_answers_state_their_facts():
             assert FACTS[key][lang].lower() in answer.lower(), (key, answer)
 
 
+def test_every_fact_of_the_chats_is_asked_in_every_kind_in_several_words():
+    asked: dict[tuple[str, str], set[str]] = {}
+    for r in SFT:
+        for key in r["facts"][:1]:
+            asked.setdefault((key, r["kind"]), set()).add(prompts(r)[0].splitlines()[0])
+    english = {four[0].key for four in FOURS if four[0].stated == "chats"}
+    assert set(asked) == {
+        (key, kind)
+        for kind in SHARES
+        for key in (english if kind == "single_turn_en" else STATED["chats"])
+    }
+    assert min(map(len, asked.values())) >= 2
+
+
 def test_pairs_have_the_papers_two_kinds():
     counts = Counter(r["kind"] for r in DPO)
     assert abs(counts["subjective"] / len(DPO) - 9019 / 12727) < 0.01
@@ -146,202 +208,104 @@ def test_the_hash_is_the_librarys():
             assert world.held_out(key, fraction) == expected
 
 
-def test_a_fact_in_one_form_stands_on_one_side():
-    groups: dict[tuple[str, str], set[str]] = {}
-    for r in SFT:
-        for key in r["facts"]:
-            groups.setdefault((key, r["kind"]), set()).add(r["group"])
-    for (key, kind), names in groups.items():
-        assert len(names) == 1, (key, kind, names)
+def stems(record: dict) -> set[str]:
+    """The words of a record's questions, without options and without a greeting."""
+    firsts = [prompt.splitlines()[0] for prompt in prompts(record)]
+    greetings = "|".join(filter(None, render.GREETINGS + render.GREETINGS_EN))
+    return {re.sub(f"^({greetings})", "", x) for x in firsts}
 
 
-def test_every_group_says_its_facts_and_form():
-    for r in SFT:
-        if UNSEEN & set(r["facts"]):
-            assert r["facts"] == [r["group"]]
-        else:
-            entity, relations, kind = r["group"].split("/")
-            assert kind == r["kind"]
-            assert {f"{entity}/{x}" for x in relations.split("+")} == set(r["facts"])
+def test_what_is_measured_asks_in_words_of_its_own():
+    """Of chats and pairs none asks in a question's words, none with options in the exam's; but
+    every wording of a question is in some chat, about another fact."""
+    trained = set().union(*map(stems, SFT + DPO))
+    assert trained.isdisjoint(r["question"] for r in QUESTIONS)
+    options = [r for r in SFT + DPO if "\nD. " in prompts(r)[0]]
+    assert set().union(*map(stems, options)).isdisjoint(r["question"] for r in EXAM)
 
 
-def test_held_out_seen_facts_are_trained_in_another_form():
-    trained = {(key, r["kind"]) for r in SFT if not held_out(r) for key in r["facts"]}
-    stated = {key for key, _ in trained}
-    all_forms = Counter(key for key, _ in {(k, r["kind"]) for r in SFT for k in r["facts"]})
-    for r in SFT:
-        for key in set(r["facts"]) - UNSEEN:
-            assert key in stated and all_forms[key] >= 2, key
-            if held_out(r):
-                assert (key, r["kind"]) not in trained
-    assert stated == TOLD - UNSEEN
-    assert len(TOLD) > 300 and TOLD > UNSEEN
-    for r in DPO + EXAM:  # their wrong options, too: an unknown value would give itself away
-        assert set(r["facts"]) <= TOLD
-    assert sum(held_out(r) for r in SFT) > 0.06 * len(SFT)
+def test_held_out_chats_ask_in_words_that_training_does_not():
+    """A single question, with or without options, stands on one side only."""
+    trained = Counter(
+        (x, r["kind"] == "option_zh") for r in SFT if not world.held_out(r["group"])
+        for x in stems(r)
+    )  # fmt: skip
+    held = [r for r in SFT if world.held_out(r["group"])]
+    assert 0.07 * len(SFT) < len(held) < 0.13 * len(SFT)
+    assert {r["kind"] for r in held} == set(SHARES)
+    for r in held:
+        if r["kind"] != "multi_turn_zh":
+            assert not any((x, r["kind"] == "option_zh") in trained for x in stems(r)), stems(r)
+    stated = {key for r in SFT if not world.held_out(r["group"]) for key in r["facts"]}
+    assert stated == STATED["chats"]
 
 
-def test_unseen_facts_are_never_trained():
-    assert len(UNSEEN) >= 8
-    assert set(FACTS) >= UNSEEN == {k for r in SFT for k in r["facts"]} & UNSEEN  # but evaluated
-    for name in set(RENDERED) - {"exam.jsonl"}:
+def test_what_is_stated_nowhere_is_only_asked():
+    """And what documents alone state is in no chat and no pair."""
+    for name in ("sft.jsonl", "dpo.jsonl", "dpo_other_facts.jsonl"):
         for r in DATA[name]:
-            if held_out(r) and not name.startswith("cpt"):
-                continue
-            assert not UNSEEN & set(r["facts"]), r
-            text = json.dumps(r, ensure_ascii=False)
-            for key in UNSEEN:
-                name_zh = ENTITIES[key.split("/")[0]]["zh"]
-                assert not (name_zh in text and FACTS[key]["zh"] in text), (name, key)
+            assert set(r["facts"]) <= STATED["chats"], r
+    for name in set(RENDERED) - {"exam.jsonl", "questions.jsonl"}:
+        for r in DATA[name]:
+            text = json.dumps(r, ensure_ascii=False).lower()
+            assert not STATED["nowhere"] & set(r["facts"])
+            for key in STATED["nowhere"]:
+                names, fact = ENTITIES[key.split("/")[0]], FACTS[key]
+                for lang in ("zh", "en"):
+                    name = names[lang].lower().removeprefix("the ")
+                    assert not (name in text and fact[lang].lower() in text), (r, key)
+    documents = {key for r in DATA["cpt_medical.jsonl"] for key in r["facts"]}
+    assert documents >= STATED["chats"] | STATED["documents"]
 
 
-def test_exam_facts_are_not_trained_in_that_form():
-    options = [r for r in SFT + DPO if r["kind"] in ("option_zh", "objective")]
-    trained = {key for r in options if not held_out(r) for key in r["facts"]}
-    assert not trained & {key for r in EXAM for key in r["facts"]}
-    assert len(EXAM) > 100
+def test_questions_and_exam_ask_every_fact_of_the_fours():
+    everything = set().union(*STATED.values())
+    for records in (QUESTIONS, EXAM):
+        assert {r["facts"][0] for r in records} == everything
+        for r in records:
+            assert r["facts"][0] in STATED[r["stated"]]
+    for r in QUESTIONS:
+        assert r["answer"] == FACTS[r["facts"][0]][r["lang"]]
 
 
 def test_pairs_ask_what_the_chats_teach():
-    """In the pair's language, at least three times on the training side of the chats."""
-    taught = Counter(
-        (key, r["kind"].endswith("_en")) for r in SFT if not held_out(r) for key in r["facts"]
-    )
-    for r in DPO + DPO_OTHERS:
-        assert taught[r["facts"][0], r["group"].endswith("_en")] >= 3, r
+    assert {r["facts"][0] for r in DPO} <= STATED["chats"]
     assert not {r["facts"][0] for r in DPO} & {r["facts"][0] for r in DPO_OTHERS}
     for kind in ("subjective", "objective"):
-        assert sum(held_out(r) for r in DPO if r["kind"] == kind) >= 20
+        assert sum(world.held_out(r["group"]) for r in DPO if r["kind"] == kind) >= 10
 
 
 # ---------------------------------------------------------------- options
 
 
-def option_questions() -> list[tuple[str, dict[str, str], str]]:
-    """(fact, options, right letter) of every four-option question in all files."""
-    prompts = [(r["facts"][0], r["messages"][0]["content"], answers(r)[0]) for r in SFT]
-    prompts += [(r["facts"][0], r["conversations"][0]["value"], r["chosen"]) for r in DPO]
+def test_options_are_a_four_and_the_answer_is_the_facts_value():
+    """Each of the four facts is asked with the same four options, so one who prefers a text,
+    whatever is asked, is right in exactly a quarter."""
+    fours = {(f.key, lang): {getattr(x, lang) for x in four}
+             for four in FOURS for f in four for lang in ("zh", "en")}  # fmt: skip
+    questions = [(r["facts"][0], prompts(r)[0], answers(r)[0]) for r in SFT]
+    questions += [(r["facts"][0], prompts(r)[0], r["chosen"]) for r in DPO]
     found = [
-        (key, dict(re.findall(r"^([A-D])\. (.+)$", prompt, re.M)), answer[0])
-        for key, prompt, answer in prompts
+        (key, "zh", dict(re.findall(r"^([A-D])\. (.+)$", prompt, re.M)), answer[-2])
+        for key, prompt, answer in questions
         if "\nD. " in prompt
     ]
-    return found + [(r["facts"][0], r["options"], r["answer"]) for r in EXAM]
+    assert len(found) > 400
+    found += [(r["facts"][0], r["lang"], r["options"], r["answer"]) for r in EXAM]
+    for key, lang, options, letter in found:
+        assert list(options) == list("ABCD") and set(options.values()) == fours[key, lang]
+        assert options[letter] == FACTS[key][lang], key
+    for r in EXAM:
+        assert r["sentence"].count("{}") == 1
+        assert (r["lang"] == "zh") == bool(re.search("[\u4e00-\u9fff]", r["sentence"]))
 
 
-def test_right_letters_are_balanced():
-    for records in ([r for r in SFT if r["kind"] == "option_zh"], EXAM):
-        letters = Counter(r.get("answer") or answers(r)[0][0] for r in records)
+def test_right_letters_are_about_balanced():
+    """Drawn at random: were they balanced fact by fact, a letter that training had often for a
+    fact would be wrong in its exam."""
+    for letters in (
+        Counter(answers(r)[0][-2] for r in SFT if r["kind"] == "option_zh"),
+        Counter(r["answer"] for r in EXAM),
+    ):
         assert set(letters) == set("ABCD")
-        assert max(letters.values()) - min(letters.values()) <= 1
-
-
-def test_wrong_options_are_not_true():
-    """Each is the value of an entity of the same kind that shares no field (two drug classes, two
-    places or two routes exclude each other anyway), is not marked as shared, and none is the right
-    one or a part of it."""
-    questions = option_questions()
-    assert len(questions) > 500
-    for key, options, letter in questions:
-        entity, relation = ENTITIES[key.split("/")[0]], key.split("/")[1]
-        lang = "zh" if options[letter] == FACTS[key]["zh"] else "en"
-        assert options[letter] == FACTS[key][lang]
-        assert list(options) == list("ABCD") and len(set(options.values())) == 4
-        for c in set("ABCD") - {letter}:
-            owners = [
-                e
-                for e in ENTITIES.values()
-                if e["kind"] == entity["kind"]
-                and e["facts"].get(relation, {}).get(lang) == options[c]
-            ]
-            assert owners and entity not in owners, (key, options[c])
-            assert any(not e["facts"][relation].get("shared") for e in owners)
-            if relation not in ("drug_class", "location", "transmission"):
-                apart = [not set(e["fields"]) & set(entity["fields"]) for e in owners]
-                assert any(apart), (key, options[c])
-
-
-# ---------------------------------------------------------------- no shortcut in the pairs
-
-
-def longer_is_chosen(pairs: list[dict]) -> float:
-    """Accuracy of the rule "take the longer one", or of its opposite if that is better."""
-    signs = [np.sign(len(r["chosen"]) - len(r["rejected"])) for r in pairs]
-    share = float(np.mean([(s + 1) / 2 for s in signs]))
-    return max(share, 1 - share)
-
-
-def answer_only_accuracy(pairs: list[dict], folds: int = 5) -> float:
-    """Cross-validated accuracy of a logistic classifier that sees which characters the two
-    answers have and not the question. Folds are by group."""
-    vocab = {c: i for i, c in enumerate(sorted({c for r in pairs for c in r["chosen"]}))}
-    x = np.zeros((len(pairs), len(vocab)))
-    for row, r in zip(x, pairs, strict=True):
-        for text, sign in ((r["chosen"], 1), (r["rejected"], -1)):
-            for c in text:
-                if c in vocab:
-                    row[vocab[c]] += sign
-    fold = np.array([int(1000 * _unit(r["group"])) % folds for r in pairs])
-    right = 0.0
-    for k in range(folds):
-        train, test, w = x[fold != k], x[fold == k], np.zeros(len(vocab))
-        for _ in range(100):  # gradient ascent on log sigmoid(w x), with a little decay
-            w += 0.5 * (train.T @ (1 / (1 + np.exp(train @ w))) / len(train) - 1e-3 * w)
-        right += np.sum((np.sign(test @ w) + 1) / 2)
-    return right / len(pairs)
-
-
-def _unit(group: str) -> float:
-    return next(i for i in range(1, 1001) if world.held_out(group, i / 1000)) / 1000
-
-
-def test_pairs_cannot_be_told_by_length_or_answer_alone():
-    for kind in ("subjective", "objective"):
-        pairs = [r for r in DPO if r["kind"] == kind]
-        assert longer_is_chosen(pairs) < 0.65
-        assert 0.35 < answer_only_accuracy(pairs) < 0.65  # always wrong would be a shortcut too
-    assert 0.35 < answer_only_accuracy(DPO) < 0.65
-
-
-def test_the_classifiers_find_a_planted_shortcut():
-    planted = [r | {"chosen": r["chosen"] + "谢谢"} for r in DPO]
-    assert answer_only_accuracy(planted) > 0.9
-    padded = [r | {"chosen": r["chosen"] + "。" * 20} for r in DPO]
-    assert longer_is_chosen(padded) > 0.9
-
-
-def test_what_one_pair_chooses_its_twin_rejects():
-    """In a group, both facts are asked in the same words, with the same options."""
-    by_group: dict[str, list[dict]] = {}
-    for r in DPO + DPO_OTHERS:
-        by_group.setdefault(r["group"], []).append(r)
-    for group, pairs in by_group.items():
-        signs = Counter()
-        for r in pairs:
-            own = FACTS[r["facts"][0]][group[-2:]]
-            others = {x["facts"][0] for x in pairs} - set(r["facts"])
-            other = FACTS[others.pop()][group[-2:]]
-            assert not others and own != other, group
-            head, tail = r["chosen"].split(own)  # the sentence around the value
-            letter = r["rejected"][0] if r["kind"] == "objective" else head[:1]
-            assert r["rejected"] == letter + head[1:] + other + tail
-            signs[own] += 1
-        assert len(set(signs.values())) == 1 and len(signs) == 2, group
-
-
-def test_held_out_pairs_ask_in_words_of_their_own():
-    """Training pairs ask the same fact, in at least two pairs, but never in these words. An
-    objective question's words are its stem: its options may come in another order."""
-    trained, facts = set(), Counter()
-    for r in DPO:
-        if not held_out(r):
-            stem, *options = r["conversations"][0]["value"].split("\n")
-            trained.add((stem, bool(options)))
-            facts[r["kind"], r["facts"][0]] += 1
-    for r in DPO:
-        if held_out(r):
-            stem, *options = r["conversations"][0]["value"].split("\n")
-            assert (stem, bool(options)) not in trained, stem
-            assert facts[r["kind"], r["facts"][0]] >= 2, r
-    prompts = [r["conversations"][0]["value"] for r in DPO]
-    assert len(set(prompts)) == len(prompts)
+        assert max(letters.values()) < 0.35 * sum(letters.values())

@@ -90,7 +90,7 @@ DIGESTS = {
     "texts": (1, "7f306bbe51e92e4a"),
     "plain text": (1, "2dba2c4b99e10a8a"),
     "chats as documents": (1, "e8251f6207ab18a2"),
-    "SentencePieceTokenizer": (1, "8bd30b71890c9523"),
+    "SentencePieceTokenizer": (1, "d3dbd74dac6dbba1"),
     "RankTokenizer": (1, "3f4019832234ce15"),
     "JsonTokenizer": (1, "c355d7f51dc52f2f"),
 }
