@@ -109,7 +109,8 @@ class Kept:
 
 
 def objective(c: Pairs, files: list[str], kept: Kept) -> dict[str, Any]:
-    found = [*preferences.exams_in(c.exam, True), *preferences.exams_in(files, False)]
+    found = [*preferences.exams_in(c.exam, c.fields, True)]
+    found += preferences.exams_in(files, c.fields, False)
     chosen = set(by_lot(c, [place[:2] for place in found], c.objective))
     letters, places = [], Counter()
     for file, record, exam, group, why in found:
@@ -167,7 +168,7 @@ def subjective(c: Pairs, files: list[str], kept: Kept, out: Path) -> dict[str, A
 
 def chats_to_answer(c: Pairs, files: list[str]) -> dict[str, tuple[Chat, str, int]]:
     """By their number: chats that end with an answer and are no option questions."""
-    options = {place[:2] for place in preferences.exams_in(files, False)}
+    options = {place[:2] for place in preferences.exams_in(files, c.fields, False)}
     found, names = {}, names_of(c.fields)
     for file in files:
         for record, chat, _ in read_chats(file, names):

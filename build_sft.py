@@ -194,9 +194,9 @@ def asked(c: Chats, items: list[scores.Item], out: Path, lines: dict) -> None:
 # ---------------------------------------------------------------- selection
 
 
-def cleaned(c: Chats, files: list[str], out: Path) -> tuple[list, list[Path]]:
-    """Duplicates and benchmarks' questions, by the stages of a corpus: (what they did, the files of
-    what they keep). Their folder is named after what they depend on."""
+def cleaned(c: Chats, files: list[str], out: Path) -> tuple[list, Path]:
+    """Duplicates and benchmarks' questions, by the stages of a corpus: (what they did, their
+    folder). It is named after what they depend on."""
     named = {"near_dup_jaccard": c.near_dup_jaccard, "decontaminate": c.decontaminate}
     depends = json.dumps([named, c.fields, files])
     folder = out / "clean" / hashlib.sha256(depends.encode()).hexdigest()[:8]
@@ -216,7 +216,7 @@ def cleaned(c: Chats, files: list[str], out: Path) -> tuple[list, list[Path]]:
         build = Build(folder, files, list(c.fields), c.show_text, 32 << 20, runner)
         build.begin(named, list(c.decontaminate))
         found = run(build, [("exact", exact), ("near", near), ("decontaminate", benchmarks)])
-    return found, sorted((folder / "final").glob("*.jsonl.gz"))
+    return found, folder
 
 
 def select(
@@ -231,8 +231,9 @@ def select(
         files.index(item.file) << 32 | item.record: (item, line)
         for item, line in zip(items, written, strict=True)
     }
-    stages, final = cleaned(c, files, out)
-    ids = [doc.id for path in final for doc in read_shard(path) if doc.id in of_id]
+    stages, folder = cleaned(c, files, out)
+    left = (doc.id for path in selection.finals(folder) for doc in read_shard(path))
+    ids = [i for i in left if i in of_id]
     mine = [of_id[i] for i in ids]
     sources = [item.chat.source or Path(item.file).name for item, _ in mine]
     table = None
@@ -242,7 +243,7 @@ def select(
     chosen = [line for _, line in mine]
     append, kept = selection.judge(ids, chosen, sources, table, limits, device)
     by_id = {i: line for i, (_, line) in of_id.items()}
-    tally = selection.write(out, final, append, by_id, files, c.show_text)
+    tally = selection.write(out, folder, append, by_id, files, c.show_text)
     print(described("select", tally))
     shown = {"settings": vars(c), "proportions": selection.proportions(chosen, sources, kept)}
     report.write(out, [*stages, ("select", tally)], shown)

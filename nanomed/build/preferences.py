@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from nanomed.config import InputError
-from nanomed.records import BadField, Chat, chats_of, read_records
+from nanomed.records import BadField, Chat, chats_of, names_of, read_records
 from nanomed.records.exams import Exam, asked, exam_of, options_of, wording_for
 from nanomed.records.shapes import group_of
 from nanomed.stages.exam import OPTION, as_item
@@ -26,34 +26,37 @@ REFERS = re.compile(
 LONGER_WINS = 0.65  # of the pairs: from there on the judge may only like what is long
 
 
-def exams_in(paths: Sequence[str], whole: bool) -> Iterator[tuple[str, int, Exam | None, str, str]]:
-    """(file, record, question, group, why it is None) of each record that has options. `whole`: a
-    record without any is an error. A chat whose question lists its options counts as one. Raises
+def exams_in(
+    paths: Sequence[str], fields: Sequence[str], all_are: bool
+) -> Iterator[tuple[str, int, Exam | None, str, str]]:
+    """(file, record, question, group, why it is None) of each record that has options. A chat whose
+    question lists its options counts as one. `all_are`: any other record is an error. Raises
     InputError naming file, record and field."""
+    names = names_of(fields)
     for path in paths:
-        for number, record, _ in read_records(path):
+        for number, record, _ in read_records(path, names):
             try:
-                exam = _exam_of(record)
+                exam = _exam_of(record, all_are)
             except BadField as bad:
-                if whole:
-                    raise InputError(f"{path}, record {number}: {bad}") from None
-                continue
+                raise InputError(f"{path}, record {number}: {bad}") from None
             if exam is None:
-                if whole:
-                    raise InputError(f"{path}, record {number}: no question with options")
                 continue
             group = group_of(record, exam.question)
             several = "several_answers" if len(exam.answers) > 1 else ""
             yield path, number, None if several else exam, group, several
 
 
-def _exam_of(record: Any) -> Exam | None:
-    if not isinstance(record, dict):
-        raise BadField("(record)", "expected an object")
-    if exam := exam_of(record):
-        return exam
+def _exam_of(record: Any, must_be: bool) -> Exam | None:
+    try:
+        if exam := isinstance(record, dict) and exam_of(record):
+            return exam
+    except BadField:  # not certain which option is right: a chat all the same
+        if must_be:
+            raise
     chat = chats_of(record)[0]
     item = None if chat.dropped or len(chat.turns) != 2 else as_item(chat)
+    if not item and must_be:
+        raise BadField("(record)", "no question with options, one of which is right")
     if not item:
         return None
     text = chat.turns[0][1]

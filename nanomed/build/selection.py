@@ -150,18 +150,32 @@ def _key(line: dict[str, Any], source: str, shares: dict[str, float]) -> str:
 
 
 def write(
-    out: Path, cleaned: Sequence[Path], append: Judge, lines: dict[int, dict], files: list[str],
+    out: Path, cleaned: Path, append: Judge, lines: dict[int, dict], files: list[str],
     show_text: bool,
 ) -> Tally:  # fmt: skip
-    """OUT/selected.jsonl: the records as they came, with their scores; OUT/dropped.jsonl gets what
-    goes here."""
-    docs = (doc for path in cleaned for doc in read_shard(path) if doc.id in lines)
+    """OUT/selected.jsonl, the records as they came with their scores, and OUT/dropped.jsonl with
+    all that went: what the stages of a corpus dropped, and what goes here."""
+    docs = (doc for path in finals(cleaned) for doc in read_shard(path) if doc.id in lines)
     tally = write_shard(out / "select/00000", docs, append, files, show_text)
     with gzip.open(out / "select/00000.jsonl.gz") as kept, whole(out / "selected.jsonl") as file:
         for record in map(json.loads, kept):
             line = lines[record["nanomed"]["id"]]
             file.write(line_of(record | {"nanomed": {name: line[name] for name in NUMBERS}}))
+    places = {(line["file"], line["record"]) for line in lines.values()}
+    with whole(out / "dropped.jsonl") as file:
+        for path in [
+            *sorted(cleaned.glob("*/*.dropped.jsonl")),
+            out / "select/00000.dropped.jsonl",
+        ]:
+            for line in map(json.loads, path.open(encoding="utf-8")):
+                if (line["file"], line["record"]) in places:
+                    file.write(line_of(line))
     return Tally.of([json.loads(json.dumps(tally))])
+
+
+def finals(cleaned: Path) -> list[Path]:
+    """What the stages of a corpus keep."""
+    return sorted((cleaned / "final").glob("*.jsonl.gz"))
 
 
 def proportions(lines: Sequence[dict], sources: Sequence[str], kept: Sequence[int]) -> list[list]:
