@@ -11,7 +11,6 @@ explains the stages.
 """
 
 import json
-import sys
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,7 +21,7 @@ from nanomed import arguments
 from nanomed.build import classifier, decontaminate, duplicates, labels, report, rules
 from nanomed.build.labeller import Endpoint
 from nanomed.build.pipeline import Build, run
-from nanomed.build.runner import ENGINES, Runner, mark
+from nanomed.build.runner import ENGINES, Runner, mark, script
 from nanomed.build.settings import Paid, files_of, flag
 from nanomed.build.shards import Judge, Tally
 from nanomed.config import InputError, beside_the_scripts, nearest
@@ -229,7 +228,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    script(main)

@@ -36,6 +36,7 @@ from nanomed.hf import pretrained
 from nanomed.model.decoder import Aquila
 from nanomed.model.packed import pack_linears
 from nanomed.model.scoring import Scorer, plan
+from nanomed.run.progress import progress
 from nanomed.stages import stage
 from nanomed.stages.answers import show_answers
 
@@ -72,7 +73,11 @@ def score(argv: list[str]) -> None:
         prepared = samples.prepared(held_out, encoder, longest, c.micro_tokens, c.limit)
     data, named = c.data or samples.FOLDER, tasks.named(c.tasks or [])
     for task, requests, split in all_requests(named, data, c.shots, protocol):
-        encoded = [encode(r, tokenizer, bos, longest, encoder) for r in requests[: c.limit]]
+        with progress(len(requests[: c.limit]), "item", f"reading {task.name}") as bar:
+            encoded = []
+            for request in requests[: c.limit]:
+                encoded.append(encode(request, tokenizer, bos, longest, encoder))
+                bar.update()
         rows = plan(encoded, c.micro_tokens)
         prepared.append(benchmarks.Prepared(task.name, requests[: c.limit], encoded, rows, split))
 

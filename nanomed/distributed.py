@@ -3,6 +3,7 @@
 import ctypes
 import errno
 import os
+import signal
 import sys
 import threading
 import time
@@ -83,6 +84,11 @@ def launch(main: Callable[[], None]) -> None:
         code = 0
     except SystemExit as ending:
         code = ending.code or 0
+    except KeyboardInterrupt as ending:  # Ctrl-C, with what to do then if somebody knows better
+        code = 128 + signal.SIGINT
+        if rank_from_env()[0] == 0:
+            words = str(ending) or "what is finished is kept; the same command goes on"
+            print(f"\nended by Ctrl-C; {words}", file=sys.stderr)
     except Exception as error:
         if words := _refusal(error):
             meeting.tell_torchrun(words)
@@ -144,6 +150,9 @@ def start(device: torch.device):
     try:
         with Watchdog(store, rank, size, first):
             yield World(rank, size, device, init_device_mesh(device.type, (size,)), named)
+    except KeyboardInterrupt:
+        failed = True
+        raise
     except Exception as error:
         failed = True
         if meeting.another_failed_before(store, rank, error):

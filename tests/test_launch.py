@@ -91,6 +91,23 @@ def test_sigterm_to_torchrun_saves(tmp_path):
 
 
 @pytest.mark.slow
+def test_ctrl_c_under_torchrun_saves(tmp_path):
+    """A terminal sends it to torchrun and to its workers; torchrun sends them another one."""
+    launch = Launch(tmp_path / "x", "--save_every 6")
+    path = tmp_path / "x/metrics.jsonl"
+    _until(lambda: path.exists() and len(path.read_text().splitlines()) > 3, 120)
+    for pid in (*launch.workers(), launch.process.pid):
+        os.kill(pid, signal.SIGINT)
+    code, output = launch.end()
+    assert code != 0 and output.count("ended by a signal after step") == 1
+    assert f"--out {tmp_path / 'x'} --resume" in output
+    (saved,) = (tmp_path / "x/checkpoints").glob("step-*")
+    assert int(saved.name[5:]) % 6
+    code, output = Launch(tmp_path / "x", "--resume").end()
+    assert code == 0 and f"resumed from {saved}" in output
+
+
+@pytest.mark.slow
 def test_a_killed_worker_takes_the_launch_down(tmp_path):
     launch = Launch(tmp_path / "x")
     launch.wait_for_checkpoint(2)

@@ -9,6 +9,8 @@ many at a time, and after whatever kills, the files are the same byte for byte.
 import json
 import multiprocessing
 import os
+import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -77,7 +79,7 @@ class Runner:
     def _local(self) -> tuple[Callable, Callable]:
         if self._pool is None:  # spawned: a fork would copy this process's threads and locks
             context = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(self.workers, context, end_with, (os.getpid(),))
+            self._pool = ProcessPoolExecutor(self.workers, context, _begin, (os.getpid(),))
 
         def finished(waiting: set[Future]) -> set[Future]:
             done, _ = wait(waiting, return_when=FIRST_COMPLETED)
@@ -156,6 +158,25 @@ def whole(path: Path) -> Iterator[BinaryIO]:
         file.flush()
         os.fsync(file.fileno())
     unfinished.rename(path)
+
+
+def script(main: Callable[[], None]) -> None:
+    """Runs a build's main: bad input and Ctrl-C are one line each, not a traceback."""
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        if _place()[0] == 0:
+            said = "what is finished is kept; the same command goes on"
+            print(f"\nended by Ctrl-C; {said}", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+
+
+def _begin(parent: int) -> None:
+    """A worker: Ctrl-C ends the parent, which lets it finish its task."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with(parent)
 
 
 def end_with(parent: int) -> None:

@@ -14,7 +14,7 @@ from nanomed.model.decoder import Aquila
 from nanomed.model.generation import Sampling, generate
 from nanomed.records import BadField, Chat, chats_of, read_json
 from nanomed.records.shapes import text_of
-from nanomed.run.log import is_terminal
+from nanomed.run.progress import is_terminal
 from nanomed.text.template import Encoder
 
 

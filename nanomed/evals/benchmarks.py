@@ -27,7 +27,7 @@ from nanomed.evals.tasks import groups
 from nanomed.model.decoder import Aquila
 from nanomed.model.scoring import Encoded, Plan, Scorer
 from nanomed.records.exams import LETTERS
-from nanomed.run.log import is_terminal
+from nanomed.run.progress import is_terminal
 from nanomed.training.reference import sums_of_bits
 
 

@@ -14,6 +14,7 @@ from nanomed.distributed import local_rows
 from nanomed.hf.config import parse
 from nanomed.hf.tensors import Spec, some, stored
 from nanomed.model.decoder import Aquila
+from nanomed.run.progress import progress
 from nanomed.text.tokenizer_files import read_object
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -61,8 +62,10 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
     rank calls it, and every rank raises InputError if one of them met a number that is none."""
     problem = ""
     try:
-        for name, param, path, stored_slice in _slices(model, folder):
-            _fill(name, param, path, stored_slice)
+        with progress(len(list(model.parameters())), "tensor", "reading weights") as bar:
+            for name, param, path, stored_slice in _slices(model, folder):
+                _fill(name, param, path, stored_slice)
+                bar.update()
     except InputError as error:
         problem = str(error)
     if dist.is_initialized():

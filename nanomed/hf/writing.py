@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from tqdm import tqdm
 
 from nanomed.config import InputError
 from nanomed.hf.card import model_card
@@ -17,6 +18,7 @@ from nanomed.hf.tensors import Spec, plan, write_file, write_index, write_json
 from nanomed.hf.tokenizer import is_qwen, write_tokenizer
 from nanomed.model.decoder import Aquila
 from nanomed.model.generation import CHAT
+from nanomed.run.progress import progress
 from nanomed.text.template import Template, fitting
 from nanomed.text.tokenizer import Tokenizer, check_rows
 
@@ -47,12 +49,13 @@ def export(
         unfinished.mkdir(parents=True)
         _write_small_files(unfinished, model, tokenizer, template, dtype, about)
     shards = plan(specs)
-    for name, members in shards:
-        if main:
-            write_file(unfinished / name, members, _pieces(model, members))
-        else:  # takes part, keeps nothing
-            for _ in _pieces(model, members):
-                pass
+    with progress(len(specs), "tensor", "writing weights") as bar:
+        for name, members in shards:
+            if main:
+                write_file(unfinished / name, members, _pieces(model, members, bar))
+            else:  # takes part, keeps nothing
+                for _ in _pieces(model, members, bar):
+                    pass
     if main:
         if len(shards) > 1:
             write_index(unfinished, shards)
@@ -78,11 +81,12 @@ def _specs(model: Aquila, dtype: torch.dtype, is_qwen2: bool) -> list[Spec]:
     return specs
 
 
-def _pieces(model: Aquila, specs: list[Spec]) -> Iterator[tuple[Spec, Tensor]]:
+def _pieces(model: Aquila, specs: list[Spec], bar: tqdm) -> Iterator[tuple[Spec, Tensor]]:
     """The tensors' values in order, a piece at a time: the rows of one rank, on every rank. Every
     rank must ask for all of them."""
     params = {hf_name(name): param.detach() for name, param in model.named_parameters()}
     for spec in specs:
+        bar.update()
         param = params.get(spec.name)
         if param is None:
             yield spec, torch.zeros(spec.shape, dtype=spec.dtype)

@@ -5,7 +5,9 @@ import json
 import os
 import re
 import resource
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -48,6 +50,7 @@ class RunFolder:
         chosen = _choose(c, *world.launch) if world.is_main else None
         self.path, self.resume_from = from_main(chosen)
         self.checkpoints = self.path / "checkpoints"
+        self._heed_ctrl_c()
         if world.is_main:
             self._lock = locks.take(self.path / ".lock", LOCK_PATIENCE)
             if self.resume_from:
@@ -55,6 +58,18 @@ class RunFolder:
         self._write(self._mark)
         self._see_the_mark()
         self._write(lambda: self._begin(c))
+
+    def _heed_ctrl_c(self) -> None:
+        """Before and after fit(), which has a way of its own, nothing needs saving."""
+
+        def end(*_) -> None:
+            raise KeyboardInterrupt(
+                f"what is saved stays; go on with the same command and --out {self.path} "
+                "--resume auto"
+            )
+
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, end)
 
     def _agree(self, c: Run) -> None:
         """Raises InputError, on all ranks, if one was started with other settings or data."""
@@ -279,7 +294,3 @@ def step_line(step: int, n_steps: int, values: dict[str, float]) -> str:
     if "mfu_causal" in values:
         parts.append(f"MFU {values['mfu_causal']:.1%} (causal count, of the data sheet's bf16)")
     return "  ".join(parts)
-
-
-def is_terminal() -> bool:
-    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"

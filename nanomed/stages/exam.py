@@ -10,6 +10,7 @@ from nanomed.model.generation import greedy_in_lockstep
 from nanomed.records import Chat
 from nanomed.records.exams import letters_of
 from nanomed.run.log import RunFolder
+from nanomed.run.progress import progress
 from nanomed.stages.answers import held_out_chats
 from nanomed.text.template import Encoder
 
@@ -44,12 +45,14 @@ def summary(right: int, options: list[int]) -> str:
 
 def n_right(model: Aquila, encoder: Encoder, items: list[Item]) -> int:
     right = 0
-    for start in range(0, len(items), AT_ONCE):
-        part = items[start : start + AT_ONCE]
-        prompts = [encoder.prompt(item.chat) for item in part]
-        answers = greedy_in_lockstep(model, prompts, set(), max_new=1)
-        for item, ids in zip(part, answers, strict=True):
-            right += encoder.tokenizer.decode(ids).strip()[:1] == item.letter
+    with progress(len(items), "question", "exam") as bar:
+        for start in range(0, len(items), AT_ONCE):
+            part = items[start : start + AT_ONCE]
+            prompts = [encoder.prompt(item.chat) for item in part]
+            answers = greedy_in_lockstep(model, prompts, set(), max_new=1)
+            for item, ids in zip(part, answers, strict=True):
+                right += encoder.tokenizer.decode(ids).strip()[:1] == item.letter
+            bar.update(len(part))
     return right
 
 

@@ -9,6 +9,7 @@ killed one stopped.
 """
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 
@@ -45,6 +46,9 @@ def main() -> None:
             parser.error("give FILES, --tokenizer and --out, or --verify STORE")
     except (InputError, OSError) as error:  # a full disk, a process that died
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("\nended by Ctrl-C; the same command goes on where it was", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
 
 
 def _build(arguments: argparse.Namespace) -> None:

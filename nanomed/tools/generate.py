@@ -121,7 +121,7 @@ def main() -> None:
     first = _done(c.out, records, settings)
     stop = {encoder.turn_end, encoder.document_end}
     n_tokens, started = 0, time.perf_counter()
-    bar = tqdm(total=len(prompts), initial=first, unit="prompt")
+    bar = tqdm(total=len(prompts), initial=first, unit="prompt", disable=None)
     with bar, open(c.out, "a", encoding="utf-8") as file:
         for i in range(first, len(prompts), c.batch_size):
             batch = prompts[i : i + c.batch_size]

@@ -6,16 +6,27 @@ import statistics
 import time
 from collections import deque
 
+import torch
+from torch import Tensor
+
 from nanomed.batches.loader import DataSet, Loader
-from nanomed.distributed import from_all
+from nanomed.batches.packing import Row
+from nanomed.distributed import from_all, sum_over_ranks
+from nanomed.meeting import rank_from_env
+from nanomed.model.decoder import Scores
 from nanomed.run import checkpoint
 from nanomed.run.log import RunFolder
-from nanomed.training.step import Step
+from nanomed.training.step import Loss, Step
 
 # Seconds in which a second signal is the first one's echo: on Ctrl-C a worker gets one from the
 # terminal and one from torchrun.
 ECHO = 1.0
+SAID = b"\nending: this step is finished, then all is saved; a second signal waits for nothing\n"
 MOST_NAMED = 100  # documents of a slice, beside its first: a batch of them stays a file to read
+
+
+class Stopped(Exception):
+    """A validation was given up, on all ranks, because one of them was asked to end."""
 
 
 class Signals:
@@ -39,6 +50,19 @@ class Signals:
             os._exit(128 + number)
         if not self.received:
             self.received, self.since = number, time.monotonic()
+            if rank_from_env()[0] == 0:
+                os.write(2, SAID)  # print may be at work just now
+
+    def heeded_in(self, loss: Loss) -> Loss:
+        """A validation's loss that raises Stopped at the first row before which some rank has
+        received a signal."""
+
+        def heeding(scores: Scores, row: Row) -> tuple[Tensor, dict]:
+            if sum_over_ranks(torch.tensor(float(self.received > 0))) > 0:
+                raise Stopped
+            return loss(scores, row)
+
+        return heeding
 
 
 class Spikes:

@@ -15,7 +15,8 @@ from nanomed.batches.loader import Loader
 from nanomed.batches.packing import Row
 from nanomed.config import InputError
 from nanomed.distributed import World, local, sum_over_ranks
-from nanomed.run.log import RunFolder, is_terminal
+from nanomed.run.log import RunFolder
+from nanomed.run.progress import is_terminal
 from nanomed.training.losses import segment_logps
 from nanomed.training.step import Loss
 

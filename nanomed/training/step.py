@@ -15,6 +15,7 @@ from nanomed.config import Run
 from nanomed.distributed import full, sum_in_backward, sum_over_ranks
 from nanomed.model.decoder import Scores
 from nanomed.run.log import Meter, RunFolder
+from nanomed.run.progress import progress
 
 # A metric's sum over a row, to be divided as the loss is; or (sum, what to divide it by).
 Metric = Tensor | tuple[Tensor, Tensor]
@@ -107,11 +108,14 @@ def evaluate(
         return None
     model.eval()
     sums: dict[str, Tensor] = {}
-    for n, row in enumerate(loader.validation(), 1):
-        watchdog.at(f"row {n} of the validation after step {step}")
-        row = row.to(run.world.device)
-        row_loss, metrics = loss(model(row), row)
-        _add(sums, {"loss": row_loss, **metrics})
+    with progress(len(loader.val), "example", "validation") as bar:
+        for n, row in enumerate(loader.validation(), 1):
+            watchdog.at(f"row {n} of the validation after step {step}")
+            n_examples = len(row.examples.unique()) * run.world.size  # the others' are as many
+            row = row.to(run.world.device)
+            row_loss, metrics = loss(model(row), row)
+            _add(sums, {"loss": row_loss, **metrics})
+            bar.update(min(n_examples, len(loader.val) - bar.n))
     means = _means(_over_ranks(sums), loader.val_divisor())
     values = {f"val_{name}": value for name, value in means.items()}
     run.metrics(step=step, **values)

@@ -9,10 +9,11 @@ from nanomed.batches.loader import Loader
 from nanomed.config import InputError, Run
 from nanomed.distributed import from_main
 from nanomed.run import checkpoint
-from nanomed.run.log import Meter, RunFolder, is_terminal, step_line
+from nanomed.run.log import Meter, RunFolder, step_line
+from nanomed.run.progress import is_terminal
 from nanomed.run.saves import Saver
 from nanomed.training.dropout import say_dropout
-from nanomed.training.faults import Signals, Spikes, note_bad, note_spike
+from nanomed.training.faults import Signals, Spikes, Stopped, note_bad, note_spike
 from nanomed.training.optim import adamw, lr_at
 from nanomed.training.step import Loss, Step, evaluate, reduced, train_step
 
@@ -64,7 +65,10 @@ def fit(c: Run, model: nn.Module, loader: Loader, loss: Loss, run: RunFolder) ->
             if saves:
                 saver.save(done)  # before what may fail
             if evaluates:
-                saver.validated(evaluate(model, loader, loss, run, done))
+                try:
+                    saver.validated(evaluate(model, loader, signals.heeded_in(loss), run, done))
+                except Stopped:  # a resume begins with this validation
+                    ends = True
             saver.poll()
             if saves:
                 meter.restart()

@@ -9,7 +9,7 @@ import pytest
 
 from nanomed.distributed import end_with
 from nanomed.run import checkpoint, saves
-from nanomed.training import faults
+from nanomed.training import faults, trainer
 from nanomed.training.faults import Signals
 from tests.forks import Group, server
 from tests.training.test_exactness import metrics_of
@@ -42,6 +42,33 @@ def test_a_signal_to_one_rank_saves_and_ends_all(pool, undisturbed, tmp_path, nu
     codes = [r["outcome"] for r in pool(2, signalled, str(tmp_path / "x"), int(number))]
     assert codes[1] == 128 + number and codes[0] > 128
     assert checkpoint.newest(tmp_path / "x/checkpoints").name in ("step-000005", "step-000006")
+    assert pool(2, train, str(tmp_path / "x"))[0]["outcome"] is None
+    assert metrics_of(tmp_path / "x") == metrics_of(undisturbed(2)[0])
+
+
+def signalled_in_validation(world, out: str) -> str | int | None:
+    """Rank 1 is asked to end when the validation after step 4 begins."""
+    evaluate = trainer.evaluate
+
+    def interrupted(model, loader, loss, run, step):
+        if step == 4 and world.rank == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return evaluate(model, loader, loss, run, step)
+
+    trainer.evaluate = interrupted
+    try:
+        return train(world, out)["outcome"]
+    finally:
+        trainer.evaluate = evaluate
+
+
+def test_a_signal_in_a_validation_gives_it_up_and_a_resume_makes_it(pool, undisturbed, tmp_path):
+    """Its checkpoint was saved before it began."""
+    codes = pool(2, signalled_in_validation, str(tmp_path / "x"))
+    assert codes[1] == 128 + signal.SIGINT and codes[0] > 128
+    assert checkpoint.newest(tmp_path / "x/checkpoints").name == "step-000004"
+    lines = metrics_of(tmp_path / "x")
+    assert not [line for line in lines if line["step"] == 4 and "val_loss" in line]
     assert pool(2, train, str(tmp_path / "x"))[0]["outcome"] is None
     assert metrics_of(tmp_path / "x") == metrics_of(undisturbed(2)[0])
 
@@ -97,7 +124,7 @@ def _runs(pid: int) -> bool:
         return False
 
 
-def _until(holds, seconds: float = 30) -> None:
+def _until(holds, seconds: float = 120) -> None:
     until = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < until
