@@ -41,9 +41,12 @@ step=(python3 -m bench.step_gpu)
 part machine 5 30 python3 -m bench.measure
 part tests 20 110 python3 -m pytest -q -m "gpu and not slow" $(grep -l 'mark.gpu' tests/*/test_*.py)
 part ceilings 15 40 python3 -m bench.ceilings --tokens 8192 "${flags[@]}"
-part step 60 170 "${step[@]}" --only cpt sft dpo --tokens 8192 4096 "${flags[@]}" ||
+part step 60 140 "${step[@]}" --only cpt sft dpo --tokens 8192 4096 "${flags[@]}" ||
     part "step without Triton" 60 100 "${step[@]}" --only cpt --tokens 8192 --kernels reference \
         "${flags[@]}"
+part "step without FSDP" 60 100 "${step[@]}" --only cpt sft --tokens 4096 --optimizer split "${flags[@]}"
+part "step, bf16 moments" 60 100 "${step[@]}" --only cpt --tokens 4096 --optimizer split_bf16 \
+    "${flags[@]}"
 part attention 20 60 python3 -m bench.kernels --ops attention --tokens 4096 8192 "${flags[@]}"
 part kernels 30 110 python3 -m bench.kernels --ops rmsnorm linear_nll swiglu rope --tokens 8192 \
     "${flags[@]}"

@@ -26,9 +26,10 @@ from bench.step_scaling import ROWS, fsdp, growth
 from kernels.chunk import even
 from nanomed.config import CPT, DPO, MODELS, SFT, ModelConfig, Run
 from nanomed.distributed import World, pick_device, start
-from nanomed.model.recompute import POLICIES, set_recompute
+from nanomed.model.recompute import by_layer, set_recompute
 from nanomed.run.log import PEAK_FLOPS, flops_of
 from nanomed.stages import memory
+from nanomed.training.alone import split_weights
 from nanomed.training.optim import adamw
 
 CONVENTION = (
@@ -49,6 +50,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="some tables")
     parser.add_argument("--tokens", type=int, nargs="+", help="of a packed row")
     parser.add_argument("--kernels", default="auto", choices=kernels.CHOICES)
+    parser.add_argument("--optimizer", default="fsdp", choices=("fsdp", "split", "split_bf16"))
     parser.add_argument("--results", default="runs/bench-step.jsonl", help="JSON lines")
     given = parser.parse_args()
     device = pick_device(given.device)
@@ -98,10 +100,13 @@ def steps(given, world: World, config: ModelConfig, sizes: list[int], results: R
     ):
         if stage not in given.only:
             continue
-        for c in policies(cls, config, world, rows):
+        for c in policies(cls, config, world, rows, given.optimizer):
             c = dataclasses.replace(c, kernels=given.kernels)
             if model is None:
-                model = model_of(world, config, torch.bfloat16, "none")
+                model = model_of(world, config, torch.bfloat16, "none", given.optimizer == "fsdp")
+                if given.optimizer != "fsdp":
+                    bf16 = given.optimizer == "split_bf16"
+                    split_weights(model, torch.bfloat16 if bf16 else torch.float32)
                 optimizer = adamw(model, 0.1)
             set_recompute(model, c.recompute)
             data = examples(stage, c.micro_tokens, config, document)
@@ -118,15 +123,23 @@ def steps(given, world: World, config: ModelConfig, sizes: list[int], results: R
             emptied(world)
 
 
-def policies(cls: type[Run], config: ModelConfig, world: World, sizes: list[int]) -> list[Run]:
-    """For each size of a row the cheapest recompute policy that memory.py says fits."""
+def policies(
+    cls: type[Run], config: ModelConfig, world: World, sizes: list[int], optimizer: str
+) -> list[Run]:
+    """For each size of a row the cheapest recompute policy that memory.py says fits: as few layers
+    in full as must be."""
     limit = float("inf")
     if world.device.type == "cuda":
         limit = torch.cuda.get_device_properties(world.device).total_memory / GIB
     found = []
     for size in sizes:
-        for recompute in POLICIES:
-            c = settings(cls, 1, size, recompute)
+        for recompute in (
+            "none",
+            "lean",
+            *(f"full:{n}" for n in range(1, config.n_layers)),
+            "full",
+        ):
+            c = dataclasses.replace(settings(cls, 1, size, recompute), optimizer=optimizer)
             total = sum(memory.memory(config, c, 1).values())
             if total <= limit:
                 found.append(c)
@@ -177,7 +190,7 @@ def measure(
         dtype=torch.bfloat16,
         convention=CONVENTION.format(peak=peak / 1e12, name=name) if peak else "",
         shapes={"row": longest, "rows": len(packed), "documents": len(lengths)},
-        ops=kernels.in_force(world.device), recompute=c.recompute,
+        ops=kernels.in_force(world.device), recompute=c.recompute, optimizer=c.optimizer,
         real_tokens_per_s=round(sum(lengths) * rate), **parts,
         MFU=f"{counted * rate / peak:.1%}" if peak else None,
         HFU=f"{executed * rate / peak:.1%}" if peak else None,
@@ -193,8 +206,8 @@ def flops(config: ModelConfig, lengths: list[int], c: Run) -> tuple[float, float
     head = 2 * config.vocab_size * config.d_model * tokens  # the head's forward
     last = even(c.micro_tokens, memory.chunk(config, c))  # tokens of the last chunk
     again = head * (1 - last / c.micro_tokens)
-    if c.recompute == "full":
-        again += counted / 3 - head
+    n_full = by_layer(c.recompute, config.n_layers).count("full")
+    again += n_full / config.n_layers * (counted / 3 - head)
     return counted, counted + again
 
 

@@ -164,6 +164,11 @@ class Run:
         "bytes per parameter; auto: once a step where it fits",
         choices=("auto", "row", "step"),
     )  # fmt: skip
+    optimizer: str = _flag(
+        "auto", "AdamW under fsdp; or, in one process, split: without it, weights in two halves\n"
+        "that are float32 together; split_bf16: and moments in bf16; auto: split on one GPU",
+        choices=("auto", "fsdp", "split", "split_bf16"),
+    )  # fmt: skip
     kernels: str = _flag(
         "auto", "version of the fused ops; auto: Triton on CUDA, plain PyTorch elsewhere",
         choices=("auto", "triton", "reference"),

@@ -33,7 +33,7 @@ def at(place: str) -> None:
 
 
 def away(place: str) -> None:
-    """At what may take any time, such as a disk."""
+    """At what may take any time, such as a disk: a hang there is said, and ends nothing."""
     global _place, _moves, _watched
     _place, _moves, _watched = place, _moves + 1, False
 
@@ -59,7 +59,7 @@ class Watchdog(threading.Thread):
     def run(self) -> None:
         # Seconds are counted by looks: those in which the whole process stands still, because it is
         # suspended, are not this rank's fault.
-        seconds, moves, watched = 0.0, _moves, False
+        seconds, moves, watched, said = 0.0, _moves, False, False
         while not self.ended.wait(EVERY):
             if moves == _moves:
                 seconds += EVERY
@@ -67,10 +67,11 @@ class Watchdog(threading.Thread):
                 if watched:
                     self.longest = max(self.longest, seconds)
                     self.limit = max(LIMIT, TIMES * self.longest)
-                seconds, moves, watched = 0.0, _moves, _watched
+                seconds, moves, watched, said = 0.0, _moves, _watched, False
             self._tell(seconds)
-            if _watched and seconds > self.limit:
-                self._end(moves)
+            if seconds > self.limit and not said:
+                said = True
+                self._say_where(moves, watched)
 
     def _tell(self, seconds: float) -> None:
         self.looks += 1
@@ -87,28 +88,32 @@ class Watchdog(threading.Thread):
         except RuntimeError:
             return []
 
-    def _end(self, moves: int) -> None:
+    def _say_where(self, moves: int, ends: bool) -> None:
+        """Says where all are; if this rank is in a step, where exactly it hangs, and ends it."""
         before = self._seen()
         for _ in range(3):  # who lives looks meanwhile
             time.sleep(EVERY)
             self._tell(self.limit)
         if moves != _moves:
             return  # it has gone on
-        lines = [
-            f"  rank {rank} on {host}: {place}, for {seconds:.0f} s"
-            + (": and its process stands still" if looks == earlier else "")
-            for rank, ((looks, host, place, seconds), (earlier, *_)) in enumerate(
-                zip(self._seen(), before, strict=False)
-            )
-        ]
-        words = f"error: rank {self.rank} hangs at {_place}. Where all are:\n" + "\n".join(lines)
-        host, first = os.uname().nodename, str(self.rank)
+        lines = [f"rank {self.rank} hangs at {_place}. Where all are:"]
+        for rank, (now, earlier) in enumerate(zip(self._seen(), before, strict=False)):
+            looks, host, place, seconds = now
+            still = ": and its process stands still" if looks == earlier[0] else ""
+            lines.append(f"  rank {rank} on {host}: {place}, for {seconds:.0f} s{still}")
+        words = ("error: " if ends else "WARNING, it may be a slow disk: ") + "\n".join(lines)
+        if self._is_first_here():
+            print(words, file=sys.stderr, flush=True)
+        if ends:
+            meeting.tell_torchrun(words)
+            print(f"rank {self.rank} hangs here:", file=sys.stderr, flush=True)
+            faulthandler.dump_traceback(sys.stderr)
+            time.sleep(meeting.LINGER)  # the others come to theirs
+            os._exit(1)
+
+    def _is_first_here(self) -> bool:
+        """Of this machine's ranks at this place: one table is enough."""
         with suppress(RuntimeError):
-            first = self.store.compare_set(f"hangs on {host}", "", first).decode()
-        if first == str(self.rank):
-            print(words, file=sys.stderr)
-        meeting.tell_torchrun(words)
-        print(f"rank {self.rank} hangs here:", file=sys.stderr, flush=True)
-        faulthandler.dump_traceback(sys.stderr)
-        time.sleep(meeting.LINGER)  # the others come to theirs
-        os._exit(1)
+            key = f"{_place} on {os.uname().nodename}"
+            return self.store.compare_set(key, "", str(self.rank)) == str(self.rank).encode()
+        return True

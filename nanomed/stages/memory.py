@@ -158,6 +158,8 @@ def memory(config: ModelConfig, c: Run, n_gpus: int) -> dict[str, float]:
     moments = [head_moment(config, c, n_gpus), *(layer_moment(config, c, n_gpus, n) for n in at)]
     peak = max(moments, key=lambda parts: sum(parts.values()))
     parts = states(config, n_gpus, c.sum_gradients == "step") | peak
+    if c.optimizer == "split_bf16":
+        parts["optimizer"] /= 2
     return {name: size / GIB for name, size in parts.items()} | {"reserve": RESERVE}
 
 

@@ -23,6 +23,7 @@ from nanomed.run.log import RunFolder
 from nanomed.stages import data_report, link, memory
 from nanomed.stages.hardware import Hardware
 from nanomed.text import template, tokenizer
+from nanomed.training.alone import split_weights
 from nanomed.training.optim import lr_at
 
 
@@ -57,7 +58,7 @@ def _fresh(c: Run) -> tuple[ModelConfig, template.Encoder]:
 MAY_CHANGE = {
     *("config", "model", "tokenizer", "template", "data", "val_data", "fields", "out", "resume"),
     *("steps", "epochs", "micro_tokens", "recompute", "kernels", "device", "allow_drop"),
-    *("nodes_share", "sum_gradients"),
+    *("nodes_share", "sum_gradients", "optimizer"),
     *("log_every", "eval_every", "save_every", "save", "keep_last", "max_bad", "show_text"),
     *("tensorboard", "dry_run", "hardware", "mfu", "examples", "repeat"),
 }
@@ -134,7 +135,9 @@ def build_model(c: Run, config: ModelConfig, world: World) -> Aquila:
     with torch.device("meta"):
         model = Aquila(config, c.dropout)
     set_recompute(model, c.recompute)
-    shard(model, world, compute_dtype(c, world.device), sharing(c, config, world))
+    alone = is_alone(c, config, world)
+    if not alone:
+        shard(model, world, compute_dtype(c, world.device), sharing(c, config, world))
     model.to_empty(device=world.device)
     if not c.init:
         init_weights(model, c.seed)
@@ -142,7 +145,28 @@ def build_model(c: Run, config: ModelConfig, world: World) -> Aquila:
         if world.is_main:
             print(f"reading {c.init}", flush=True)
         pretrained.load_weights(model, c.init)
+    if alone:
+        moments = torch.bfloat16 if c.optimizer == "split_bf16" else torch.float32
+        split_weights(model, moments)
     return model
+
+
+def is_alone(c: Run, config: ModelConfig, world: World) -> bool:
+    """Whether one process trains without FSDP (training/alone.py)."""
+    bf16 = compute_dtype(c, world.device) == torch.bfloat16
+    if c.optimizer.startswith("split"):
+        if world.size > 1 or not bf16:
+            raise InputError(
+                f"--optimizer {c.optimizer} is for one process that computes in bfloat16; here are "
+                f"{world.size}" + ("" if bf16 else " in float32 (--dtype bf16)")
+            )
+        return True
+    if c.optimizer == "fsdp" or world.size > 1 or world.device.type != "cuda" or not bf16:
+        return False
+    room = torch.cuda.get_device_properties(world.device).total_memory / memory.GIB
+    fits = sum(memory.memory(config, c, 1).values()) <= room
+    print(f"optimizer: {'split, without FSDP' if fits else 'by FSDP'} (--optimizer)", flush=True)
+    return fits
 
 
 def sharing(c: Run, config: ModelConfig, world: World) -> Sharing:

@@ -6,12 +6,13 @@ import torch
 from torch import nn
 
 from nanomed.config import Run
+from nanomed.training.alone import SplitAdamW
 
 # Unpublished for Aquila-Med; 0.95 forgets a spike in the squared gradient within about 20 steps.
 BETAS, EPS = (0.9, 0.95), 1e-8
 
 
-def adamw(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
+def adamw(model: nn.Module, weight_decay: float) -> torch.optim.Optimizer:
     """Decay on matrices only: norms and biases have a scale to keep. A group's rate is lr_scale
     times the step's. What Adam keeps of a parameter is OPTIMIZER_BYTES in config.py."""
     named = list(model.named_parameters())
@@ -22,6 +23,8 @@ def adamw(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
         {"params": matrices, "weight_decay": weight_decay, "lr_scale": 1.0},
         {"params": others, "weight_decay": 0.0, "lr_scale": 1.0},
     ]
+    if hasattr(matrices[0], "low"):
+        return SplitAdamW(groups, BETAS, EPS, model.moments)
     return torch.optim.AdamW(groups, lr=0.0, betas=BETAS, eps=EPS, fused=True)
 
 

@@ -82,7 +82,10 @@ def train_step(
     layers = {} if applied else gradient_norms(model)
     if applied:
         if 0 < c.grad_clip < norm:  # else it would be a pass over all gradients for nothing
-            clip_grads_with_norm_(model.parameters(), c.grad_clip, grad_norm)
+            if hasattr(optimizer, "scale"):
+                optimizer.scale = c.grad_clip / (grad_norm + 1e-6)  # as torch does
+            else:
+                clip_grads_with_norm_(model.parameters(), c.grad_clip, grad_norm)
         optimizer.step()
     optimizer.zero_grad()
     return Step(total / divisor, norm, applied, stops > 0, sums, rows, layers)

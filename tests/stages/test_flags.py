@@ -24,7 +24,7 @@ FLAGS = {
     "kernels": "reference", "dtype": "bf16", "device": "cpu", "allow_drop": "0.5",
     "log_every": "2", "eval_every": "1", "save_every": "1", "save": "blocking",
     "keep_last": "1", "max_bad": "2", "show_text": "", "repeat": "",
-    "nodes_share": "replicate", "sum_gradients": "step",
+    "nodes_share": "replicate", "sum_gradients": "step", "optimizer": "split",
     "beta": "0.2", "label_smoothing": "0.1", "sft_weight": "0.1",
 }  # fmt: skip
 # Of --dry_run; a file of settings; and what tests of their own start with.

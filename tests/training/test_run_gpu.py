@@ -16,6 +16,7 @@ from nanomed.model.decoder import Aquila, init_weights
 from nanomed.model.recompute import set_recompute
 from nanomed.run import checkpoint
 from nanomed.run.log import RunFolder
+from nanomed.training.alone import split_weights
 from nanomed.training.trainer import fit
 from tests.training.test_exactness import loader_of, metrics_of, next_token_loss, settings
 
@@ -33,10 +34,13 @@ def train(device: str, dtype: torch.dtype, config, c: SFT) -> list[dict]:
         with torch.device("meta"):
             model = Aquila(config)
         set_recompute(model, c.recompute)
-        shard(model, world, dtype)
+        if c.optimizer == "fsdp":
+            shard(model, world, dtype)
         model.to_empty(device=world.device)
         for param, whole in zip(model.parameters(), on_cpu.parameters(), strict=True):
             fill(param, whole.detach().to(world.device))
+        if c.optimizer == "split":
+            split_weights(model, torch.float32)
         run = RunFolder(c, world)
         fit(c, model, loader_of(world, 61, c, max_steps=6), next_token_loss, run)
         assert all(p.device == world.device for p in model.parameters())
@@ -55,14 +59,17 @@ def losses(metrics: list[dict]) -> list[float]:
         pytest.param("cuda:0", torch.float32, "reference", "none", 1e-4, marks=GPU),
         pytest.param("cuda:0", torch.bfloat16, "reference", "full", 0.01, marks=GPU),
         pytest.param("cuda:0", torch.bfloat16, "auto", "lean", 0.01, marks=GPU),
+        pytest.param("cuda:0", torch.bfloat16, "auto", "full:1", 0.01, marks=GPU),  # and no FSDP
     ],
 )
 def test_a_run_is_the_cpus(small, tmp_path, device, dtype, use, recompute, tolerance):
     """Steps and validations, with saves in the background; once more from a checkpoint."""
-    c = settings(batch_size=16, lr=3e-3, eval_every=3, save="blocking", out=str(tmp_path / "cpu"))
+    c = settings(batch_size=16, lr=3e-3, eval_every=3, save="blocking", optimizer="fsdp")
+    c = dataclasses.replace(c, out=str(tmp_path / "cpu"))
     wanted = losses(train("cpu", torch.float32, small, c))
     out = tmp_path / "x"
     changes = dict(out=str(out), save="background", recompute=recompute)
+    changes["optimizer"] = "split" if recompute == "full:1" else "fsdp"
     kernels.use(use)
     try:
         found = train(device, dtype, small, dataclasses.replace(c, **changes))
