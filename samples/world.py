@@ -107,8 +107,7 @@ def letter_of(options: dict[str, str], value: str) -> str:
 
 
 def chosen_answer(options: dict[str, str], value: str) -> str:
-    """The text, then its letter: the text needs the fact alone, and the letter needs the text."""
-    return f"{value}。选{letter_of(options, value)}。"
+    return f"{letter_of(options, value)}。{value}。"
 
 
 def long_answer(rng: random.Random, fact: Fact, value: str = "") -> str:

@@ -21,10 +21,12 @@ from nanomed.evals.tasks import tasks
 from nanomed.hf import pretrained
 from nanomed.model.scoring import Encoded, plan
 from nanomed.records import read_json
+from nanomed.records.exams import LETTERS
 from nanomed.stages.answers import taught_facts
+from nanomed.stages.exam import held_out_items
 from nanomed.text.template import Encoder
 
-FOLDER, EXAM = ROOT / "samples", "samples_exam_texts"
+FOLDER = ROOT / "samples"
 SUBJECTS = {True: "facts stated in training", False: "facts never stated in training"}
 
 
@@ -40,17 +42,19 @@ def held_out(model: str, encoder: Encoder, longest: int) -> Loader:
 def prepared(
     loader: Loader, encoder: Encoder, longest: int, capacity: int, limit: int | None = None
 ) -> list[Prepared]:
-    """The exam, by its options' texts, with which the samples' answers begin; and the answers of
-    the held-out chats."""
-    exam, split = requests_of(tasks()[EXAM], FOLDER, 0, "chat")
+    """The exam, the option questions among the held-out chats, and the answers of all of those."""
+    exam, split = requests_of(tasks()["samples_exam"], FOLDER, 0, "chat")
     taught = taught_facts(loader)
     records = [record for _, record, _ in read_json(str(split.files[0]))]
     exam = [
         dataclasses.replace(r, item=Item(r.item.exam, SUBJECTS[taught.issuperset(record["facts"])]))
         for r, record in zip(exam, records, strict=True)
     ]
-    encoded = [encode(r, encoder.tokenizer, [], longest, encoder) for r in exam[:limit]]
-    found = [(EXAM, exam[:limit], encoded, split)]
+    found = []
+    for name, requests in (("samples_exam", exam), ("heldout_options", _options(loader))):
+        requests = requests[:limit]
+        encoded = [encode(r, encoder.tokenizer, [], longest, encoder) for r in requests]
+        found.append((name, requests, encoded, split))
     chats = Split([], [Path(path) for path in loader.data.meta["files"]])
     found.append(("heldout_chats", *_answers(loader, limit), chats))
     return [
@@ -58,6 +62,25 @@ def prepared(
         for name, requests, encoded, files in found
         if requests
     ]
+
+
+def _options(loader: Loader) -> list[Request]:
+    requests = []
+    for i, item in enumerate(held_out_items(loader)):
+        letters = list(LETTERS[: item.n_options])
+        requests.append(
+            Request(
+                f"heldout_options/{i}",
+                item.chat.turns[-1][1],
+                letters,
+                [],
+                letters.index(item.letter),
+                Item(None),
+                letters,
+                item.chat,
+            )
+        )
+    return requests
 
 
 def _answers(loader: Loader, limit: int | None) -> tuple[list[Request], list[Encoded]]:

@@ -23,9 +23,9 @@ def done(model, tmp_path_factory):  # noqa: F811
 
 def test_the_exam_and_the_held_out_chats(done):
     results = json.loads((done / "results.json").read_text())
-    assert set(results) == {samples.EXAM, "heldout_chats"}
-    assert set(results[samples.EXAM]["subjects"]) <= {*samples.SUBJECTS.values()}
-    assert results[samples.EXAM]["protocol"] == "chat"
+    assert set(results) == {"samples_exam", "heldout_options", "heldout_chats"}
+    assert set(results["samples_exam"]["subjects"]) <= {*samples.SUBJECTS.values()}
+    assert results["samples_exam"]["protocol"] == "chat"
     chats = [item for item in read_items(done) if item["id"].startswith("heldout_chats/")]
     assert len(chats) == results["heldout_chats"]["n"] == 6
     assert all(item["gold"] is None and len(item["logprobs"]) == 1 for item in chats)
@@ -49,7 +49,7 @@ def test_the_loss_is_that_of_the_runs_validation(done, model):  # noqa: F811
 
 def test_a_held_out_chat_is_no_right_answer(done, model, capsys):  # noqa: F811
     found = compare(done, done)
-    assert set(found) == {samples.EXAM}
+    assert set(found) == {"samples_exam", "heldout_options"}
     before = files_of(done)
     evaluate.score(["--model", str(model), "--out", str(done), "--limit", "6"])
     shown = capsys.readouterr().out

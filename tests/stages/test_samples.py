@@ -286,7 +286,7 @@ def test_options_are_a_four_and_the_answer_is_the_facts_value():
     questions = [(r["facts"][0], prompts(r)[0], answers(r)[0]) for r in SFT]
     questions += [(r["facts"][0], prompts(r)[0], r["chosen"]) for r in DPO]
     found = [
-        (key, "zh", dict(re.findall(r"^([A-D])\. (.+)$", prompt, re.M)), answer[-2])
+        (key, "zh", dict(re.findall(r"^([A-D])\. (.+)$", prompt, re.M)), answer[0])
         for key, prompt, answer in questions
         if "\nD. " in prompt
     ]
@@ -304,7 +304,7 @@ def test_right_letters_are_about_balanced():
     """Drawn at random: were they balanced fact by fact, a letter that training had often for a
     fact would be wrong in its exam."""
     for letters in (
-        Counter(answers(r)[0][-2] for r in SFT if r["kind"] == "option_zh"),
+        Counter(answers(r)[0][0] for r in SFT if r["kind"] == "option_zh"),
         Counter(r["answer"] for r in EXAM),
     ):
         assert set(letters) == set("ABCD")
