@@ -20,8 +20,7 @@ from nanomed.hf import pretrained
 from nanomed.model.packed import pack_linears
 from nanomed.records import Chat, chats_of, read_json, read_pairs
 from nanomed.run.log import RunFolder
-from nanomed.stages import stage
-from nanomed.stages.exam import EXAM, exam_items, n_right
+from nanomed.stages import stage, world
 from nanomed.training.step import evaluate
 from nanomed.training.trainer import fit
 from tests.build import scored
@@ -94,20 +93,21 @@ def test_fine_tuning_on_the_selected_half_beats_a_random_half(scored_world, tmp_
 
 
 def fine_tuned(path: Path, out: Path, seed: int) -> tuple[float, int]:
-    """(loss of chats of the other half, right answers of the exam)"""
+    """(loss of chats of the other half, right texts of the exam)"""
     clean = scored.write(path.with_name("held_out.jsonl"), halves()[0][:150])
     settings = SFT.FRESH | {"epochs": 5, "seq_len": 512, "log_every": 50, "seed": seed}
     c = SFT(data=[str(path)], val_data=[str(clean)], out=str(out), **settings)
     config, encoder = stage.model_and_encoder(c)
     data = store.chats([*c.data, *c.val_data], encoder, c.seq_len, c.allow_drop)
-    with start(CPU) as world:
-        loader = Loader.of(c, data, world.rank, world.size)
-        model = stage.build_model(c, config, world)
-        run = RunFolder(c, world, stage.identity(c, config, encoder, loader))
+    facts = {fact for record in halves()[1] for fact in record["facts"]}
+    items = [r for _, r, _ in read_json(str(world.EXAM)) if facts.issuperset(r["facts"])]
+    with start(CPU) as alone:
+        loader = Loader.of(c, data, alone.rank, alone.size)
+        model = stage.build_model(c, config, alone)
+        run = RunFolder(c, alone, stage.identity(c, config, encoder, loader))
         fit(c, model, loader, digit_loss, run)
         loss = evaluate(model, loader, digit_loss, run, loader.n_steps)
-        items = exam_items(EXAM, {f for r in halves()[1] for f in r["facts"]}, True)
-        return float(loss), n_right(model, encoder, items)
+        return float(loss), sum(world.right_texts(model, encoder, items))
 
 
 # ---------------------------------------------------------------- histories
