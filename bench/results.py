@@ -206,7 +206,10 @@ def figures(paths: list[Path]) -> str:
     longest = f"rows of {ROWS[-1]:,}, documents of 512"
     if longest in found:
         rate = found[longest]["facts"][f"of_the_rate_at_{ROWS[0]:,}"]
-        parts.append(f"- over rows of {ROWS[-1]:,} tokens {_times(rate)} over rows of {ROWS[0]:,}")
+        dtype = f" in {found[longest]['dtype']}" * (found[longest]["dtype"] != "float32")
+        parts.append(
+            f"- over rows of {ROWS[-1]:,} tokens {_times(rate)} over rows of {ROWS[0]:,}{dtype}"
+        )
     wrap = dict(width=100, initial_indent="  ", subsequent_indent="    ")
     return "\n".join(textwrap.fill(part, **wrap) for part in parts)
 
