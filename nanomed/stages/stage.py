@@ -186,7 +186,7 @@ def sharing(c: Run, config: ModelConfig, world: World) -> Sharing:
     per_node = n_local if even else world.size
     hw = Hardware(world.size, min(ranks)[0], flops=1, link=1, per_node=per_node)
     c = link.decided(config, c, hw)
-    if world.is_main and world.size > 1:
+    if world.is_main and (world.size > 1 or c.sum_gradients == "step"):
         print(link.sharing_line(c, hw), flush=True)
     return Sharing(link.copies(c, hw), c.sum_gradients == "step")
 

@@ -42,6 +42,11 @@ def join(upper: Tensor, low: Tensor) -> Tensor:
     return bits.add_(low).view(torch.float32)
 
 
+def master(param: nn.Parameter) -> Tensor:
+    """float32, if it is one of two halves; else as it is."""
+    return join(param.detach(), param.low) if hasattr(param, "low") else param.detach()
+
+
 def rounded_at_random(x: Tensor) -> Tensor:
     """float32 -> bfloat16, one of its two neighbours; its mean is x."""
     bits = x.view(torch.int32)
@@ -62,7 +67,7 @@ def split_weights(model: nn.Module, moments: torch.dtype) -> None:
 def _masters(model: nn.Module, state: dict[str, Tensor], *_) -> None:
     """In a checkpoint: float32, in host memory, since the GPU may have no room for it."""
     for name, param in model.named_parameters():
-        state[name] = join(param.detach(), param.low).cpu()
+        state[name] = master(param).cpu()
 
 
 def _from_masters(model: nn.Module, state: dict[str, Tensor], *_) -> None:

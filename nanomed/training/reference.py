@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import kernels
+from nanomed import watchdog
 from nanomed.batches.loader import Loader
 from nanomed.batches.packing import Row
 from nanomed.config import InputError
 from nanomed.distributed import World, local, sum_over_ranks
 from nanomed.run.log import RunFolder
 from nanomed.run.progress import is_terminal
+from nanomed.training.alone import master
 from nanomed.training.losses import segment_logps
 from nanomed.training.step import Loss
 
@@ -51,11 +53,13 @@ def answer_logps(model: nn.Module, loader: Loader, world: World) -> Tensor:
     logps = torch.zeros(len(loader.data), 2, device=world.device)
     rows = loader.rows(np.arange(len(loader.data)))
     hidden = not (world.is_main and is_terminal())
-    for row in tqdm(rows, desc="reference", unit="row", disable=hidden):
+    for n, row in enumerate(tqdm(rows, desc="reference", unit="row", disable=hidden), 1):
+        watchdog.at(f"row {n} of the reference")
         row = row.to(world.device)
         pairs = segment_logps(model(row).nll, row).view(-1, 2)
         examples = row.examples[::2]
         logps[examples[examples >= 0]] = pairs[examples >= 0]
+    watchdog.away("what follows the reference")
     return sum_over_ranks(logps)  # each pair is in one row of one rank, and 0 elsewhere
 
 
@@ -68,7 +72,7 @@ def fingerprint(model: nn.Module) -> str:
 def sums_of_bits(model: nn.Module) -> Tensor:
     """[parameters] int64: of the numbers that this rank's weights are if read as integers."""
     words = {2: torch.int16, 4: torch.int32}
-    parts = [local(p.detach()).contiguous() for p in model.parameters()]
+    parts = (local(master(p)).contiguous() for p in model.parameters())
     return torch.stack([x.view(words[x.element_size()]).sum(dtype=torch.int64) for x in parts])
 
 

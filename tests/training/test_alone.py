@@ -18,6 +18,7 @@ from nanomed.stages import stage
 from nanomed.training import alone
 from nanomed.training.alone import join, rounded_at_random, split, split_weights
 from nanomed.training.optim import adamw
+from nanomed.training.reference import fingerprint
 from nanomed.training.trainer import fit
 from tests.training.test_exactness import loader_of, metrics_of, next_token_loss, settings, sharded
 
@@ -94,6 +95,12 @@ def test_gradients_are_summed_in_float32(small):
             p.grad = None
     for p, total in zip(model.parameters(), sums, strict=True):
         assert p.grad.dtype == torch.float32 and torch.equal(p.grad, total)
+
+
+def test_its_weights_are_known_again_under_fsdp(world, small):
+    """By the fingerprint that DPO's reference is kept under."""
+    found = [fingerprint(m) for m in (halves(small), sharded(world, small, dtype=torch.bfloat16))]
+    assert found[0] == found[1] != fingerprint(halves(small, seed=1))
 
 
 # ---------------------------------------------------------------- whole runs
