@@ -32,7 +32,9 @@ runpy.run_path("{script}", run_name="__main__")
 class Nodes:
     """`n` torchruns of as many nodes, or of `of` if the others never come."""
 
-    def __init__(self, folder: Path, n: int, flags="", per_node=1, of=0, torchrun="", limit=300):
+    def __init__(
+        self, folder: Path, n: int, flags="", per_node=1, of=0, torchrun="", limit=300, wait=600
+    ):
         self.folder, self.out = folder, folder / "x"
         lines = (ROOT / "samples/sft.jsonl").read_text("utf-8").splitlines(True)[:96]
         (folder / "few.jsonl").write_text("".join(lines), "utf-8")
@@ -42,15 +44,18 @@ class Nodes:
         command = [sys.executable, "-m", "torch.distributed.run", *meeting.split()]
         command += ["--nnodes", str(of or n), "--nproc_per_node", str(per_node), *torchrun.split()]
         command += [str(worker), *FLAGS.split(), *flags.split()]
-        self.command, self.agents = command, []
+        self.command, self.wait, self.agents = command, wait, []
         for node in range(n):
             self.start(node)
 
     def start(self, node: int, suffix: str = "") -> None:
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        # All have the address of the endpoint here; on a cluster it is the first one's.
+        where = f"--rdzv_conf=is_host={int(node == 0)},join_timeout={self.wait}"
+        command = [*self.command[:3], where, *self.command[3:]]
         with open(self.folder / f"screen{node}{suffix}", "w") as screen:
             agent = subprocess.Popen(
-                self.command, cwd=self.folder, env=env, stdout=screen, stderr=screen
+                command, cwd=self.folder, env=env, stdout=screen, stderr=screen
             )
         self.agents[node:] = [agent, *self.agents[node + 1 :]]
 
@@ -150,7 +155,7 @@ def test_without_restarts_one_lost_node_ends_all(tmp_path):
 @pytest.mark.slow
 def test_a_node_that_never_comes(tmp_path):
     started = time.monotonic()
-    with Nodes(tmp_path, 2, of=3, torchrun="--rdzv_conf join_timeout=20") as nodes:
+    with Nodes(tmp_path, 2, of=3, wait=20) as nodes:
         assert 0 not in nodes.end()
         took("a node that never comes, join_timeout=20: until the others have ended", started)
         assert "RendezvousTimeoutError" in "".join(nodes.screens())
