@@ -89,7 +89,8 @@ KINDS = {
         "a CPU beside transformers and TRL. All take turns in one process, so the others, too, "
         "have the setting of the allocator that nanomed makes on a CPU (keep_freed_memory).",
         "python -m bench.step",
-        "python -m bench.step_gpu",
+        "python -m bench.step_gpu\n"
+        "python -m bench.step_gpu --only cpt sft --optimizer split",
     ),
     "scaling": Kind(
         "How a step grows",
