@@ -3,10 +3,10 @@
     python build_sft.py                                  a demonstration on samples/
     torchrun --nproc_per_node 8 build_sft.py --data chats/*.json --scorer MODEL --out selected
 
-Each turn gets a complexity and a quality (Deita), each dialogue its Context Relevance; then limits,
-diversity and proportions decide. Scores are computed once: the same command with other limits takes
-a moment, and goes on after a kill. docs/data.md explains it, `python -m nanomed.tools.show FILE
---init MODEL --cr` shows a dialogue turn by turn.
+Each round gets a complexity and a quality (Deita), each dialogue its Context Relevance; then
+limits, diversity and proportions decide. Scores are computed once: the same command with other
+limits takes a moment, and goes on after a kill. docs/data.md explains it, and `python -m
+nanomed.tools.show FILE --init MODEL --cr` shows a dialogue round by round.
 """
 
 import hashlib
@@ -59,12 +59,12 @@ class Chats(Paid):
     labels: list[str] = flag((), "labelled chats, to train a scorer on, from --scorer or fresh")
     labeller: str = flag("", "endpoint that gives the digits instead: http://HOST/v1")
     labeller_model: str = flag("", "the model it is asked for")
-    turns: str = flag("mean", "a chat's score: mean or sum (Deita) over its turns", "mean",
+    turns: str = flag("mean", "a chat's score: mean or sum (Deita) over its rounds", "mean",
                       ("mean", "sum"))  # fmt: skip
-    targets: str = flag("turn", "Context Relevance of whole turns, or of the assistant's tokens",
+    targets: str = flag("turn", "Context Relevance of whole rounds, or of the assistant's tokens",
                         choices=context.TARGETS)  # fmt: skip
     min_score: float = flag(0.0, "least score, complexity x quality (1 to 36)", "unpublished")
-    min_cr: float = flag(0.0, "least Context Relevance; below it turns repeat", "unpublished")
+    min_cr: float = flag(0.0, "least Context Relevance; below it rounds repeat", "unpublished")
     max_cr: float = flag(99.0, "largest; above 1 the history only hurts", "unpublished")
     max_similarity: float = flag(0.9, "largest cosine with a better chat that is kept; 1: any")
     keep: int = flag(0, "most chats that are kept, the best; 0: all")
@@ -188,7 +188,7 @@ def asked(c: Chats, items: list[scores.Item], out: Path, lines: dict) -> None:
     digits = iter(endpoint.ask_parsed(requests, deita.parse_digit, c.retry_failed))
     for key, turns in chats.items():
         found = [[next(digits) for _ in deita.ASKED] for _ in turns]
-        lines[key] = lines.get(key, {}) | {"turns": found}
+        lines[key] = lines.get(key, {}) | {"rounds": found}
 
 
 # ---------------------------------------------------------------- selection

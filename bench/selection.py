@@ -48,7 +48,7 @@ def main() -> None:
     digits = torch.tensor(asker.digits)
 
     def ours() -> list[float]:
-        return [v for line, _ in measure._measured(chats, asker) for t in line["turns"] for v in t]
+        return [v for line, _ in measure._measured(chats, asker) for t in line["rounds"] for v in t]
 
     @torch.no_grad()
     def forward() -> list[float]:

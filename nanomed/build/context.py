@@ -1,13 +1,13 @@
-"""Context Relevance: does a turn of a dialogue follow from what was said before? (Aquila-Med, 2.2)
+"""Context Relevance: does a round of a dialogue follow from what was said before? (Aquila-Med, 2.2)
 
     CR = L(t|H) / L(t)
 
-L(t|H) is the mean negative log-likelihood of the turn's tokens after the history H, L(t) that of
-the same tokens without it. Above 1 the history only hurts: the turns do not belong together. Near 0
-it says all: the turn repeats it. The first turn has no history and is left out.
+L(t|H) is the mean negative log-likelihood of the round's tokens after the history H, L(t) that of
+the same tokens without it. Above 1 the history only hurts: the rounds do not belong together. Near
+0 it says all: the round repeats it. The first round has no history and is left out.
 
-One row gives both. Its first segment is the whole dialogue, each further one a turn behind the same
-header (S system, 1 2 3 turns), and segments do not see one another:
+One row gives both. Its first segment is the whole dialogue, each further one a round behind the
+same header (S system, 1 2 3 rounds), and segments do not see one another:
 
     S 1 1 1 2 2 2 3 3     S 2 2 2     S 3 3
             ^^^^^ ^^^       ^^^^^       ^^^
@@ -30,18 +30,18 @@ from nanomed.model.decoder import Aquila
 from nanomed.records import Chat
 from nanomed.text.template import Encoder
 
-TARGETS = ("turn", "assistant")  # all of a turn's tokens, or those of its answers alone
-LEAST = 1e-3  # nats: a turn that is as certain by itself is not divided by
+TARGETS = ("turn", "assistant")  # all of a round's tokens, or those of its answers alone
+LEAST = 1e-3  # nats: a loss without history that is below it is not divided by
 
 
 @dataclass(frozen=True)
 class Dialogue:
     """What is run and read of a chat."""
 
-    segments: list[list[int]]  # the whole dialogue, then each turn but the first
+    segments: list[list[int]]  # the whole dialogue, then each round but the first
     places: list[int]  # whose next tokens are asked for, counted through all segments
     labels: list[int]  # those tokens
-    sizes: list[int]  # of each turn: how many, first after its history, then without it
+    sizes: list[int]  # of each round: how many, first after its history, then without it
     cut: int  # oldest turns that did not fit
 
     @property
@@ -68,7 +68,7 @@ def laid_out(
     """Of a chat's ids, whether each is learned, and (role, tokens) of each of its turns."""
     n_system = borders[0][1] if borders[0][0] == "system" else 0
     header, turns = ids[:n_system], borders[1 if n_system else 0 :]
-    if not header:  # a turn's first token must have something before it
+    if not header:  # a round's first token must have something before it
         header, ids, wanted = [encoder.document_end], [encoder.document_end, *ids], [False, *wanted]
     at = [len(header)]
     for _, n in turns:
@@ -87,8 +87,8 @@ def laid_out(
 
 @torch.no_grad()
 def run(model: Aquila, found: Sequence[Dialogue]) -> list[tuple[list[list[float]], Tensor]]:
-    """For each dialogue of a row: ([L(t|H), L(t)] of each turn but the first, in nats per token;
-    NaN where a turn has no token that counts), and its embedding [D] float32."""
+    """For each dialogue of a row: ([L(t|H), L(t)] of each round but the first, in nats per token;
+    NaN where a round has no token that counts), and its embedding [D] float32."""
     segments = [ids for one in found for ids in one.segments]
     starts = [0]
     for one in found:
@@ -115,7 +115,7 @@ def run(model: Aquila, found: Sequence[Dialogue]) -> list[tuple[list[list[float]
 
 
 def relevance(losses: Sequence[Sequence[float]]) -> list[float | None]:
-    """The CR of each turn; None where it is not defined."""
+    """The CR of each round; None where it is not defined."""
     return [with_it / alone if alone >= LEAST else None for with_it, alone in losses]
 
 

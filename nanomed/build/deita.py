@@ -2,8 +2,9 @@
 
 A model is asked for a digit from 1 to 6: how complex is the question, how good is the answer. The
 score is no digit that it writes but what it expects: the sum of 1 to 6, each times its probability
-among the six. Each turn of a chat is scored by itself; the chat's score is the mean over its turns
-of complexity times quality (Aquila-Med), or their sum (Deita).
+among the six. Each round of a chat (what the user says and what is answered) is scored by itself;
+the chat's score is the mean over its rounds of complexity times quality (Aquila-Med), or their sum
+(Deita).
 
 The prompts are data (prompts.toml). They may be asked of any model in a folder, which gives the
 digits' logits, or of an endpoint, whose digit is taken as it is.
@@ -54,9 +55,9 @@ def exchanges(chat: Chat) -> list[tuple[str, str]]:
     return [(said(part, "user"), said(part, "assistant")) for part in rounds(chat.turns)]
 
 
-def score_of(turns: Sequence[tuple[float, float]], how: str = "mean") -> float:
-    """turns: (complexity, quality) of each; how: `mean` or `sum` of their products."""
-    products = [complexity * quality for complexity, quality in turns]
+def score_of(scored: Sequence[tuple[float, float]], how: str = "mean") -> float:
+    """scored: (complexity, quality) of each round; how: `mean` or `sum` of their products."""
+    products = [complexity * quality for complexity, quality in scored]
     return sum(products) / (len(products) if how == "mean" else 1)
 
 

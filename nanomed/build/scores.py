@@ -1,6 +1,6 @@
 """Scores of chats: computed once, kept chat by chat, and written in the order of the files.
 
-    OUT/cache/KEY.jsonl   of each turn complexity and quality, of all but the first both losses
+    OUT/cache/KEY.jsonl   of each round complexity and quality, of all but the first both losses
     OUT/cache/KEY.f32     the embeddings, in the same order
     OUT/scores.jsonl      what a selection reads, a line for each record
 
@@ -155,7 +155,7 @@ class Measure:
         vectors = [np.zeros(0)] * len(chats)
         if "digits" in self.parts:
             for line, turns in zip(lines, self._digits(chats, asker), strict=True):
-                line["turns"] = turns
+                line["rounds"] = turns
         if "context" in self.parts:
             made = [context.dialogue(x, self.encoder, self.longest, self.targets) for x in chats]
             fits = [i for i, one in enumerate(made) if one]
@@ -167,7 +167,7 @@ class Measure:
         return list(zip(lines, vectors, strict=True))
 
     def _digits(self, chats: list[Chat], asker: deita.Asker) -> list[list[list[float]]]:
-        """[complexity, quality] of each turn of each chat."""
+        """[complexity, quality] of each round of each chat."""
         asked: dict[str, list[tuple[int, int, int, Encoded]]] = {}
         turns = [[[0.0, 0.0] for _ in deita.rounds(chat.turns)] for chat in chats]
         for i, chat in enumerate(chats):
@@ -196,18 +196,18 @@ class Measure:
 
 def write(path: Path, items: Sequence[Item], lines: dict[str, dict], how: str) -> list[dict]:
     """Writes OUT/scores.jsonl and returns its lines. `how`: a chat's score is the mean or the sum
-    of its turns'."""
+    of its rounds'."""
     found = []
     for item in items:
         line = {"file": item.file, "record": item.record}
         line |= dict.fromkeys(("complexity", "quality", "score", "cr"), None)
-        line |= {"cr_turns": [], "turns": None, "kind": item.kind, "dropped": item.chat.dropped}
+        line |= {"cr_turns": [], "rounds": None, "kind": item.kind, "dropped": item.chat.dropped}
         known = lines.get(item.key, {})
-        if known.get("turns") and all(None not in turn for turn in known["turns"]):
-            line["turns"] = known["turns"]
-            means = [sum(column) / len(column) for column in zip(*known["turns"], strict=True)]
+        if known.get("rounds") and all(None not in turn for turn in known["rounds"]):
+            line["rounds"] = known["rounds"]
+            means = [sum(column) / len(column) for column in zip(*known["rounds"], strict=True)]
             line |= dict(zip(("complexity", "quality"), means, strict=True))
-            line["score"] = deita.score_of(known["turns"], how)
+            line["score"] = deita.score_of(known["rounds"], how)
         if known.get("losses"):
             line["cr_turns"] = context.relevance(known["losses"])
             defined = [cr for cr in line["cr_turns"] if cr is not None]

@@ -262,7 +262,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--step", type=int, help="draw the rows of this step, from 0")
     parser.add_argument("--world_size", type=int, default=1, help="processes that share the step")
     parser.add_argument(
-        "--cr", action="store_true", help="Context Relevance of each turn of a dialogue"
+        "--cr", action="store_true", help="Context Relevance of each round of a dialogue"
     )
     parser.add_argument("--html", type=Path, help="write one static page instead of text")
     own, flags = parser.parse_known_args(argv)

@@ -173,16 +173,16 @@ def real_model():
 
 
 def test_a_real_model_knows_whose_history_it_is(real_model, shared_data):
-    """English dialogues of two turns, each text cut at 300 characters: 135 million parameters are
-    slow on a CPU."""
+    """24 English dialogues of two turns, each text cut at 200 characters: 135 million parameters
+    are slow on a CPU."""
     chats = []
     for _, pair, _ in read_pairs(str(shared_data / "general/lf_dpo_en_demo.json")):
-        turns = [(role, text[:300]) for role, text in pair.turns]
+        turns = [(role, text[:200]) for role, text in pair.turns]
         if [role for role, _ in turns[:3]] == ["user", "assistant", "user"]:
-            answer = turns[3] if len(turns) > 3 else ("assistant", pair.chosen[:300])
+            answer = turns[3] if len(turns) > 3 else ("assistant", pair.chosen[:200])
             chats.append(Chat([*turns[:3], answer]))
-    real = relevances(*real_model, chats[:40])
-    others = relevances(*real_model, with_other_histories(chats[:40]))
+    real = relevances(*real_model, chats[:24])
+    others = relevances(*real_model, with_other_histories(chats[:24]))
     print(f"\nEnglish: AUC {auc(real, others):.3f}, medians {np.median(real):.3f}, "
           f"{np.median(others):.3f}")  # fmt: skip
     assert auc(real, others) > 0.8

@@ -139,7 +139,7 @@ def test_from_chats_to_what_fine_tuning_reads(data, model, tmp_path, encoder, ca
     assert [(r["file"], r["record"]) for r in found] == [(str(data), i) for i in range(1, 7)]
     first, english, *_, option, empty = found
     assert 1 <= first["complexity"] <= 6 and 1 <= first["quality"] <= 6
-    assert first["score"] == pytest.approx(np.mean([c * q for c, q in first["turns"]]))
+    assert first["score"] == pytest.approx(np.mean([c * q for c, q in first["rounds"]]))
     assert first["cr_turns"] == [first["cr"]] and english["cr"] is None
     assert [r["kind"] for r in (first, english, option)] == [
         "multi_turn_zh", "single_turn_en", "option_zh"
