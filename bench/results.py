@@ -89,8 +89,7 @@ KINDS = {
         "a CPU beside transformers and TRL. All take turns in one process, so the others, too, "
         "have the setting of the allocator that nanomed makes on a CPU (keep_freed_memory).",
         "python -m bench.step",
-        "python -m bench.step_gpu\n"
-        "python -m bench.step_gpu --only cpt sft --optimizer split",
+        "python -m bench.step_gpu --only cpt sft --optimizer split\npython -m bench.step_gpu",
     ),
     "scaling": Kind(
         "How a step grows",

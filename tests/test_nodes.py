@@ -133,11 +133,12 @@ def test_three_nodes_go_on_after_a_killed_worker_and_a_killed_torchrun(tmp_path)
         killed = time.monotonic()
         _until(lambda: not _runs(workers[2]), 30)
         took("a killed torchrun: until its worker is gone", killed)
-        # --nnodes is no range, so the two others wait for a third, started again by somebody.
-        nodes.start(2, "again")
-        before = len(metrics_of(nodes.out))
+    before = len(metrics_of(nodes.out))
+    with Nodes(
+        tmp_path, 3, "--steps 40 --resume auto"
+    ) as nodes:  # all of them, by the same command
         nodes.wait_for_step(before + 1)
-        took("a killed torchrun, started again: until the step after", killed)
+        took("a killed torchrun, all started again: until the step after", killed)
 
 
 @pytest.mark.slow
