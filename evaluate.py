@@ -45,13 +45,12 @@ def score(argv: list[str]) -> None:
     """Multiple-choice benchmarks by likelihood."""
     parser = _parser("", __doc__)
     _model(parser)
-    tasks_help = "tasks and groups, paper: Table 1; default: the samples' exam and held-out chats"
-    parser.add_argument("--tasks", nargs="+", help=tasks_help)
+    parser.add_argument("--tasks", nargs="+", help="tasks and groups; paper: those of Table 1")
     _items(parser)
     parser.add_argument("--out", type=Path, help="default evals/MODEL")
     parser.add_argument("--bos", default="auto", choices=("auto", "yes", "no"))
-    parser.add_argument("--limit", type=int, help="only the first items of each task")
-    parser.add_argument("--micro_tokens", type=int, default=4096, help="in a row; default 4096")
+    parser.add_argument("--limit", type=positive_int, help="only the first items of each task")
+    parser.add_argument("--micro_tokens", type=positive_int, default=4096, help="in a row; 4096")
     c = parser.parse_args(argv)
     if not c.tasks and (c.data or c.shots or c.protocol):
         raise InputError(
@@ -73,13 +72,13 @@ def score(argv: list[str]) -> None:
         prepared = samples.prepared(held_out, encoder, longest, c.micro_tokens, c.limit)
     data, named = c.data or samples.FOLDER, tasks.named(c.tasks or [])
     for task, requests, split in all_requests(named, data, c.shots, protocol):
-        with progress(len(requests[: c.limit]), "item", f"reading {task.name}") as bar:
-            encoded = []
-            for request in requests[: c.limit]:
+        asked, encoded = requests[: c.limit], []
+        with progress(len(asked), "item", f"reading {task.name}") as bar:
+            for request in asked:
                 encoded.append(encode(request, tokenizer, bos, longest, encoder))
                 bar.update()
         rows = plan(encoded, c.micro_tokens)
-        prepared.append(benchmarks.Prepared(task.name, requests[: c.limit], encoded, rows, split))
+        prepared.append(benchmarks.Prepared(task.name, asked, encoded, rows, split))
 
     model = _load(c, device)
     settings = {
@@ -90,11 +89,11 @@ def score(argv: list[str]) -> None:
         "tokenizer": tokenizer.fingerprint(),
         "template": encoder and encoder.template.to_json(),
     }
-    identity = settings | benchmarks.identity(model, prepared, data)
+    settings |= benchmarks.identity(model, prepared, data)
     pack_linears(model)
     with alone_or_start(device) as world:
         if world.is_main:
-            open_folder(out, identity)
+            open_folder(out, settings)
         benchmarks.score(prepared, Scorer(model, world), out)
         if world.is_main:
             _finish(prepared, out)
@@ -148,7 +147,8 @@ def answer(argv: list[str]) -> None:
     if aside:
         print(f"{aside} records that are no dialogues were set aside", file=sys.stderr)
     out = c.out or Path("evals") / f"{Path(c.model).resolve().name}-{c.set}-{c.history}"
-    lines = _answered(c, asked, out, {"history": c.history, "file": sha256(path)})
+    identity = {"set": c.set, "history": c.history, "file": sha256(path)}
+    lines = _answered(c, asked, out, identity)
     if lines:
         cut = sum(line["end"] == "length" for line in lines)
         shortened = sum(line["dropped_turns"] > 0 for line in lines)
@@ -188,6 +188,7 @@ def judge(argv: list[str]) -> None:
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in found)
     (out / "judgements.jsonl").write_text(text, encoding="utf-8")
     results = (judging.pair_results if c.against else judging.turn_results)(found)
+    results["set"] = answers.set_of(c.answers)
     write_json(out / "results.json", {"pairs" if c.against else "turns": results})
     print(json.dumps(results, ensure_ascii=False, indent=2), f"all in {out}", sep="\n")
     if results["unread"]:
@@ -281,8 +282,9 @@ def page(argv: list[str]) -> None:
     parser = _parser("report", page.__doc__)
     parser.add_argument("folders", nargs="+", type=Path, help="the --out of any of these commands")
     parser.add_argument("--out", type=Path, default=Path("report.html"))
+    parser.add_argument("--data", type=Path, help="their folder, to show questions that changed")
     c = parser.parse_args(argv)
-    c.out.write_text(pages.page(c.folders), encoding="utf-8")
+    c.out.write_text(pages.page(c.folders, c.data), encoding="utf-8")
     print(c.out)
 
 
@@ -295,9 +297,15 @@ def _parser(command: str, does: str) -> argparse.ArgumentParser:
     )
 
 
+def positive_int(text: str) -> int:
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
 def _items(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, help="the benchmarks' folder; default samples/")
-    parser.add_argument("--shots", type=int, default=0, help="answered examples before an item")
+    parser.add_argument("--shots", type=int, default=0, help="answered examples before")
     parser.add_argument("--protocol", choices=PROTOCOLS, help="default plain")
 
 
@@ -311,8 +319,12 @@ def _model(parser: argparse.ArgumentParser) -> None:
 
 def _generation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, help="default: a folder of evals/ named after both")
-    parser.add_argument("--max_new", type=int, default=512, help="most tokens of an answer")
-    parser.add_argument("--batch_size", type=int, default=16, help="answers at a time; default 16")
+    parser.add_argument(
+        "--max_new", type=positive_int, default=512, help="most tokens of an answer"
+    )
+    parser.add_argument(
+        "--batch_size", type=positive_int, default=16, help="answers at a time; default 16"
+    )
 
 
 def _load(c: argparse.Namespace, device: torch.device) -> Aquila:
@@ -321,22 +333,15 @@ def _load(c: argparse.Namespace, device: torch.device) -> Aquila:
     return pretrained.load(c.model, device, stage.compute_dtype(c, device))
 
 
-COMMANDS = {
-    "show": show,
-    "answer": answer,
-    "judge": judge,
-    "cmb": exam,
-    "compare": compare,
-    "report": page,
-}
+COMMANDS = {"show": show, "answer": answer, "judge": judge, "cmb": exam}
+COMMANDS |= {"compare": compare, "report": page}
 
 
 def main() -> None:
     first, *rest = sys.argv[1:] or ["--help"]
     if first in COMMANDS:
-        COMMANDS[first](rest)
-    else:
-        score(sys.argv[1:])
+        return COMMANDS[first](rest)
+    score([first, *rest])
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from nanomed.config import InputError
 from nanomed.distributed import World, from_all, from_main
-from nanomed.evals.folder import appending, cut_back
+from nanomed.evals.folder import appending, cut_back, read_lines
 from nanomed.model.decoder import Aquila
 from nanomed.model.generation import Sampling, generate
 from nanomed.records import BadField, Chat, chats_of, read_json
@@ -94,7 +94,14 @@ def read(folder: Path) -> list[dict]:
     path = folder / "answers.jsonl"
     if not path.exists():
         raise InputError(f"{folder} holds no answers: `evaluate.py answer` writes answers.jsonl")
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+    return read_lines(path)
+
+
+def set_of(folder: Path) -> str:
+    """Which of SETS was answered there; "" if it is not known."""
+    path = folder / "config.json"
+    found = json.loads(path.read_text(encoding="utf-8")).get("set") if path.exists() else None
+    return found if found in SETS else ""
 
 
 Turn = tuple[Dialogue, int]  # a dialogue and the number of one of its turns
@@ -127,10 +134,7 @@ class Answerer:
         batches = self._batches(asked)
         ends = [sum(map(len, batches[: i + 1])) for i in range(len(batches))]
         done = from_main(cut_back(path, ends) if world.is_main else None)
-        lines = from_main(
-            path.read_text(encoding="utf-8").split("\n")[:-1] if world.is_main else None
-        )
-        self._keep(map(json.loads, lines))
+        self._keep(from_main(read_lines(path) if world.is_main else None))
         bar = tqdm(total=ends[-1], unit="answer", disable=not (world.is_main and is_terminal()))
         bar.update(len(self.known))
         with bar, appending(path, world.is_main) as write:

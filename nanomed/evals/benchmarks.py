@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import kernels
 from nanomed.distributed import from_main
-from nanomed.evals.folder import appending, cut_back, sha256
+from nanomed.evals.folder import appending, cut_back, read_lines, sha256
 from nanomed.evals.items import Split
 from nanomed.evals.requests import Request
 from nanomed.evals.stats import pooled_stderr, stderr
@@ -108,8 +108,7 @@ def _largest(values: Sequence[float]) -> int:
 
 
 def read_items(out: Path) -> list[dict]:
-    lines = (out / "items.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+    return read_lines(out / "items.jsonl")
 
 
 def results(tasks: Sequence[Prepared], items: Sequence[dict]) -> dict[str, dict]:

@@ -42,7 +42,7 @@ def questions(path: Path, key_path: Path) -> tuple[list[Dialogue], dict[str, dic
         key[str(entry["id"])] = entry
     dialogues = []
     for number, record, _ in read_json(str(path)):
-        name = str(record.get("id", number))
+        name = str(record.get("id", number) if isinstance(record, dict) else record)
         if name not in key:
             raise InputError(f"{path}, record {number}: {key_path} has no answer to id {name}")
         for field in FIELDS[:3]:
@@ -51,7 +51,14 @@ def questions(path: Path, key_path: Path) -> tuple[list[Dialogue], dict[str, dic
                     f"{path}, record {number}: field {field!r} is {record.get(field)!r}, but "
                     f"{key[name][field]!r} in {key_path}: they do not belong together"
                 )
-        shown = [f"{k}. {v}" for k, v in record["option"].items() if v and v.strip()]
+        if not isinstance(record.get("option"), dict) or not isinstance(
+            record.get("question"), str
+        ):
+            raise InputError(
+                f"{path}, record {number}: fields 'question', a text, and 'option', letters with "
+                f"their texts, are wanted; its fields are {', '.join(record)[:200]}"
+            )
+        shown = [f"{k}. {v}" for k, v in record["option"].items() if v and str(v).strip()]
         asked = ASKED.format(**record, options="\n".join(shown))
         dialogues.append(Dialogue(name, [(asked, key[name]["answer"])]))
     if len({d.id for d in dialogues}) != len(key):

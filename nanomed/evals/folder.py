@@ -38,6 +38,11 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def read_lines(path: Path) -> list[dict]:
+    """Of a file of whole lines. A text may hold U+2028, which ends no line here."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+
+
 def cut_back(path: Path, borders: Sequence[int]) -> int:
     """How many of the borders (numbers of lines, rising) a file of lines has reached; what it holds
     after the last one, half a line at its end included, is cut off."""

@@ -75,6 +75,8 @@ def load(layouts: Iterable[Layout], data: Path, subject: str, split: str) -> Spl
         if files := layout.files(data, subject, split):
             items = [item for path in files for item in _items(layout, path, split)]
             single = [item for item in items if len(item.exam.answers) == 1]
+            if not single:
+                raise InputError(f"{', '.join(map(str, files))}: no item that one letter answers")
             return Split(single, files, len(items) - len(single))
     places = ", ".join(layout.path(subject, split) for layout in layouts)
     raise InputError(f"{data} has none of: {places}; --data names the folder above them")
@@ -103,14 +105,20 @@ def _records(layout: Layout, path: Path, split: str) -> Iterator[tuple[int | str
 
 
 def _rows(path: Path, header: Sequence[str]) -> Iterator[tuple[int, dict]]:
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        for number, row in enumerate(csv.reader(file, strict=True), 1):
-            if len(row) != len(header):
-                raise InputError(
-                    f"{path}, record {number}: {len(row)} columns, expected {len(header)}: "
-                    f"{', '.join(header)}"
-                )
-            yield number, dict(zip(header, row, strict=True))
+    number = 0
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            for number, row in enumerate(csv.reader(file, strict=True), 1):
+                if len(row) != len(header):
+                    raise InputError(
+                        f"{path}, record {number}: {len(row)} columns, expected {len(header)}: "
+                        f"{', '.join(header)}"
+                    )
+                yield number, dict(zip(header, row, strict=True))
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise InputError(
+            f"{path}, record {number + 1}: {error}; write the file as CSV in UTF-8"
+        ) from None
 
 
 # ---------------------------------------------------------------- one record

@@ -100,7 +100,9 @@ def batch_line(one: Asked, model: str) -> str:
 def replies(path: Path, asked: Sequence[Asked], model: str) -> list[Answer]:
     """The answers of a batch's output file. Raises InputError for a line that is none."""
     requests, found = {one.request.key(model): one.request for one in asked}, []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
         try:
             reply = json.loads(line)
             key = reply["custom_id"]

@@ -3,23 +3,28 @@
 import json
 import tomllib
 from collections.abc import Iterable, Sequence
-from html import escape
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from nanomed.config import InputError
+from nanomed.evals import figures
+from nanomed.evals.benchmarks import read_items
 from nanomed.evals.compare import compare
-from nanomed.evals.stats import wilson
-from nanomed.page import details, document, heading, note, table
+from nanomed.evals.judge import ASPECTS
+from nanomed.evals.requests import requests_of
+from nanomed.evals.tasks import tasks
+from nanomed.page import Text, details, document, heading, note, table
+from nanomed.records.exams import LETTERS
 
 
-def page(folders: Sequence[Path]) -> str:
-    """Of the --out folders of finished evaluations, of whatever kind. Raises InputError."""
-    return document("Evaluation", parts(folders))
+def page(folders: Sequence[Path], data: Path | None = None) -> str:
+    """Of the --out folders of finished evaluations, of whatever kind; with the benchmarks' folder
+    the texts of items that changed are shown. Raises InputError."""
+    return document("Evaluation", parts(folders, data))
 
 
-def parts(folders: Sequence[Path]) -> list[str]:
+def parts(folders: Sequence[Path], data: Path | None = None) -> list[str]:
     """Of that page, for another one to take in."""
     paper = tomllib.loads(Path(__file__).with_name("paper.toml").read_text(encoding="utf-8"))
     ours = {str(folder): _results(folder) for folder in folders}
@@ -30,7 +35,7 @@ def parts(folders: Sequence[Path]) -> list[str]:
     found += [*_all_tasks(scored), *_pairs(paper["pairs"], ours), *_turns(paper["turns"], ours)]
     likelihood = [folder for folder in folders if (folder / "items.jsonl").exists()]
     for a, b in pairwise(likelihood):
-        found += _changed(a, b)
+        found += _changed(a, b, data)
     return found
 
 
@@ -85,8 +90,8 @@ def _accuracy(task: str, result: dict[str, Any] | None, macro: bool) -> str:
 
 def _all_tasks(ours: dict[str, dict]) -> Iterable[str]:
     for folder, results in ours.items():
-        tasks = {name: r for name, r in results.items() if "letters" in r}
-        if not tasks:
+        scored = {name: r for name, r in results.items() if "letters" in r}
+        if not scored:
             continue
         rows = [
             [
@@ -98,72 +103,73 @@ def _all_tasks(ours: dict[str, dict]) -> Iterable[str]:
                 f"{r['majority']['choice']}: {100 * r['majority']['acc']:.1f}",
                 ", ".join(f"{k} {chosen} ({right})" for k, (chosen, right) in r["letters"].items()),
             ]
-            for name, r in tasks.items()
+            for name, r in scored.items()
         ]
         head = ["", "n", "accuracy", "macro", "chance", "commonest", "chosen (right)"]
         yield heading(folder)
         yield table([head, *rows])
-        yield _dots({name: (r["acc"], r["n"], r["chance"]) for name, r in tasks.items()})
+        yield figures.dots({name: (r["acc"], r["n"], r["chance"]) for name, r in scored.items()})
         yield note("Dots: accuracy with Wilson's 95% interval; the grey line is chance.")
-
-
-def _dots(values: dict[str, tuple[float, int, float]]) -> str:
-    width, left, step = 420, 260, 20
-    lines = []
-    for i, (name, (share, n, chance)) in enumerate(values.items()):
-        y = 14 + i * step
-        low, high, middle, base = (left + width * x for x in (*wilson(share * n, n), share, chance))
-        lines += [
-            f'<text x="0" y="{y + 4}">{escape(name)} ({n:,})</text>',
-            f'<line x1="{base:.1f}" x2="{base:.1f}" y1="{y - 9}" y2="{y + 9}" stroke="#bbb"/>',
-            f'<line x1="{low:.1f}" x2="{high:.1f}" y1="{y}" y2="{y}" stroke="#36c"/>',
-            f'<circle cx="{middle:.1f}" cy="{y}" r="4" fill="#36c"/>',
-        ]
-    bottom = 14 + len(values) * step
-    for percent in range(0, 101, 25):
-        x = left + width * percent / 100
-        lines.append(f'<text x="{x}" y="{bottom + 12}" text-anchor="middle">{percent}%</text>')
-    return f'<svg width="{left + width + 40}" height="{bottom + 20}">{"".join(lines)}</svg>'
+        for name, r in scored.items():
+            if len(subjects := r.get("subjects", {})) > 1:
+                values = {k: (part["acc"], part["n"], r["chance"]) for k, part in subjects.items()}
+                yield details(f"{name} by subject", figures.dots(values))
 
 
 def _pairs(paper: dict[str, list[int]], ours: dict[str, dict]) -> Iterable[str]:
+    judged = {name: r["pairs"] for name, r in ours.items() if r.get("pairs", {}).get("n")}
+    counts = {f"{name} (paper)": (triple, None) for name, triple in paper.items()}
+    for name, r in judged.items():
+        counts[name] = [r[side] for side in ("win", "tie", "loss")], r["win_interval"]
     rows = []
-    for name, counts in paper.items():
-        shares = [f"{100 * count / sum(counts):.1f}" for count in counts]
-        rows.append([f"{name} (paper)", str(sum(counts)), *shares, *[""] * 4])
-    for name, results in ours.items():
-        if (r := results.get("pairs")) and r["n"]:
-            shares = [f"{100 * r[side] / r['n']:.1f}" for side in ("win", "tie", "loss")]
+    for name, (triple, _) in counts.items():
+        shares = [f"{100 * count / sum(triple):.1f}" for count in triple]
+        worth, unread = [""] * 3, ""
+        if r := judged.get(name):
             worth = [r[k] for k in ("orders_disagree", "first_seat_wins", "longer_wins")]
-            known = ["" if x is None else f"{100 * x:.1f}" for x in worth]
-            rows.append([name, str(r["n"]), *shares, *known, str(r["unread"])])
+            worth = ["" if x is None else f"{100 * x:.1f}" for x in worth]
+            unread = r["unread"]
+        rows.append([name, str(sum(triple)), *shares, *worth, str(unread)])
     head = ["", "n", "win", "tie", "loss", "orders disagree", "first seat wins", "longer wins"]
     yield heading("Figures 4 and 5: pairs of answers")
+    yield figures.shares(counts)
     yield table([[*head, "unread"], *rows])
-    yield note("Percent. Win rates of different judges or under different rules do not compare.")
+    yield note(
+        "Percent; the line on a bar of ours is Wilson's 95% interval of the wins. Win rates of "
+        "different judges or under different rules do not compare."
+    )
 
 
 def _turns(paper: dict[str, dict], ours: dict[str, dict]) -> Iterable[str]:
-    rows = [
-        [f"{name}, {aspect} (paper)", f"{average:.3f}", "", *(f"{bar:.3f}" for bar in bars)]
-        for name, aspects in paper.items()
-        for aspect, (*bars, average) in aspects.items()
-    ]
-    for name, results in ours.items():
-        for aspect, r in results.get("turns", {}).get("aspects", {}).items():
+    """A chart for each aspect of each set: the paper's rounds dashed, ours with a full line."""
+    judged = {name: r["turns"] for name, r in ours.items() if r.get("turns", {}).get("aspects")}
+    rows, charts = [], []
+    for name, models in paper.items():
+        mine = {k: r["aspects"] for k, r in judged.items() if r.get("set") in (models["set"], "")}
+        charts.append(heading(f"Figures 6 and 7: turns of {name} by four aspects"))
+        for aspect in ASPECTS:
+            theirs = [(f"{k} (paper)", models[k][aspect][:-1]) for k in ("chat", "chat-dpo")]
+            own = [(k, [*r[aspect]["rounds"].values()]) for k, r in mine.items()]
+            charts.append(figures.rounds(aspect, theirs, own))
+            for model, bars in ((k, models[k][aspect]) for k in ("chat", "chat-dpo")):
+                cells = [f"{bar:.3f}" for bar in (bars[-1], *bars[:-1])]
+                rows.append(
+                    [f"{models['set']}, {model}, {aspect} (paper)", cells[0], "", *cells[1:]]
+                )
+    for name, result in judged.items():
+        for aspect, r in result["aspects"].items():
             low, high = r["interval"]
-            counts = results["turns"]["rounds"]
-            bars = [f"{value:.3f} (n {counts[i]})" for i, value in r["rounds"].items()]
-            rows.append(
-                [f"{name}, {aspect}", f"{r['micro']:.3f}", f"{low:.3f} to {high:.3f}", *bars]
-            )
+            bars = [f"{v:.3f} (n {result['rounds'][i]})" for i, v in r["rounds"].items()]
+            interval = f"{low:.3f} to {high:.3f}"
+            rows.append([f"{name}, {aspect}", f"{r['micro']:.3f}", interval, *bars])
     most = max(map(len, rows))
     head = ["", "average", "95% interval", *(f"round {i}" for i in range(1, most - 2))]
-    yield heading("Figures 6 and 7: turns by four aspects")
+    yield from charts
     yield table([head, *(row + [""] * (most - len(row)) for row in rows)])
+    yield note("Averages are over turns, with the interval over dialogues.")
 
 
-def _changed(a: Path, b: Path) -> Iterable[str]:
+def _changed(a: Path, b: Path, data: Path | None) -> Iterable[str]:
     """Which items went from right to wrong, and the other way round."""
     yield heading(f"From {a} to {b}")
     try:
@@ -179,7 +185,29 @@ def _changed(a: Path, b: Path) -> Iterable[str]:
         rows.append([name, str(r["n"]), change, interval, *only, f"{r['p']:.3g}"])
     head = ["", "n", "difference", "95% interval", "now wrong", "now right", "p"]
     yield table([head, *rows])
+    sides = [{item["id"]: item for item in read_items(folder)} for folder in (a, b)]
     for name, r in found.items():
         if r["only_a"] and name == r["only_a"][0].rpartition("/")[0]:
-            ids = escape(", ".join(i.rpartition("/")[2] for i in r["only_a"]))
-            yield details(f"{name}: right before, now wrong", ids)
+            texts = _questions(name, data)
+            head = ["item", "right", "chose", "by", "now chooses", "by", *(["asked"] * bool(texts))]
+            lost = [
+                [i, *_chosen(*(side[i] for side in sides)), *texts.get(i, [])] for i in r["only_a"]
+            ]
+            yield details(f"{name}: {len(lost)} right before, now wrong", table([head, *lost]))
+
+
+def _chosen(before: dict, now: dict) -> list[str]:
+    """The right choice; what each chose, and by how much: its log-probability less the next's."""
+    cells = [LETTERS[before["gold"]]]
+    for item in (before, now):
+        first, second = sorted(item["logprobs"], reverse=True)[:2]
+        cells += [LETTERS[item["pred"]], f"{first - second:.2f}"]
+    return cells
+
+
+def _questions(name: str, data: Path | None) -> dict[str, list[str]]:
+    """By item, what was asked, without its shots; nothing unless --data has the task's items."""
+    if not data or name not in tasks():
+        return {}
+    requests, _ = requests_of(tasks()[name], data, 0)
+    return {request.id: [Text(request.context)] for request in requests}

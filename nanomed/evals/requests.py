@@ -100,7 +100,7 @@ def requests_of(
 def _shots(task: Task, n_items: int, n_pool: int, n_shots: int) -> Iterator[list[int]]:
     """Which of the pool each item gets. Where they are drawn, each draw depends on those before it,
     so all of them are made here, whatever part of the items is scored, and by whom."""
-    if n_shots > n_pool:
+    if not 0 <= n_shots <= n_pool:
         raise InputError(
             f"--shots {n_shots}: {task.name} has only {n_pool} items to take them from"
         )

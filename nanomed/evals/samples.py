@@ -1,7 +1,7 @@
 """What is asked without --tasks: the samples' exam, and their chats that training holds out.
 
-Everything is put into chats in the wording of training, without shots. Whether training states a
-fact decides what an accuracy can be: of facts that it never states it is chance.
+Everything is put into chats in the wording of training, without shots. Where training states a fact
+decides what an accuracy can be: of facts that are stated nowhere it is chance.
 """
 
 import dataclasses
@@ -22,12 +22,12 @@ from nanomed.hf import pretrained
 from nanomed.model.scoring import Encoded, plan
 from nanomed.records import read_json
 from nanomed.records.exams import LETTERS
-from nanomed.stages.answers import taught_facts
 from nanomed.stages.exam import held_out_items
+from nanomed.stages.world import STATED
 from nanomed.text.template import Encoder
 
 FOLDER = ROOT / "samples"
-SUBJECTS = {True: "facts stated in training", False: "facts never stated in training"}
+SUBJECTS = {key: f"facts {words}" for key, (_, words) in STATED.items()}
 
 
 def held_out(model: str, encoder: Encoder, longest: int) -> Loader:
@@ -44,10 +44,9 @@ def prepared(
 ) -> list[Prepared]:
     """The exam, the option questions among the held-out chats, and the answers of all of those."""
     exam, split = requests_of(tasks()["samples_exam"], FOLDER, 0, "chat")
-    taught = taught_facts(loader)
     records = [record for _, record, _ in read_json(str(split.files[0]))]
     exam = [
-        dataclasses.replace(r, item=Item(r.item.exam, SUBJECTS[taught.issuperset(record["facts"])]))
+        dataclasses.replace(r, item=Item(r.item.exam, SUBJECTS[record["stated"]]))
         for r, record in zip(exam, records, strict=True)
     ]
     found = []

@@ -144,6 +144,16 @@ def test_a_key_that_does_not_fit_is_refused(changes, message, tmp_path):
         cmb.questions(*write(tmp_path, **changes))
 
 
+@pytest.mark.parametrize("field, value", [("option", ["甲"]), ("option", None), ("question", None)])
+def test_a_question_that_cannot_be_asked_is_refused(field, value, tmp_path):
+    data, key = write(tmp_path)
+    records = json.loads(data.read_text(encoding="utf-8"))
+    records[1][field] = value
+    data.write_text(json.dumps(records, ensure_ascii=False), encoding="utf-8")
+    with pytest.raises(InputError, match=r"record 2: fields 'question', a text, and 'option'"):
+        cmb.questions(data, key)
+
+
 def test_from_questions_to_both_scores(model, tmp_path, capsys):  # noqa: F811
     data, key = write(tmp_path)
     arguments = ["--model", str(model), "--data", str(data), "--key", str(key), "--max_new", "4"]

@@ -89,7 +89,11 @@ LAYOUTS = [
 ]
 
 
-def put(folder, name: str, content: list) -> None:
+def put(folder, name: str, content: list | bytes) -> None:
+    if isinstance(content, bytes):
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).write_bytes(content)
+        return
     (write_csv if name.endswith(".csv") else write_lines)(folder / name, content)
 
 
@@ -159,6 +163,20 @@ GOOD = {"question": "q", **OPS, "cop": 0}
             [["q", *"wxyz"]],
             "record 1: 5 columns, expected 6",
         ),
+        (
+            "mmlu_anatomy",
+            "test/anatomy_test.csv",
+            b'q,w,x,y,z,A\nq,"w,x,y,z,A',
+            "record 2: unexpected end of data; write the file as CSV in UTF-8",
+        ),
+        (
+            "mmlu_anatomy",
+            "test/anatomy_test.csv",
+            "甲,乙,丙,丁,戊,A\n".encode("gb18030"),
+            "record 1: .*can't decode.*UTF-8",
+        ),
+        ("medmcqa", ONE, b"", "holds no record: the file is empty"),
+        ("mmlu_anatomy", "test/anatomy_test.csv", b"", "no item that one letter answers"),
         (
             "mmlu_anatomy",
             "cais/mmlu/anatomy/test.jsonl",

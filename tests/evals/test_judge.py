@@ -168,6 +168,7 @@ def test_requests_answered_elsewhere(tmp_path):
         }
         for r in requests
     ]
+    lines[0]["request_id"] = "a\u2028b"  # ends no line of a file of JSON lines
     write_lines(replies, lines[:3])
     found = run(a, tmp_path / "out", "--against", "reference", "--replies", replies)["pairs"]
     assert (found["n"], found["unread"], found["win"]) == (
@@ -184,7 +185,7 @@ def test_no_socket_without_judge(tmp_path, monkeypatch):
     a = write_answers(tmp_path / "a", ["x"])
     monkeypatch.setattr(socket, "socket", lambda *_, **__: pytest.fail("a socket"))
     assert run(a, tmp_path / "out")["turns"] == {
-        "n": 0, "unread": 1, "rounds": {}, "aspects": {},
+        "n": 0, "unread": 1, "rounds": {}, "aspects": {}, "set": "",
     }  # fmt: skip
 
 

@@ -7,6 +7,8 @@ import pytest
 
 import evaluate
 from nanomed.config import InputError
+from nanomed.evals.benchmarks import read_items
+from nanomed.evals.compare import compare
 from nanomed.evals.page import page
 from tests.evals.test_benchmarks import argv, data, done, model, write_folder  # noqa: F401
 from tests.evals.test_judge import judged_as
@@ -23,8 +25,8 @@ def write(folder, results: dict):
 def cells(text: str, name: str) -> list[str]:
     """Of the row whose first cell is `name`; of a folder's, not the one that says what was run."""
     _, tables = text.split("</table>", 1)
-    row = re.search(rf"<tr><td>{re.escape(name)}</td>(.*?)</tr>", tables)
-    return re.findall(r"<td[^>]*>(.*?)</td>", row[1])
+    row = re.search(rf"<tr><td>{re.escape(name)}</td>(.*?)</tr>", tables, re.S)
+    return re.findall(r"<td[^>]*>(.*?)</td>", row[1], re.S)
 
 
 def test_the_papers_tables_beside_ours(done, model, data, tmp_path):  # noqa: F811
@@ -38,18 +40,50 @@ def test_the_papers_tables_beside_ours(done, model, data, tmp_path):  # noqa: F8
     assert mmlu[2] == f"{100 * group['macro']:.2f} ± {100 * group['stderr']:.2f} (n 30)"
     assert cells(text, "cmb")[2:] == ["not run", "not run"]
     assert "ours were run with 1 shots, not 3" in text
-    assert text.count("<circle") == 2 * 8  # a dot for each task and group of both
-    assert f"From {done} to {other}" in text and "now wrong" in text
+    dots = text.split("Figures 4 and 5")[0].count("<circle")
+    assert dots == 2 * 8  # for each task and group of both
+    assert f"From {done} to {other}" in text
     assert "<script" not in text and "http" not in text
+
+
+def test_items_that_were_right_and_are_wrong_now(done, model, data, tmp_path):  # noqa: F811
+    other = tmp_path / "second"
+    evaluate.score(argv(write_folder(tmp_path / "m", seed=4), data, other))
+    lost = compare(done, other)["medqa_4options"]["only_a"]
+    assert lost
+    text = page([done, other], data)
+    assert f"medqa_4options: {len(lost)} right before, now wrong" in text
+    sides = [{i["id"]: i for i in read_items(folder)} for folder in (done, other)]
+    for name in lost:
+        right, before, _, now, _, asked = cells(text, name)
+        assert right == before == "ABCD"[sides[0][name]["gold"]] != now
+        assert asked.startswith("Question: ") and asked.endswith("Answer:")
+    assert "Question: " not in page([done, other])  # no text unless the folder of texts is named
+
+
+def test_a_task_with_subjects_has_their_dots(tmp_path):
+    part = {"n": 4, "acc": 0.5, "stderr": 0.1, "acc_norm": 0.5, "stderr_norm": 0.1}
+    whole = {"chance": 0.25, "macro": 0.5, "majority": {"choice": "A", "acc": 0.3}}
+    subjects = {"Surgery": part, "<Anatomy>": part}
+    medmcqa = part | whole | {"letters": {"A": [1, 2]}, "shots": 3, "subjects": subjects}
+    text = page([write(tmp_path / "x", {"medmcqa": medmcqa})])
+    assert "medmcqa by subject" in text and "Surgery (4)" in text and "&lt;Anatomy&gt; (4)" in text
 
 
 def test_judgements_beside_the_papers(tmp_path):
     found = evaluate.judging.turn_results(
         judged_as({a: [4.5, 4.0] for a in evaluate.judging.ASPECTS}, [4, 2])
-    )
+    ) | {"set": "cmb-clin"}
     pairs = {"n": 3, "unread": 1, "win": 1, "tie": 1, "loss": 1, "orders_disagree": 1 / 3}
-    pairs |= {"first_seat_wins": 0.5, "longer_wins": None}
+    pairs |= {"first_seat_wins": 0.5, "longer_wins": None, "win_interval": [0.06, 0.79]}
     text = page([write(tmp_path / "t", {"turns": found}), write(tmp_path / "p", {"pairs": pairs})])
+    bars = text.split("Figures 4 and 5")[1].split("</svg>")[0]
+    assert bars.count("<rect") == 3 * (4 + 1) and bars.count("<line") == 1  # ours has an interval
+    assert 'width="262.1"' in bars and "<title>62.4%" in bars  # of 420 pixels
+    _, other, clin = text.split("Figures 6 and 7")
+    assert other.count("<svg") == clin.count("<svg") == 4
+    assert clin.count(f"<title>{tmp_path / 't'}</title></polyline>") == 4  # ours is of this set
+    assert f"{tmp_path / 't'}</title>" not in other
     ours = cells(text, f"{tmp_path / 't'}, fluency")
     assert ours[0] == "4.333" and ours[2:4] == ["4.500 (n 4)", "4.000 (n 2)"]
     assert cells(text, "chat against the reference (paper)")[:4] == ["500", "62.4", "26.8", "10.8"]

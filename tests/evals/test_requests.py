@@ -96,6 +96,8 @@ def test_more_shots_than_there_are(tmp_path):
     write_golden(GOLDEN[0], tmp_path)
     with pytest.raises(InputError, match="--shots 6: mmlu_professional_medicine has only 5 items"):
         requests_of(all_tasks()["mmlu_professional_medicine"], tmp_path, 6)
+    with pytest.raises(InputError, match="--shots -1: "):
+        requests_of(all_tasks()["mmlu_professional_medicine"], tmp_path, -1)
 
 
 def test_names_of_tasks():
