@@ -119,6 +119,7 @@ def results(tasks: Sequence[Prepared], items: Sequence[dict]) -> dict[str, dict]
         if mine[0]["gold"] is None:
             found[task.name] = _loss(mine)
             continue
+        alike = len({tuple(request.choices) for request in task.requests}) < 10  # letters, yes/no
         subjects: dict[str, list[dict]] = {}
         for item in mine:
             subjects.setdefault(item["subject"] or task.name, []).append(item)
@@ -126,7 +127,9 @@ def results(tasks: Sequence[Prepared], items: Sequence[dict]) -> dict[str, dict]
         found[task.name] = _summary(task.requests, mine) | {
             "macro": _mean([part["acc"] for part in by_subject.values()]),
             "subjects": by_subject,
-            "tokens_per_choice": sorted({tuple(item["n_tokens"]) for item in mine})[:10],
+            "tokens_per_choice": sorted({tuple(item["n_tokens"]) for item in mine})
+            if alike
+            else [],
             "truncated": sum(item["truncated"] > 0 for item in mine),
             "set_aside": task.split.set_aside,
             "in_own_shots": sum(request.leaked for request in task.requests),
