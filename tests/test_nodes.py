@@ -134,9 +134,7 @@ def test_three_nodes_go_on_after_a_killed_worker_and_a_killed_torchrun(tmp_path)
         _until(lambda: not _runs(workers[2]), 30)
         took("a killed torchrun: until its worker is gone", killed)
     before = len(metrics_of(nodes.out))
-    with Nodes(
-        tmp_path, 3, "--steps 40 --resume auto"
-    ) as nodes:  # all of them, by the same command
+    with Nodes(tmp_path, 3, "--steps 40 --resume auto") as nodes:  # all, by the same command
         nodes.wait_for_step(before + 1)
         took("a killed torchrun, all started again: until the step after", killed)
 
