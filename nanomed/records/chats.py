@@ -67,9 +67,9 @@ def _paired(
 
 def exam(record: dict) -> list[Chat]:
     """CMB, C-Eval, CMExam, MMLU and others: the options are asked with the question."""
-    if not filled(record[given(record, KEYS)]):
-        return question_answer(record)  # and it is dropped
-    item, chat = exam_of(record), opening(record)
+    if not filled(record[given(record, KEYS)]) or not (item := exam_of(record)):
+        return question_answer(record)  # and it is dropped, or read as what it is
+    chat = opening(record)
     chat.turns += render(item).turns
     chat.group = item.question  # the options may stand in another order
     chat.dropped = "empty question" * blank(item.question)

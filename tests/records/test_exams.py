@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from nanomed.records import BadField
+from nanomed.records import BadField, chats_of
 from nanomed.records.exams import Exam, Wording, asked, exam_of, letters_of, options_of, render
 
 DRUGS = {"A": "amlodipine", "B": "valsartan", "C": "metoprolol"}
@@ -54,6 +54,12 @@ def test_options_that_are_not_clear_are_refused(record):
 )
 def test_what_has_no_options(record):
     assert options_of(record) is None and exam_of(record) is None
+
+
+def test_an_exam_whose_options_are_all_empty_is_refused_by_name():
+    """Found by the long fuzz: the fields of an exam, and nothing in them."""
+    with pytest.raises(BadField, match="question"):
+        chats_of({"question": [], "A": None, "answer": False, "options": []})
 
 
 @pytest.mark.parametrize(
