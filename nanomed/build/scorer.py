@@ -93,20 +93,21 @@ def _training(kind: str, question: str, answer: str, digit: int) -> dict[str, An
 
 def train(chats: Sequence[dict], folder: Path, where: torch.device, **given: Any) -> Path:
     """The folder of a scorer that fit() trained on these chats. What is there already is not
-    trained again."""
+    trained again, and what was stopped goes on."""
     folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     made = folder.with_name(f"{folder.name}-labels.jsonl")
     lines = b"".join(map(line_of, chats))
     name = hashlib.sha256(lines + repr((prompts(), sorted(given.items()))).encode()).hexdigest()
-    mark = folder / "labels.sha256"
+    begun, mark = made.with_suffix(".sha256"), folder / "labels.sha256"
     if from_main(mark.exists() and mark.read_text() == name):
         return folder
-    if folder.exists():
+    if from_main(folder.exists() and not (begun.exists() and begun.read_text() == name)):
         raise InputError(f"{folder} was trained on other labels or settings: choose another --out")
     with whole(made) as file:
         file.write(lines)
+    begun.write_text(name)
     base = {} if given.get("init") else SFT.FRESH
-    c = SFT(**{**base, **given}, data=[str(made)], out=str(folder))
+    c = SFT(**{**base, **given}, data=[str(made)], out=str(folder), resume="auto")
     config, encoder = stage.model_and_encoder(c)
     data = store.chats(c.data, encoder, c.seq_len, c.allow_drop)
     with start(where) as world:

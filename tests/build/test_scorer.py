@@ -1,5 +1,6 @@
 """A scorer that is trained here: what it is taught, and that it learns."""
 
+import gc
 import sys
 from collections import Counter
 from unittest import mock
@@ -71,6 +72,12 @@ def test_a_scorer_is_trained_once_and_learns_its_labels(tmp_path, encoder):
     argv += ["--scorer", str(model), "--labels", str(tmp_path / "labels.jsonl"), "--device", "cpu"]
     fast = {"epochs": 4, "batch_size": 8, "lr": 3e-3}
     with mock.patch.object(sys, "argv", argv), mock.patch.dict(build_sft.TUNED, fast):
+        with (
+            mock.patch.object(scorer, "fit", side_effect=RuntimeError("killed")),
+            pytest.raises(RuntimeError),
+        ):
+            build_sft.main()
+        gc.collect()  # the run folder's lock goes with what was killed
         build_sft.main()
         short, long = lines(tmp_path / "out/scores.jsonl")
         assert short["complexity"] < 2 < 5 < long["complexity"]
