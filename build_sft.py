@@ -25,12 +25,12 @@ from nanomed.build import (
     deita,
     duplicates,
     report,
-    scorer,
     scores,
     selection,
 )
+from nanomed.build import scorer as teaching
 from nanomed.build.labels import prompts
-from nanomed.build.pipeline import Build, described, run
+from nanomed.build.pipeline import Build, described, facts_of, run
 from nanomed.build.runner import Runner
 from nanomed.build.settings import Paid, files_of, flag
 from nanomed.build.shards import read_shard
@@ -41,7 +41,6 @@ from nanomed.meeting import rank_from_env
 from nanomed.model.packed import pack_linears
 from nanomed.model.scoring import Scorer
 from nanomed.stages import stage
-from nanomed.training.reference import sums_of_bits
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,9 @@ class Chats(Paid):
                         choices=context.TARGETS)  # fmt: skip
     min_score: float = flag(0.0, "least score, complexity x quality (1 to 36)", "unpublished")
     min_cr: float = flag(0.0, "least Context Relevance; below it rounds repeat", "unpublished")
-    max_cr: float = flag(99.0, "largest; above 1 the history only hurts", "unpublished")
+    max_cr: float = flag(
+        selection.NO_LIMIT, "largest; above 1 the history only hurts", "unpublished"
+    )
     max_similarity: float = flag(0.9, "largest cosine with a better chat that is kept; 1: any")
     keep: int = flag(0, "most chats that are kept, the best; 0: all")
     shares: list[str] = flag((), "languages, kinds or sources as KEY=SHARE, or paper",
@@ -134,15 +135,15 @@ def score(c: Chats, items: list[scores.Item], out: Path) -> tuple[dict, dict | N
 
 def trained(c: Chats, items: list[scores.Item], out: Path, device: torch.device) -> str:
     """A small scorer's folder: of labelled chats, in the demonstration of ladders."""
-    chats = scorer.labelled(c.labels) if c.labels else [*scorer.ladders(items)]
+    chats = teaching.labelled(c.labels) if c.labels else [*teaching.ladders(items)]
     if c.scorer:
         longest = pretrained.config_of(c.scorer).max_seq_len
         start = TUNED | {"init": c.scorer, "seq_len": min(2048, longest)}
     else:
-        chats += scorer.plain(items)
+        chats += teaching.plain(items)
         start = SMALL
     settings = start | {"device": c.device, "dtype": c.dtype, "template": c.template}
-    return str(scorer.train(chats, out / "scorer", device, **settings))
+    return str(teaching.train(chats, out / "scorer", device, **settings))
 
 
 def measured(
@@ -150,31 +151,36 @@ def measured(
     device: torch.device, lines: dict,
 ) -> tuple | None:  # fmt: skip
     """Adds what one model says to `lines`; its embeddings."""
-    _, encoder = pretrained.describe(folder, template_name=c.template)
-    model = pretrained.load(folder, device, stage.compute_dtype(c, device))
+    config, encoder = pretrained.describe(folder, template_name=c.template)
+    dtype = stage.compute_dtype(c, device)
     identity = {
         "parts": parts,
-        "weights": hashlib.sha256(sums_of_bits(model).cpu().numpy().tobytes()).hexdigest(),
-        "dtype": str(next(model.parameters()).dtype),
+        "files": {p.name: facts_of(p) for p in weight_files(folder)},
+        "config": vars(config),
+        "dtype": str(dtype),
         "tokenizer": encoder.tokenizer.fingerprint(),
         "template": encoder.template.to_json(),
         "prompts": {kind: prompts()[kind] for kind in deita.ASKED} if "digits" in parts else {},
         "targets": c.targets,
     }
-    pack_linears(model)
     with alone_or_start(device) as world:
-        kept = None
-        if world.is_main:
-            width = model.config.d_model if "context" in parts else 0
-            kept = scores.Kept(out / "cache", identity, width)
-        scores.Measure(Scorer(model, world), encoder, c.targets, parts, c.micro_tokens).fill(
-            items, kept
-        )
+        width = config.d_model if "context" in parts else 0
+        kept = scores.Kept(out / "cache", identity, width) if world.is_main else None
+        if todo := scores.missing(items, kept):  # else no model is even read
+            model = pretrained.load(folder, device, dtype)
+            pack_linears(model)
+            scorer = Scorer(model, world)
+            scores.Measure(scorer, encoder, c.targets, parts, c.micro_tokens).fill(todo, kept)
     if kept is None:
         return None
     for key, line in kept.lines.items():
         lines[key] = lines.get(key, {}) | line
     return kept.vectors() if "context" in parts else None
+
+
+def weight_files(folder: str) -> list[Path]:
+    found = [p for end in ("safetensors", "bin", "distcp") for p in Path(folder).rglob(f"*.{end}")]
+    return sorted(found)
 
 
 def asked(c: Chats, items: list[scores.Item], out: Path, lines: dict) -> None:
@@ -237,7 +243,7 @@ def select(
     mine = [of_id[i] for i in ids]
     sources = [item.chat.source or Path(item.file).name for item, _ in mine]
     table = None
-    if vectors:
+    if vectors and vectors[0]:
         rows = [vectors[0].get(item.key, 0) for item, _ in mine]
         table = np.asarray(vectors[1])[rows]
     chosen = [line for _, line in mine]

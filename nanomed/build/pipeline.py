@@ -41,7 +41,7 @@ class Build:
     def begin(self, settings: dict[str, Any], others: list[str]) -> None:
         """Writes the plan or compares it with the one that is there; `others` are files that the
         result depends on, too. Raises InputError."""
-        facts = {path: _facts(path) for path in self.files + others}
+        facts = {path: facts_of(path) for path in self.files + others}
         pages = [*sorted(PACKAGE.glob("records/*.py")), *(PACKAGE / f"build/{p}" for p in PAGES)]
         code = {str(page.relative_to(PACKAGE)): digest(page) for page in pages}
         plan = {"settings": settings, "files": facts, "code": code}
@@ -156,7 +156,7 @@ def write_final(g: int, out: Path, shards: list[list[Path]]) -> dict[str, int]:
     return {"documents": n}
 
 
-def _facts(path: str) -> list:
+def facts_of(path: str | Path) -> list:
     """A file's size, and the digest of its beginning and end. Raises InputError."""
     try:
         size = os.path.getsize(path)

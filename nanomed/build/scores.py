@@ -25,6 +25,7 @@ from nanomed.build import context, deita
 from nanomed.build.runner import make_private, whole
 from nanomed.build.shards import line_of
 from nanomed.distributed import from_all, from_main
+from nanomed.locks import take
 from nanomed.model.scoring import Encoded, Scorer, plan
 from nanomed.records import Chat, names_of, read_chats
 from nanomed.records.shapes import language
@@ -76,6 +77,7 @@ class Kept:
     def __init__(self, folder: Path, identity: dict[str, Any], width: int):
         name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
         make_private(folder)
+        self.lock = take(folder / f"{name}.lock", patience=3.0)
         self.paths, self.width = [folder / f"{name}.{end}" for end in ("jsonl", "f32")], width
         self.files = [open(path, "a+b") for path in self.paths]
         self.files[0].seek(0)
@@ -107,6 +109,13 @@ class Kept:
         return {key: row for row, key in enumerate(self.lines)}, table
 
 
+def missing(items: Sequence[Item], kept: Kept | None) -> list[Item]:
+    """What is not kept yet, each chat once; on every rank what rank 0, which has `kept`, says."""
+    known = from_main(kept and set(kept.lines))
+    todo = {item.key: item for item in items if not item.chat.dropped}
+    return [item for key, item in todo.items() if key not in known]
+
+
 @dataclass(frozen=True)
 class Measure:
     """A model that scores chats. Every rank has a whole copy of it."""
@@ -121,12 +130,9 @@ class Measure:
     def longest(self) -> int:
         return self.scorer.model.config.max_seq_len
 
-    def fill(self, items: Sequence[Item], kept: Kept | None) -> None:
-        """Scores what is not kept yet; rank 0 has `kept`. Every rank calls it."""
+    def fill(self, todo: Sequence[Item], kept: Kept | None) -> None:
+        """Scores these chats; rank 0 has `kept`. Every rank calls it."""
         world = self.scorer.world
-        known = from_main(set(kept.lines) if world.is_main else None)
-        todo = {item.key: item for item in items if not item.chat.dropped}
-        todo = [item for key, item in todo.items() if key not in known]
         asker = deita.Asker(self.encoder, self.longest)
         with tqdm(total=len(todo), unit="chat", disable=None if world.is_main else True) as bar:
             for part in self._parts(todo, ROWS * self.micro_tokens * world.size):
@@ -138,8 +144,8 @@ class Measure:
         if asker.shortened and world.is_main:
             print(f"{asker.shortened:,} prompts were cut to the {self.longest} tokens of the model")
 
-    def _parts(self, todo: list[Item], n_tokens: int) -> Iterator[list[Item]]:
-        """About so many tokens together: a token is at most some 2 characters here."""
+    def _parts(self, todo: Sequence[Item], n_tokens: int) -> Iterator[list[Item]]:
+        """About as many characters together."""
         part, size = [], 0
         for item in todo:
             part.append(item)
@@ -208,10 +214,12 @@ def write(path: Path, items: Sequence[Item], lines: dict[str, dict], how: str) -
             means = [sum(column) / len(column) for column in zip(*known["rounds"], strict=True)]
             line |= dict(zip(("complexity", "quality"), means, strict=True))
             line["score"] = deita.score_of(known["rounds"], how)
+        is_dialogue = item.kind.startswith("multi_turn")
         if known.get("losses"):
             line["cr_turns"] = context.relevance(known["losses"])
             defined = [cr for cr in line["cr_turns"] if cr is not None]
             line["cr"] = sum(defined) / len(defined) if defined else None
+        line["cr_is_missing"] = is_dialogue and "losses" in known and line["cr"] is None
         if known.get("cut"):
             line["turns_cut"] = known["cut"]
         found.append(line)

@@ -20,6 +20,7 @@ from nanomed.build.shards import Doc, Finding, Judge, Tally, line_of, read_shard
 from nanomed.config import InputError
 
 BLOCK = 1024  # chats that are compared at once
+NO_LIMIT = 99.0  # as --max_cr
 PAPER = {  # figure 3
     "single_turn_zh": 0.272, "single_turn_en": 0.14, "option_zh": 0.248, "multi_turn_zh": 0.34,
 }  # fmt: skip
@@ -43,6 +44,8 @@ class Limits:
             return [Finding("no_score", 0.0, 0.0, False)]
         score, cr = line["score"], line["cr"]
         found = [Finding("score", score, self.min_score, score >= self.min_score)]
+        if cr is None and line["cr_is_missing"] and (self.min_cr > 0 or self.max_cr < NO_LIMIT):
+            found.append(Finding("no_cr", 0.0, 0.0, False))
         if cr is not None:
             found.append(Finding("repeated_turns", cr, self.min_cr, cr >= self.min_cr))
             found.append(Finding("unrelated_turns", cr, self.max_cr, cr <= self.max_cr))
@@ -76,7 +79,8 @@ def diverse(
     kept, places, gone = torch.empty(0, vectors.shape[1], device=device), [], {}
     for start in range(0, len(order), BLOCK):
         rows = list(order[start : start + BLOCK])
-        block = torch.nn.functional.normalize(torch.from_numpy(vectors[rows]).to(device), dim=1)
+        known = torch.from_numpy(vectors[rows]).to(device).nan_to_num()  # of what was too long
+        block = torch.nn.functional.normalize(known, dim=1)
         best, which = (
             (block @ kept.T).max(1) if len(kept) else (torch.full((len(rows),), -1.0), None)
         )

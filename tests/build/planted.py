@@ -58,7 +58,7 @@ def trained(folder: Path, records: list[dict], epochs: int) -> Path:
     beside = scored.write(folder.with_name("clean.jsonl"), records)
     items = scores.read([str(beside)], [])
     chats = [*scorer.ladders(items), *scorer.plain(items)]
-    given = {"epochs": epochs, "batch_size": 8, "lr": 2e-3, "seq_len": 512, "device": "cpu"}
+    given = {"epochs": epochs, "batch_size": 16, "lr": 1e-3, "seq_len": 512, "device": "cpu"}
     return scorer.train(chats, folder, CPU, **given, log_every=20)
 
 
@@ -71,7 +71,9 @@ def measured(folder: Path, records: list[dict], targets: str = "assistant") -> l
     pack_linears(model)
     kept = scores.Kept(folder.with_name("cache"), {"of": targets}, model.config.d_model)
     measure = Scorer(model, World(0, 1, CPU))
-    scores.Measure(measure, encoder, targets, ("digits", "context"), 4096).fill(items, kept)
+    scores.Measure(measure, encoder, targets, ("digits", "context"), 4096).fill(
+        scores.missing(items, kept), kept
+    )
     return scores.write(folder.with_name("scores.jsonl"), items, kept.lines, "mean")
 
 

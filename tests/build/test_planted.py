@@ -45,7 +45,7 @@ def scored_world(tmp_path_factory) -> tuple[list[dict], list[dict]]:
     folder = tmp_path_factory.mktemp("planted") / "scorer"
     clean, pool = halves()
     records = planted(pool)
-    trained(folder, clean, epochs=4)
+    trained(folder, clean, epochs=5)
     return records, measured(folder, records)
 
 

@@ -12,6 +12,7 @@ import build_sft
 from nanomed import store
 from nanomed.build import scores, selection
 from nanomed.config import InputError
+from nanomed.hf import pretrained
 from nanomed.model.scoring import Scorer
 from tests.build import scored
 from tests.build.scored import chat, lines, write
@@ -31,7 +32,7 @@ CHATS = [
 
 def line(score=10.0, cr=None, dropped="", kind="single_turn_zh") -> dict:
     named = {"file": "f", "record": 1, "score": score, "cr": cr, "dropped": dropped}
-    return named | {"kind": kind}
+    return named | {"kind": kind, "cr_is_missing": False}
 
 
 # ---------------------------------------------------------------- limits
@@ -48,6 +49,7 @@ def line(score=10.0, cr=None, dropped="", kind="single_turn_zh") -> dict:
         (line(cr=1.0), None),
         (line(score=None), "no_score"),
         (line(dropped="empty answer"), "empty_answer"),
+        (line() | {"cr_is_missing": True}, "no_cr"),
     ],
 )
 def test_a_limit_says_which_value_passed_it(scored_line, reason):
@@ -78,6 +80,11 @@ def test_diversity_in_blocks_is_the_greedy_pass_one_by_one(monkeypatch):
             a, b = vectors[row], vectors[other]
             assert other in kept and order.index(other) < order.index(row)
             assert value == pytest.approx(a @ b / np.linalg.norm(a) / np.linalg.norm(b), abs=1e-5)
+
+
+def test_a_chat_without_an_embedding_is_like_no_other():
+    vectors = np.array([[np.nan, np.nan], [1, 0], [1, 0.1], [np.nan, np.nan]], np.float32)
+    assert list(selection.diverse(vectors, [0, 1, 2, 3], 0.9, CPU)) == [2]
 
 
 def test_proportions_are_kept_as_far_as_the_scarcest_allows():
@@ -164,8 +171,7 @@ def test_other_limits_ask_no_model(data, model, tmp_path, monkeypatch):
     out = build(data, tmp_path / "out", model)
     before = (out / "scores.jsonl").read_bytes()
     with monkeypatch.context() as patched:
-        patched.setattr(Scorer, "run", lambda *_: pytest.fail("a model was asked"))
-        patched.setattr(scores.context, "run", lambda *_: pytest.fail("a model was asked"))
+        patched.setattr(pretrained, "load", lambda *_: pytest.fail("a model was read"))
         build(data, out, model, "--min_score", "99")
         assert lines(out / "selected.jsonl") == []
         build(data, out, model, "--max_similarity", "1", "--keep", "2")
@@ -204,15 +210,21 @@ def test_a_killed_run_goes_on_with_the_same_bytes(data, model, tmp_path, monkeyp
 
 def filled(world, data, model, out):
     """A rank's part; what rank 0 has kept."""
-    from nanomed.hf import pretrained
-
     items = scores.read([data], [])
     _, encoder = pretrained.describe(model)
     loaded = pretrained.load(model, CPU, torch.float32)
     kept = scores.Kept(out, {}, loaded.config.d_model) if world.is_main else None
     parts = ("digits", "context")
-    scores.Measure(Scorer(loaded, world), encoder, "turn", parts, 128).fill(items, kept)
+    todo = scores.missing(items, kept)
+    scores.Measure(Scorer(loaded, world), encoder, "turn", parts, 128).fill(todo, kept)
     return kept and (kept.lines, kept.vectors()[1].tolist())
+
+
+def test_one_process_at_a_time_scores_into_a_folder(tmp_path):
+    first = scores.Kept(tmp_path, {}, 4)
+    with pytest.raises(InputError, match="another process"):
+        scores.Kept(tmp_path, {}, 4)
+    assert scores.Kept(tmp_path, {"other": "model"}, 4).lines == first.lines == {}
 
 
 def test_ranks_share_the_work(pool, data, model, tmp_path):
