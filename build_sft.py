@@ -91,7 +91,7 @@ class Chats(Paid):
             raise InputError(f"--min_cr {self.min_cr} is above --max_cr {self.max_cr}")
 
 
-DEMONSTRATION = {"limit": 400, "targets": "assistant", "max_cr": 1.0, "show_text": True}
+DEMONSTRATION = {"limit": 400, "targets": "assistant", "keep": 200, "show_text": True}
 TUNED = {  # Deita's, but for the batch, which is 512 there
     "epochs": 6, "batch_size": 64, "lr": 2e-5, "warmup_ratio": 0.1,
 }  # fmt: skip
@@ -103,7 +103,12 @@ SMALL = {  # a scorer trained from nothing, in less than a minute
 def settings() -> Chats:
     c = arguments.parse(Chats, base={})
     if not c.data:
-        given = {k: v for k, v in DEMONSTRATION.items() if getattr(c, k) == getattr(Chats, k)}
+        # A model that was trained for half a minute knows neither histories nor what is alike.
+        tuned = (
+            {"cr_model": "runs/sft", "max_cr": 1.0} if Path("runs/sft/checkpoints").exists() else {}
+        )
+        given = DEMONSTRATION | (tuned or {"max_similarity": 1.0})
+        given = {k: v for k, v in given.items() if getattr(c, k) == getattr(Chats, k)}
         c = replace(c, data=["samples/sft.jsonl"], **given)
     elif not (c.scorer or c.labels or c.labeller):
         raise InputError("give --scorer MODEL, --labels FILES to train one, or --labeller URL")
