@@ -58,7 +58,8 @@ class Signals:
         received a signal."""
 
         def heeding(scores: Scores, row: Row) -> tuple[Tensor, dict]:
-            if sum_over_ranks(torch.tensor(float(self.received > 0))) > 0:
+            asked = torch.full((), float(self.received > 0), device=row.tokens.device)
+            if sum_over_ranks(asked) > 0:
                 raise Stopped
             return loss(scores, row)
 

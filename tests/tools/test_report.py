@@ -94,7 +94,7 @@ def test_data_answers_results_and_evaluations(sft, tmp_path):
     lines = [step(1, 3.0)]
     cpt = write_run(tmp_path / "cpt", CPT(), lines, data_report={"sources": sources})
     pairs = {"n": 3, "unread": 1, "win": 1, "tie": 1, "loss": 1, "orders_disagree": 1 / 3,
-             "first_seat_wins": 0.5, "longer_wins": None}  # fmt: skip
+             "first_seat_wins": 0.5, "longer_wins": None, "win_interval": [0.06, 0.79]}  # fmt: skip
     judged = write_evaluation(tmp_path / "judged", {"pairs": pairs})
     text = of_runs([sft, cpt], [judged])
     counts = ["90", "88", "2 too long", "1", "12,345", "20%", "77", "512", "zh 75%"]

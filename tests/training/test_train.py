@@ -151,7 +151,8 @@ def test_what_a_run_prints(finished):
     assert run.returncode == 0, run.stderr[-3000:]
     lines = run.stdout.splitlines()
     assert lines[-1] == f"run folder: {folder}"
-    assert "configs/sft.toml" in lines[0]  # how to run the paper's setting
+    (begun,) = (line for line in lines if line.startswith("sft of tiny from nothing"))
+    assert "configs/sft.toml" in begun  # how to run the paper's setting
     assert sum(line.startswith("step 1/5 ") for line in lines) == 1  # rank 0 alone prints
     assert [line.split()[1] for line in lines if line.startswith("step ")] == [
         "1/5",
