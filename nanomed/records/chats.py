@@ -34,10 +34,10 @@ def dialogue(record: dict, field: str = "messages", names: Names = AS_THEY_ARE) 
     return [chat]
 
 
-def question_answer(record: dict) -> list[Chat]:
+def question_answer(record: dict, answers: tuple[str, ...] = ("answer", "output")) -> list[Chat]:
     """Alpaca, Huatuo and their relatives. Question and answer may be lists: a chat for each
     wording of the question."""
-    main, answer = main_question(record), given(record, ("answer", "output"))
+    main, answer = main_question(record), given(record, answers)
     pairs, n_left = _paired(record[main], record[answer], (main, answer))
     chats = []
     for wording, text in pairs:
@@ -68,7 +68,7 @@ def _paired(
 def exam(record: dict) -> list[Chat]:
     """CMB, C-Eval, CMExam, MMLU and others: the options are asked with the question."""
     if not filled(record[given(record, KEYS)]) or not (item := exam_of(record)):
-        return question_answer(record)  # and it is dropped, or read as what it is
+        return question_answer(record, KEYS)  # and it is dropped, or read as what it is
     chat = opening(record)
     chat.turns += render(item).turns
     chat.group = item.question  # the options may stand in another order

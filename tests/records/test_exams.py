@@ -56,10 +56,17 @@ def test_what_has_no_options(record):
     assert options_of(record) is None and exam_of(record) is None
 
 
-def test_an_exam_whose_options_are_all_empty_is_refused_by_name():
-    """Found by the long fuzz: the fields of an exam, and nothing in them."""
-    with pytest.raises(BadField, match="question"):
-        chats_of({"question": [], "A": None, "answer": False, "options": []})
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"question": [], "A": None, "answer": False, "options": []},
+        {"A": [], "answer_idx": [], "options": [], "instruction": None},
+    ],
+)
+def test_an_exam_whose_fields_are_all_empty_is_refused_by_name(record):
+    """Found by the long fuzz."""
+    with pytest.raises(BadField, match="field '(question|answer_idx)': an empty list"):
+        chats_of(record)
 
 
 @pytest.mark.parametrize(
