@@ -65,7 +65,7 @@ def test_what_has_no_options(record):
 )
 def test_an_exam_whose_fields_are_all_empty_is_refused_by_name(record):
     """Found by the long fuzz."""
-    with pytest.raises(BadField, match="field '(question|answer_idx)': an empty list"):
+    with pytest.raises(BadField, match=r"field '(question|answer_idx)': an empty list"):
         chats_of(record)
 
 
