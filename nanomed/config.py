@@ -248,7 +248,7 @@ def check_limits(settings: Any, limits: list[tuple[bool, str, str]]) -> None:
 class SFT(Run):
     stage: ClassVar[str] = "sft"
     FRESH: ClassVar[dict[str, Any]] = {
-        "lr": 1e-3,
+        "lr": 1.5e-3,
         "epochs": 4,
         "batch_size": 8,
         "seq_len": 1024,
