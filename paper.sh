@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The paper, from raw text to an aligned model, every stage from the one before and measured:
 #
-#   bash paper.sh                        on the sample world, about ten minutes on two slow cores
+#   bash paper.sh                        on the sample world
 #   bash paper.sh --out FOLDER           it goes on where it was stopped
 #   bash paper.sh --gpus 8 --scale 7b    prints the commands of the real run, and runs none
 #

@@ -96,7 +96,7 @@ case "$*" in *train_sft.py*) [ -e {failed} ] || {{ touch {failed}; exit 3; }};; 
 
 @pytest.mark.slow
 def test_the_whole_paper_gives_what_is_expected(tmp_path):
-    """Some ten minutes on two cores. Its last lines hold the numbers to what the script expects."""
+    """Its last lines hold the numbers to what the script expects."""
     out = tmp_path / "out"
     command = ["bash", str(ROOT / "paper.sh"), "--out", str(out)]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=5400)
