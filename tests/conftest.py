@@ -9,6 +9,12 @@ from pathlib import Path
 
 import pytest
 
+with suppress(ImportError):  # the tests for a GPU run without it
+    from hypothesis import settings
+
+    settings.register_profile("same", derandomize=True)  # the same cases in every run
+    settings.load_profile("same")
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 

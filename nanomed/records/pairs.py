@@ -178,9 +178,9 @@ def _answer(turns: Turns) -> str:
 
 
 def _texts_in(value: Any) -> Iterator[str]:
-    """The texts of a prompt of any form."""
+    """The texts of a prompt of any form; of an object that is no turn, all that it holds."""
     if isinstance(value, dict):
-        value = [value.get(name) for name in ("content", "value", "text")]
+        value = [value[k] for k in ("content", "value", "text") if k in value] or [*value.values()]
     if isinstance(value, list):
         for part in value:
             yield from _texts_in(part)

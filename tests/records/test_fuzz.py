@@ -59,7 +59,9 @@ def fuzz_bytes(reader, folder, data) -> None:
 def fuzz(reader, fuzzer, folder, n: int) -> None:
     quiet = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
 
-    @settings(max_examples=n, deadline=None, database=None, suppress_health_check=quiet)
+    # The suite's cases are the same in every run, the long test's are new ones.
+    @settings(max_examples=n, deadline=None, database=None, derandomize=n < 1000,
+              suppress_health_check=quiet)  # fmt: skip
     @given(st.data())
     def run(data) -> None:
         fuzzer(reader, folder, data)
