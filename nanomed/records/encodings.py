@@ -94,7 +94,9 @@ def encoding_of(path: str, file: BinaryIO) -> str:
     if not likely:
         # Not "replace": a text may hold U+FFFD, which is no fault of its encoding.
         text = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode(head)
-        n_bad, n_odd = len(BAD.findall(text)), sum(c > "\x7f" for c in text)
+        if not (n_bad := len(BAD.findall(text))):
+            return "utf-8-sig"
+        n_odd = sum(c > "\x7f" for c in text)  # as long as all other reading: only where needed
         if n_odd >= 10 * n_bad:
             return "utf-8-sig"
         likely = next((name for name in CODECS if _fits(head, *CODECS[name])), "")
