@@ -119,9 +119,7 @@ def quality(c: Corpus, build: Build, folder: Path, shards: list[Path], tally: Ta
 
 
 def without_benchmarks(c: Corpus, *_: Any) -> Judge | str:
-    if not c.decontaminate:
-        return "no benchmark is protected: give --decontaminate FILES"
-    return decontaminate.Benchmarks(tuple(c.decontaminate)).judge
+    return decontaminate.judge_of(c.decontaminate)
 
 
 STAGES = {

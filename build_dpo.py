@@ -91,10 +91,13 @@ class Kept:
         self.pairs.append(pair | {"group": group, "id": f"{file}:{record}"})
         return True
 
-    def write(self, out: Path, report: dict[str, Any]) -> None:
+    def counts(self) -> dict[str, Counter]:
+        """Of the pairs by kind, and of what gives none by reason."""
         reasons = Counter(line["reason"] for line in self.dropped)
-        kinds = Counter(pair["kind"] for pair in self.pairs)
-        report |= {"pairs": kinds, "dropped": reasons, "settings": vars(self.c)}
+        return {"pairs": Counter(pair["kind"] for pair in self.pairs), "dropped": reasons}
+
+    def write(self, out: Path, found: dict[str, Any]) -> None:
+        report = found | {"settings": vars(self.c)}
         contents = {
             "pairs.jsonl": b"".join(map(line_of, self.pairs)),
             "dropped.jsonl": b"".join(map(line_of, self.dropped)),
@@ -226,8 +229,9 @@ def main() -> None:
         found["subjective"] = subjective(c, files, kept, out)
     if rank_from_env()[0] != 0:
         return
+    found |= kept.counts()
     kept.write(out, found)
-    print(json.dumps(found | {"settings": None}, ensure_ascii=False, indent=1))
+    print(json.dumps(found, ensure_ascii=False, indent=1))
     if (found.get("subjective", {}).get("longer_wins") or 0) > preferences.LONGER_WINS:
         print(
             f"WARNING: the longer answer wins {found['subjective']['longer_wins']:.0%} of what is "

@@ -219,9 +219,7 @@ def cleaned(c: Chats, files: list[str], out: Path) -> tuple[list, Path]:
         return duplicates.find(build, folder, shards, tally.kept, c.near_dup_jaccard)
 
     def benchmarks(*_: Any) -> Any:
-        if not c.decontaminate:
-            return "no benchmark is protected: give --decontaminate FILES"
-        return decontaminate.Benchmarks(tuple(c.decontaminate)).judge
+        return decontaminate.judge_of(c.decontaminate)
 
     with Runner("local", c.workers) as runner:
         build = Build(folder, files, list(c.fields), c.show_text, 32 << 20, runner)

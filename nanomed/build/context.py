@@ -19,7 +19,6 @@ dialogue's embedding, too: the mean of its tokens' last hidden states.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -27,6 +26,7 @@ from torch import Tensor
 from nanomed.batches.packing import row_from
 from nanomed.build.deita import rounds
 from nanomed.model.decoder import Aquila
+from nanomed.model.scoring import in_order
 from nanomed.records import Chat
 from nanomed.text.template import Encoder
 
@@ -121,10 +121,4 @@ def relevance(losses: Sequence[Sequence[float]]) -> list[float | None]:
 
 def rows(found: Sequence[Dialogue], capacity: int) -> list[range]:
     """Dialogues in their order, together up to `capacity` tokens; a longer one alone."""
-    borders, used = [0], 0
-    for i, one in enumerate(found):
-        if i > borders[-1] and used + one.n_tokens > capacity:
-            borders.append(i)
-            used = 0
-        used += one.n_tokens
-    return [range(a, b) for a, b in pairwise([*borders, len(found)])] if found else []
+    return in_order([one.n_tokens for one in found], capacity)

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from nanomed.build.shards import Doc, Finding
+from nanomed.build.shards import Doc, Finding, Judge
 from nanomed.build.text import Lookup, ngrams, tokens, without_tags
 from nanomed.config import InputError
 from nanomed.records import read_records
@@ -193,6 +193,13 @@ class Benchmarks:
         for i, (goes, part, needed, item) in found.items():
             where = {"benchmark": item.file, "item": item.record}
             docs[i].findings.append(Finding("contaminated", part, needed, not goes, where))
+
+
+def judge_of(files: list[str]) -> Judge | str:
+    """As a stage of a build: its judge, or why it does not run."""
+    if not files:
+        return "no benchmark is protected: give --decontaminate FILES"
+    return Benchmarks(tuple(files)).judge
 
 
 def _stands_alone(text: str, start: int, n: int) -> bool:

@@ -9,6 +9,7 @@ asked for.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -57,6 +58,17 @@ def plan(requests: Sequence[Encoded], capacity: int) -> Plan:
             start, used = i, 0
         used += n
     return Plan(prefix, [*rows, range(start, len(requests))])
+
+
+def in_order(lengths: Sequence[int], capacity: int) -> list[range]:
+    """Rows of at most `capacity` tokens, of segments in their order; a longer one has its own."""
+    borders, used = [0], 0
+    for i, length in enumerate(lengths):
+        if i > borders[-1] and used + length > capacity:
+            borders.append(i)
+            used = 0
+        used += length
+    return [range(a, b) for a, b in pairwise([*borders, len(lengths)])] if lengths else []
 
 
 def _shared(requests: Sequence[Encoded]) -> Ids:

@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from nanomed.batches.loader import Loader
 from nanomed.batches.packing import row_from
@@ -19,6 +18,7 @@ from nanomed.records.exams import exam_of, render
 from nanomed.run.log import RunFolder
 from nanomed.stages.exam import show_exam
 from nanomed.text.template import Encoder
+from nanomed.training.losses import segment_logps
 
 QUESTIONS, EXAM = ROOT / "samples/questions.jsonl", ROOT / "samples/exam.jsonl"
 # Where its facts are stated -> what the counts are called in results.json and on the screen.
@@ -146,7 +146,5 @@ def _likeliest(model: Aquila, encoder: Encoder, item: dict) -> str:
                for text in item["options"].values()]  # fmt: skip
     trained = [[False] * len(prompt) + [True] * len(ids) for ids in answers]
     row = row_from([prompt + ids for ids in answers], trained)
-    device = next(model.parameters()).device
-    nll: Tensor = model(row.to(device)).nll
-    sums = torch.stack([part.sum() for part in nll.split(row.cu_seqlens.diff().tolist())])
-    return list(item["options"])[int(sums.argmin())]
+    row = row.to(next(model.parameters()).device)
+    return list(item["options"])[int(segment_logps(model(row).nll, row).argmax())]

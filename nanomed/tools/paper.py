@@ -24,10 +24,12 @@ from nanomed.config import ROOT, InputError
 from nanomed.distributed import launch
 from nanomed.hf import pretrained
 from nanomed.model.decoder import Aquila
+from nanomed.model.scoring import in_order
 from nanomed.records import pair_of, read_json
 from nanomed.stages import world
 from nanomed.store import group_key
 from nanomed.text.template import Encoder
+from nanomed.training.losses import segment_logps
 
 SAMPLES = ROOT / "samples"
 PAIRS, HELD_OUT = SAMPLES / "dpo.jsonl", 0.1  # --val_fraction of paper.sh
@@ -81,11 +83,10 @@ def preferred(model: Aquila, encoder: Encoder) -> dict[str, int]:
     ]
     sides = [encoder.pair(pair_of(record), LONGEST)[0] for record in records]
     flat = [side for pair in sides for side in pair]
-    sums = []
+    logps = []
     for row in rows([ids for ids, _ in flat], [trained for _, trained in flat]):
-        parts = nll(model, row).split(row.cu_seqlens.diff().tolist())
-        sums += [part.sum().item() for part in parts]
-    right = sum(a < b for a, b in zip(sums[::2], sums[1::2], strict=True))
+        logps += segment_logps(nll(model, row), row).tolist()
+    right = sum(a > b for a, b in zip(logps[::2], logps[1::2], strict=True))
     return {"right": right, "of": len(records)}
 
 
@@ -96,13 +97,8 @@ def nll(model: Aquila, row: Row) -> Tensor:
 
 def rows(ids: list[list[int]], trained: list[list[bool]]) -> Iterable[Row]:
     """Segments in their order, as many in a row as ROW tokens take."""
-    first, size = 0, 0
-    for i, segment in enumerate(ids):
-        if size + len(segment) > ROW and i > first:
-            yield row_from(ids[first:i], trained[first:i])
-            first, size = i, 0
-        size += len(segment)
-    yield row_from(ids[first:], trained[first:])
+    for part in in_order([len(segment) for segment in ids], ROW):
+        yield row_from([ids[i] for i in part], [trained[i] for i in part])
 
 
 # ---------------------------------------------------------------- all of them

@@ -197,6 +197,7 @@ def test_no_socket_is_opened(model, data, tmp_path, monkeypatch):
     monkeypatch.setattr(socket, "socket", refused)
     monkeypatch.setattr(torch.distributed, "init_process_group", refused)
     evaluate.score(argv(model, data, tmp_path / "o", "--tasks", "medqa_4options", "--limit", "2"))
+    assert (tmp_path / "o/results.json").exists()
 
 
 def test_lm_evals_own_figures(tmp_path):
