@@ -174,15 +174,14 @@ def read_texts(path: str, names: Names = AS_THEY_ARE) -> Iterator[tuple[int, Any
 def texts_in(path: str, number: int, record: Any) -> list[Document] | list[Chat]:
     """What a record gives to continued pre-training: its document; a chat's record, which has no
     document's field, its chats. Raises InputError naming file, record and field."""
-    shape = _shape_of(record, DOCUMENT, CHAT) or DOCUMENT
-    return _naming_record(path, number, partial(_read, wanted=shape), record)
+    return _naming_record(path, number, partial(_read, shapes=(DOCUMENT, CHAT)), record)
 
 
 def examples_in(path: str, number: int, record: Any) -> list[PreferencePair | Chat | Document]:
     """What a record of any kind gives to the stage that it is for: a pair, its chats, or its
     document. Raises InputError as texts_in() does."""
-    shape = _shape_of(record, PAIR, CHAT, DOCUMENT) or CHAT
-    return _naming_record(path, number, partial(_read, wanted=shape), record)
+    read = partial(_read, shapes=(PAIR, CHAT, DOCUMENT), expected=CHAT)
+    return _naming_record(path, number, read, record)
 
 
 def _naming_record(path: str, number: int, convert: Callable, record: Any) -> Any:
@@ -194,45 +193,44 @@ def _naming_record(path: str, number: int, convert: Callable, record: Any) -> An
 
 def chats_of(record: Any) -> list[Chat]:
     """The chats in one record of any format. Raises BadField."""
-    return _read(record, CHAT)
+    return _read(record, (CHAT,))
 
 
 def pair_of(record: Any) -> PreferencePair:
     """The preference pair in one record of any format. Raises BadField."""
-    return _read(record, PAIR)[0]
+    return _read(record, (PAIR,))[0]
 
 
 def document_of(record: Any) -> Document:
     """The document in one record. Raises BadField."""
-    return _read(record, DOCUMENT)[0]
+    return _read(record, (DOCUMENT,))[0]
 
 
 def is_pair(record: dict) -> bool:
-    return _shape_of(record, PAIR, CHAT) == PAIR
+    known = _first(by_known_names(record)[0], PAIR, CHAT)
+    return known is not None and known.shape == PAIR
 
 
-def _read(record: Any, wanted: str) -> list[Any]:
-    """What a record holds; with the first of it goes the ledger of what was not read."""
+def _read(record: Any, shapes: tuple[str, ...], expected: str = "") -> list[Any]:
+    """What a record holds, of the first of these shapes that it has; with the first thing goes the
+    ledger of what was not read. A record of none of them is refused as no `expected`, by default
+    the first of them."""
     if not isinstance(record, dict):
         raise BadField("(record)", f"expected an object, found {excerpt(record)}")
     fields, own = by_known_names(record)
-    known = _first(fields, wanted)
+    known = _first(fields, *shapes)
+    shape = known.shape if known else expected or shapes[0]
     try:
-        if wanted == CHAT or not known:
+        if shape == CHAT or not known:
             _refuse_unpaired(fields)
         if not known:
-            _refuse(record, fields, wanted)
-        found = [CHECKED[wanted](one, fields) for one in known.convert(fields)]
+            _refuse(record, fields, shape)
+        found = [CHECKED[shape](one, fields) for one in known.convert(fields)]
     except BadField as bad:
         raise BadField(_own_name(bad.name, own), bad.problem) from None
     left = found[0].unread + unread(fields, {*known.needed_in(fields), *known.besides})
     found[0].unread = [_own_name(name, own) for name in left]
     return found
-
-
-def _shape_of(record: Any, *shapes: str) -> str:
-    known = _first(by_known_names(record)[0], *shapes) if isinstance(record, dict) else None
-    return known.shape if known else ""
 
 
 def _own_name(place: str, own: dict[str, str]) -> str:

@@ -92,12 +92,14 @@ def encoding_of(path: str, file: BinaryIO) -> str:
     head = file.peek(HEAD)[:HEAD]
     likely = _utf_16(head)
     if not likely:
-        # Not "replace": a text may hold U+FFFD, which is no fault of its encoding.
-        text = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode(head)
-        if not (n_bad := len(BAD.findall(text))):
+        decoder = codecs.getincrementaldecoder("utf-8")
+        try:
+            decoder().decode(head)
             return "utf-8-sig"
-        n_odd = sum(c > "\x7f" for c in text)  # as long as all other reading: only where needed
-        if n_odd >= 10 * n_bad:
+        except UnicodeDecodeError:  # not "replace": a text may hold U+FFFD, which is no fault
+            text = decoder("surrogateescape").decode(head)
+        n_odd = sum(c > "\x7f" for c in text)
+        if n_odd >= 10 * len(BAD.findall(text)):
             return "utf-8-sig"
         likely = next((name for name in CODECS if _fits(head, *CODECS[name])), "")
         if likely == "GB18030":

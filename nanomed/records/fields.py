@@ -38,8 +38,13 @@ def filled(value: Any) -> bool:
 
 def given(record: dict, names: Iterable[str]) -> str:
     """The first of several fields that is filled; else the first that is there; "" if none is."""
-    there = [name for name in names if name in record]
-    return next((name for name in there if filled(record[name])), there[0] if there else "")
+    first = ""
+    for name in names:
+        if name in record:
+            if filled(record[name]):
+                return name
+            first = first or name
+    return first
 
 
 def by_known_names(record: dict) -> tuple[dict, dict[str, str]]:
@@ -64,8 +69,11 @@ def holds_text(value: Any) -> bool:
 
 def unread(record: dict, read: Collection[str]) -> list[str]:
     """The fields that hold text, are no labels, and are not among those that are read."""
-    left = record.keys() - read - LABELS
-    return [name for name in record if name in left and holds_text(record[name])]
+    return [
+        name
+        for name, value in record.items()
+        if name not in read and name not in LABELS and holds_text(value)
+    ]
 
 
 # ---------------------------------------------------------------- --fields
