@@ -22,7 +22,7 @@ from nanomed.build import classifier, decontaminate, duplicates, labels, report,
 from nanomed.build.labeller import Endpoint
 from nanomed.build.pipeline import Build, run
 from nanomed.build.runner import ENGINES, Runner, mark, script
-from nanomed.build.settings import Paid, files_of, flag
+from nanomed.build.settings import Paid, files_of, flag, weight_files
 from nanomed.build.shards import Judge, Tally
 from nanomed.config import InputError, beside_the_scripts, nearest
 
@@ -50,6 +50,8 @@ class Corpus(Paid):
     labels: list[str] = flag((), "files of labelled documents: text, and domain or quality")
     labeller: str = flag("", "endpoint that labels documents of the pool: http://HOST/v1")
     labeller_model: str = flag("", "the model it is asked for", "GPT-4")
+    classifier: str = flag("", "decoder that learns from them: Hugging Face folder or run folder; "
+                               "default: a linear model", "multilingual BERT")  # fmt: skip
     label_documents: int = flag(20_000, "documents it is asked about, twice each", "20,000")
     min_domain: float = flag(0.5, "least probability of medicine where no label chooses a limit")
     min_quality: float = flag(3.0, "least quality, of 0 to 6, for stage 2", "unpublished")
@@ -146,9 +148,10 @@ def scored(
         return known + (labels.ask(endpoint_of(c), kind, chosen, c.retry_failed) if chosen else [])
 
     model = folder / "model/model.safetensors"
-    task = partial(classifier.write_model, path=model, kind=kind, labels=all_labels, limit=limit)
+    how = {"kind": kind, "labels": all_labels, "limit": limit, "init": c.classifier}
+    task = partial(classifier.write_model, path=model, **how)
     (facts,) = build.runner.run(model.parent, task, 1)
-    return classifier.Scorer(kind, model, facts["limits"], aside).judge
+    return classifier.Scorer(kind, model, c.classifier, facts["limits"], aside).judge
 
 
 def endpoint_of(c: Corpus) -> Endpoint:
@@ -212,7 +215,10 @@ def main() -> None:
     n = list(STAGES).index(c.stop_after) + 1 if c.stop_after else len(STAGES)
     with Runner(c.engine, c.workers) as runner:
         build = Build(out, files, list(c.fields), c.show_text, c.shard_chars, runner)
-        build.begin(deciding(c), [*c.labels, *c.decontaminate, *filter(None, [c.toxic_words])])
+        others = [*c.labels, *c.decontaminate, *filter(None, [c.toxic_words])]
+        if c.classifier:
+            others += map(str, weight_files(c.classifier))
+        build.begin(deciding(c), others)
         decontaminate.index_of(tuple(c.decontaminate))  # what cannot be read stops the run now
         if c.labeller and runner.is_main:
             endpoint_of(c).cache.file.close()

@@ -32,7 +32,7 @@ from nanomed.build import scorer as teaching
 from nanomed.build.labels import prompts
 from nanomed.build.pipeline import Build, described, facts_of, run
 from nanomed.build.runner import Runner
-from nanomed.build.settings import Paid, files_of, flag
+from nanomed.build.settings import Paid, files_of, flag, weight_files
 from nanomed.build.shards import read_shard
 from nanomed.config import InputError, beside_the_scripts
 from nanomed.distributed import alone_or_start, launch, pick_device
@@ -181,11 +181,6 @@ def measured(
     for key, line in kept.lines.items():
         lines[key] = lines.get(key, {}) | line
     return kept.vectors() if "context" in parts else None
-
-
-def weight_files(folder: str) -> list[Path]:
-    found = [p for end in ("safetensors", "bin", "distcp") for p in Path(folder).rglob(f"*.{end}")]
-    return sorted(found)
 
 
 def asked(c: Chats, items: list[scores.Item], out: Path, lines: dict) -> None:

@@ -24,7 +24,7 @@ from nanomed.store.cache import PACKAGE, digest
 
 PAGES = (
     *("text.py", "shards.py", "duplicates.py", "rules.py", "private.py", "decontaminate.py"),
-    *("labels.py", "classifier.py", "words.txt", "prompts.toml"),
+    *("labels.py", "classifier.py", "linear.py", "reader.py", "words.txt", "prompts.toml"),
 )
 EDGE = 1 << 20  # bytes: a file is known by its size, its beginning and its end
 

@@ -63,3 +63,9 @@ def files_of(paths: list[str], within: str = "") -> list[str]:
     if len(set(found)) < len(found):
         raise InputError(f"--data names {max(found, key=found.count)} twice")
     return sorted(found)
+
+
+def weight_files(folder: str) -> list[Path]:
+    """Of a model's folder: what its result depends on."""
+    found = [p for end in ("safetensors", "bin", "distcp") for p in Path(folder).rglob(f"*.{end}")]
+    return sorted(found)

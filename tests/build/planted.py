@@ -29,21 +29,29 @@ def halves() -> tuple[list[dict], list[dict]]:
     return found
 
 
+def follows_on(record: dict) -> bool:
+    """Whether its second question leaves out what the first one names (what causes it?)."""
+    subjects = {fact.partition("/")[0] for fact in record["facts"]}
+    return len(record["facts"]) > 1 and len(subjects) == 1
+
+
 def planted(records: list[dict], share: float = 0.3, seed: int = 0) -> list[dict]:
     """The records, with a defect in `share` of them, named in `defect`. Those of turns are for
-    dialogues."""
+    dialogues. Half of the world's dialogues ask two questions that have nothing to do with each
+    other; so another dialogue's rounds are a defect only if they are of one that follows on."""
     rng, made = random.Random(seed), []
-    dialogues = [r for r in records if len(r["messages"]) > 2]
+    follow = [r for r in records if follows_on(r)]
     for record in records:
         turns, kind = [dict(turn) for turn in record["messages"]], ""
         if rng.random() < share:
             kind = rng.choice(DEFECTS if len(turns) > 2 else (DEFECTS[0], DEFECTS[3]))
-            same = [r for r in records if r["kind"] == record["kind"] and r is not record]
-            other = rng.choice(dialogues if kind == "another_dialogue" else same)["messages"]
+            donors = follow if kind == "another_dialogue" else records
+            same = [r for r in donors if r["kind"] == record["kind"]]
+            other = rng.choice([r for r in same if not {*r["facts"]} & {*record["facts"]}])
             if kind == "wrong_answer":
-                turns[-1] = other[-1]
+                turns[-1] = other["messages"][-1]
             elif kind == "another_dialogue":
-                turns[2:] = other[2:]
+                turns[2:] = other["messages"][2:]
             elif kind == "repeated_turn":
                 turns[2:] = turns[:2]
             else:

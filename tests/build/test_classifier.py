@@ -8,17 +8,9 @@ import numpy as np
 import pytest
 
 from nanomed.build import labels
-from nanomed.build.classifier import (
-    best_limit,
-    f1,
-    features,
-    fit,
-    score,
-    score_texts,
-    spearman,
-    train,
-)
+from nanomed.build.classifier import best_limit, f1, score_texts, spearman, train
 from nanomed.build.labels import Label, prompts, read_labels
+from nanomed.build.linear import features, fit, score
 from nanomed.config import InputError
 from tests.build import corpora
 from tests.build.corpora import kept
@@ -133,7 +125,7 @@ def judge_of(messages: list[dict]) -> str:
 
 
 @pytest.fixture(scope="module")
-def pool(tmp_path_factory) -> list[str]:
+def documents(tmp_path_factory) -> list[str]:
     folder = tmp_path_factory.mktemp("pool")
     found = labelled(500, seed=8)
     corpora.exam(folder)
@@ -141,18 +133,18 @@ def pool(tmp_path_factory) -> list[str]:
     return [corpora.write(folder / f"{i}.jsonl", records[i::2]) for i in (0, 1)]
 
 
-def test_a_labeller_is_asked_twice_and_a_corpus_is_chosen_by_it(pool, tmp_path, capsys):
+def test_a_labeller_is_asked_twice_and_a_corpus_is_chosen_by_it(documents, tmp_path, capsys):
     out = tmp_path / "out"
     with serving(judge_of) as standin:
         more = ["--labeller", standin.url, "--labeller_model", "m", "--label_documents", "200"]
         more += ["--general", "0.5"]
-        corpora.build(pool, out, *more)
+        corpora.build(documents, out, *more)
         n = standin.n_paid
         assert set(standin.paid.values()) <= {2}  # both rounds send the same, under two keys
         system = standin.bodies[0]["messages"][0]["content"]
         assert system in {prompts()["domain"][lang]["system"] for lang in ("en", "zh")}
         assert standin.bodies[0]["temperature"] == labels.TEMPERATURE
-        corpora.build(pool, out, *more)
+        corpora.build(documents, out, *more)
         assert standin.n_paid == n
     said = capsys.readouterr().out
     assert "requests to m at 127.0.0.1" in said and "two answers differ" in said
@@ -170,15 +162,15 @@ def test_a_labeller_is_asked_twice_and_a_corpus_is_chosen_by_it(pool, tmp_path, 
     assert not {r["text"] for r in general} & {r["text"] for r in kept(out)}
 
 
-def test_a_price_that_is_too_high_stops_the_build_before_a_text_is_sent(pool, tmp_path):
+def test_a_price_that_is_too_high_stops_the_build_before_a_text_is_sent(documents, tmp_path):
     with serving(judge_of) as standin:
         more = ["--labeller", standin.url, "--labeller_model", "m", "--label_documents", "200"]
         prices = ["--max_cost", "0.0001", "--price_in", "1", "--price_out", "1"]
         with pytest.raises(InputError, match=r"--max_cost 0\.0001"):
-            corpora.build(pool, tmp_path / "out", *more, *prices)
+            corpora.build(documents, tmp_path / "out", *more, *prices)
         assert standin.bodies == []
     with pytest.raises(InputError, match=r"--send_texts_to api\.example\.com"):
-        corpora.build(pool, tmp_path / "2", "--labeller", "https://api.example.com/v1")
+        corpora.build(documents, tmp_path / "2", "--labeller", "https://api.example.com/v1")
     assert not (tmp_path / "2/0-read").exists()
 
 

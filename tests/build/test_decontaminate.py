@@ -161,13 +161,10 @@ def benchmarks(shared_data: Path) -> list[str]:
     ]
 
 
-def clean(shared_data: Path, with_abstracts: bool = True) -> list[str]:
-    """The 3,922 documents that have nothing to do with the benchmarks."""
+def clean(shared_data: Path) -> list[str]:
+    """2,921 documents that have nothing to do with the benchmarks."""
     general = shared_data / "general"
     found = [r["text"] for _, r, _ in read_records(str(general / "lf_c4_demo.jsonl"))]
-    if with_abstracts:
-        abstracts = json.loads((shared_data / "pubmedqa_labeled.json").read_text())
-        found += [" ".join(item["CONTEXTS"]) for item in abstracts.values()]
     chats = read_chats(str(shared_data / "huatuo26m_single_turn.json"))
     found += list({chat.turns[-1][1]: 0 for _, chat, _ in chats})
     return found + [l for l in (general / "fever.txt").open() if len(l) > 40]  # noqa: E741
@@ -193,10 +190,13 @@ def test_real_questions_are_found_and_real_documents_stay(shared_data):
         }
         print(name, len(mine), {k: round(v, 3) for k, v in shares.items()})
         assert all(shares[k] == 1 for k in LOSSLESS), shares
-    alarms = [(hit, t[:80]) for hit, t in zip(dropped(index, texts), texts, strict=True) if hit]
-    # Two abstracts hold more than half of the question that PubMedQA asks about them.
-    assert len(texts) > 3800 and {Path(hit[0]).name for hit, _ in alarms} <= {
-        "pubmedqa_labeled.json"
-    }
-    assert len(alarms) <= 2 and not any(dropped(index, clean(shared_data, with_abstracts=False)))
-    print(len(texts), alarms, index.unprotected())
+    # PubMedQA asks about abstracts, and two of its 1,000 hold more than half of their own question:
+    # "... in listeners with normal hearing and normal cognition." They are leaks, no false alarms.
+    abstracts = [*json.loads((shared_data / "pubmedqa_labeled.json").read_text()).values()]
+    hits = index.hits([" ".join(item["CONTEXTS"]) for item in abstracts])
+    quotes = {i: item.question for i, (goes, _, _, item) in hits.items() if goes}
+    for i, question in quotes.items():
+        print(f"{hits[i][1]:.0%} of its own question is in an abstract: {question}")
+        assert abstracts[i]["QUESTION"] == question
+    assert len(quotes) == 2 and len(texts) == 2921 and not any(dropped(index, texts))
+    print(f"none of {len(texts)} other documents goes; not protected: {index.unprotected()}")

@@ -1,0 +1,181 @@
+"""A decoder with a linear head: the accurate classifier of documents, beside the linear model.
+
+In the place of the matrix that gives logits the decoder gets one number for each token's last
+hidden state; a document's score is the mean of them over its first tokens. Head and decoder are
+trained together by fit(), as every other stage. The model is cut for the task: what it has read in
+pre-training says which words and sentences belong together, which no list of n-grams knows.
+"""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nanomed.batches.loader import Loader
+from nanomed.batches.packing import Row, row_from
+from nanomed.build.runner import whole
+from nanomed.config import SFT, ModelConfig
+from nanomed.distributed import full, pick_device, shard, start
+from nanomed.hf import pretrained
+from nanomed.model.decoder import Aquila
+from nanomed.model.packed import pack_linears
+from nanomed.run.log import RunFolder
+from nanomed.stages import stage
+from nanomed.text.segment import Segment
+from nanomed.text.template import Encoder
+from nanomed.training.step import Loss
+from nanomed.training.trainer import fit
+
+LONGEST = 512  # tokens of a document that are read, the last of them its end
+# A model of another width learns at another rate, in inverse proportion (Yang et al. 2022).
+RATE, WIDTH = 2e-5, 4096
+TRAINING = {"epochs": 3, "batch_size": 32, "seq_len": LONGEST, "warmup_ratio": 0.1}
+TRAINING |= {"val_fraction": 0.0, "keep_last": 1, "log_every": 20}
+FROM_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
+
+
+class LinearHead(nn.Module):
+    """In lm_head's place. hidden[T,D] -> [T] float32"""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1, width))
+        self.bias = nn.Parameter(torch.zeros(1))
+
+    def forward(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        return (hidden @ self.weight[0] + self.bias).float()
+
+
+def means(values: Tensor, row: Row) -> Tensor:
+    """Of each segment. values[T] -> [n]"""
+    lengths = row.cu_seqlens.diff().long()
+    return torch.segment_reduce(values, "mean", lengths=lengths, unsafe=True)
+
+
+class Texts:
+    """Documents as fit() reads them, in memory."""
+
+    def __init__(self, encoder: Encoder, texts: Sequence[str]):
+        self.ids = [ids_of(encoder, text) for text in texts]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, i: int) -> list[Segment]:
+        return [Segment(self.ids[i], np.zeros(len(self.ids[i]), bool))]
+
+    def lengths_of(self, examples: np.ndarray) -> np.ndarray:
+        return np.array([len(self.ids[i]) for i in examples])
+
+    def divisors_of(self, examples: np.ndarray) -> np.ndarray:
+        return np.ones(len(examples), np.int64)
+
+    def where(self, i: int) -> tuple[str, int]:
+        return "labels", i + 1
+
+
+def ids_of(encoder: Encoder, text: str) -> np.ndarray:
+    """[at most LONGEST] int64. A token is at most some ten characters: no more need be tokenised
+    than can be read."""
+    ids = encoder.tokenizer.encode(text[: 10 * LONGEST])[: LONGEST - 1]
+    return np.array([*ids, encoder.document_end], np.int64)
+
+
+@dataclass(frozen=True, repr=False)
+class Reader:
+    model: Aquila  # to be run
+    encoder: Encoder
+    tensors: dict[str, Tensor]  # its weights
+
+    @torch.no_grad()
+    def __call__(self, texts: Sequence[str]) -> np.ndarray:
+        """[texts] float64. Each is a row of its own: packed with others it would have other bits,
+        and a document's score must not depend on who stands beside it in a shard."""
+        device = next(self.model.parameters()).device
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        rows = (row_from([ids_of(self.encoder, text)]).to(device) for text in texts)
+        found = [means(self.model(row), row).double().cpu().numpy() for row in rows]
+        torch.set_num_threads(threads)
+        return np.concatenate([np.zeros(0), *found])
+
+    def save(self, path: Path) -> None:
+        with whole(path) as file:
+            file.write(save({name: value.cpu() for name, value in self.tensors.items()}))
+
+
+def read(path: Path, init: str) -> Reader:
+    """What save() wrote of a model that began as the one in the folder `init`."""
+    config, encoder = pretrained.describe(init)
+    return _reader(config, load_file(path, device=str(pick_device("auto"))), encoder)
+
+
+def _reader(config: ModelConfig, tensors: dict[str, Tensor], encoder: Encoder) -> Reader:
+    with torch.device("meta"):
+        model = Aquila(config)
+        model.lm_head = LinearHead(config.d_model)
+    model.load_state_dict(tensors, assign=True)
+    pack_linears(model.eval())
+    return Reader(model, encoder, tensors)
+
+
+# ---------------------------------------------------------------- training
+
+
+def learn(kind: str, texts: Sequence[str], targets: np.ndarray, init: str, work: Path) -> Reader:
+    """Trains the decoder in the folder `init`; its run is in `work` until it has ended, so that a
+    killed one goes on. targets[texts] as linear.fit's."""
+    config, encoder = pretrained.describe(init)
+    data, y = Texts(encoder, texts), torch.tensor(np.asarray(targets), dtype=torch.float32)
+    content = np.concatenate([*data.ids, y.numpy().view(np.int32)]).tobytes()
+    out = work / f"run-{hashlib.sha256(content).hexdigest()[:16]}"
+    given = TRAINING | {"lr": RATE * WIDTH / config.d_model, "init": init}
+    c = SFT(data=[f"labels of {kind}"], out=str(out), resume="auto", **given)
+    with by_itself(), start(pick_device(c.device)) as world:
+        if world.device.type == "cpu":
+            torch.set_num_threads(1)  # the same labels give the same bits
+        model = pretrained.load(init, world.device, torch.float32)
+        model.lm_head = LinearHead(config.d_model).to(world.device)
+        if kind == "quality":
+            nn.init.constant_(model.lm_head.bias, float(y.mean()))
+        shard(model, world, stage.compute_dtype(c, world.device))
+        loader = Loader.of(c, data, parts=(range(len(data)), range(0)))
+        run = RunFolder(c, world, {"labels": out.name})
+        fit(c, model, loader, loss_of(kind, y.to(world.device)), run)
+        tensors = {name: full(value) for name, value in model.state_dict().items()}
+        run.close()
+    shutil.rmtree(out)
+    return _reader(config, tensors, encoder)
+
+
+def loss_of(kind: str, targets: Tensor) -> Loss:
+    """For fit(). Of "domain" both classes weigh the same, as in the linear model."""
+    share = float(targets.mean()) if kind == "domain" else 0.5
+
+    def loss(values: Tensor, row: Row) -> tuple[Tensor, dict[str, Tensor]]:
+        found, y = means(values, row), targets[row.examples]
+        if kind == "domain":
+            weight = torch.where(y > 0.5, 0.5 / share, 0.5 / (1 - share))
+            return F.binary_cross_entropy_with_logits(found, y, weight, reduction="sum"), {}
+        return F.mse_loss(found, y, reduction="sum"), {}
+
+    return loss
+
+
+@contextmanager
+def by_itself() -> Iterator[None]:
+    """One process trains, whatever launcher has started it with others: they wait for its files."""
+    theirs = {name: os.environ.pop(name) for name in FROM_LAUNCHERS if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(theirs)
