@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 from nanomed import arguments
 from nanomed.build import classifier, decontaminate, duplicates, labels, report, rules
 from nanomed.build.labeller import Endpoint
-from nanomed.build.pipeline import Build, run
+from nanomed.build.pipeline import Build, Prepare, run
 from nanomed.build.runner import ENGINES, Runner, mark, script
 from nanomed.build.settings import Paid, files_of, flag, weight_files
 from nanomed.build.shards import Judge, Tally
@@ -73,11 +73,9 @@ class Corpus(Paid):
                 raise InputError(f"--{name} is {getattr(self, name)}; it must be between 0 and 1")
         if not 0 < self.near_dup_jaccard <= 1:
             raise InputError("--near_dup_jaccard must be above 0 and at most 1")
-        if self.stop_after and self.stop_after not in STAGES:
-            hint = nearest(self.stop_after, STAGES)
-            raise InputError(
-                f"--stop_after {self.stop_after}: stages are {', '.join(STAGES)}{hint}"
-            )
+        if self.stop_after and self.stop_after not in (names := stages(self)):
+            hint = nearest(self.stop_after, names)
+            raise InputError(f"--stop_after {self.stop_after}: stages are {', '.join(names)}{hint}")
 
 
 CHANGE_NOTHING = (
@@ -93,49 +91,26 @@ DEMONSTRATION = {
 }
 
 
-# ---------------------------------------------------------------- the stages, in their order
+# ---------------------------------------------------------------- the stages
 
 
-def exact(c: Corpus, build: Build, folder: Path, shards: list[Path], tally: Tally) -> Judge:
-    return duplicates.find(build, folder, shards, tally.kept, least=0.0)
-
-
-def by_rules(c: Corpus, *_: Any) -> Judge:
-    words = Path(c.toxic_words) if c.toxic_words else rules.WORDS
+def stages(c: Corpus) -> dict[str, Prepare]:
+    """In their order. What is below the limit of `domain` or `quality` is put aside, of other
+    documents a share, for stage 1 of the training."""
     limits = (c.min_tokens, c.max_special, c.max_repetition, c.max_toxic)
-    return rules.Limits(*limits, c.private, words).judge
-
-
-def domain(c: Corpus, build: Build, folder: Path, shards: list[Path], tally: Tally) -> Judge | str:
-    """The others are put aside, a share of them: general text for stage 1."""
-    return scored("domain", c, build, folder, shards, tally, c.min_domain, c.general)
-
-
-def near(c: Corpus, build: Build, folder: Path, shards: list[Path], tally: Tally) -> Judge:
-    return duplicates.find(build, folder, shards, tally.kept, least=c.near_dup_jaccard)
-
-
-def quality(c: Corpus, build: Build, folder: Path, shards: list[Path], tally: Tally) -> Judge | str:
-    """Stage 1 takes them all; so those below the limit are put aside."""
-    return scored("quality", c, build, folder, shards, tally, c.min_quality, 1.0)
-
-
-def without_benchmarks(c: Corpus, *_: Any) -> Judge | str:
-    return decontaminate.judge_of(c.decontaminate)
-
-
-STAGES = {
-    "exact": exact,
-    "rules": by_rules,
-    "domain": domain,
-    "near": near,
-    "quality": quality,
-    "decontaminate": without_benchmarks,
-}
+    words = Path(c.toxic_words) if c.toxic_words else rules.WORDS
+    return {
+        "exact": duplicates.find,
+        "rules": lambda *_: rules.Limits(*limits, c.private, words).judge,
+        "domain": partial(scored, c, "domain", limit=c.min_domain, aside=c.general),
+        "near": partial(duplicates.find, least=c.near_dup_jaccard),
+        "quality": partial(scored, c, "quality", limit=c.min_quality, aside=1.0),
+        "decontaminate": lambda *_: decontaminate.judge_of(c.decontaminate),
+    }
 
 
 def scored(
-    kind: str, c: Corpus, build: Build, folder: Path, shards: list[Path], tally: Tally,
+    c: Corpus, kind: str, build: Build, folder: Path, shards: list[Path], tally: Tally, *,
     limit: float, aside: float,
 ) -> Judge | str:  # fmt: skip
     """A model is trained on labelled documents, and its score has a limit."""
@@ -186,7 +161,7 @@ def facts(c: Corpus, build: Build, found: list[tuple[str, Tally | str]]) -> dict
         "models": {},
         "duplicates": {},
     }
-    for number, name in enumerate(STAGES, 1):
+    for number, name in enumerate(stages(c), 1):
         folder = build.out / f"{number}-{name}"
         for part, key, place in (("gone", "duplicates", "largest"), ("model", "models", "")):
             if name in tallies and (said := mark(folder / part, 0)).exists():
@@ -212,7 +187,9 @@ def facts(c: Corpus, build: Build, found: list[tuple[str, Tally | str]]) -> dict
 def main() -> None:
     c = settings()
     out, files = Path(c.out), files_of(c.data)
-    n = list(STAGES).index(c.stop_after) + 1 if c.stop_after else len(STAGES)
+    chosen = [*stages(c).items()]
+    names = [name for name, _ in chosen]
+    chosen = chosen[: names.index(c.stop_after) + 1 if c.stop_after else None]
     with Runner(c.engine, c.workers) as runner:
         build = Build(out, files, list(c.fields), c.show_text, c.shard_chars, runner)
         others = [*c.labels, *c.decontaminate, *filter(None, [c.toxic_words])]
@@ -222,8 +199,7 @@ def main() -> None:
         decontaminate.index_of(tuple(c.decontaminate))  # what cannot be read stops the run now
         if c.labeller and runner.is_main:
             endpoint_of(c).cache.file.close()
-        stages = [(name, partial(prepare, c)) for name, prepare in STAGES.items()][:n]
-        found = run(build, stages)
+        found = run(build, chosen)
         if runner.is_main:
             report.write(out, found, facts(c, build, found))
             print(

@@ -112,6 +112,7 @@ class Kept:
 
 
 def objective(c: Pairs, files: list[str], kept: Kept) -> dict[str, Any]:
+    """How many questions there were, and which letters came of them."""
     found = [*preferences.exams_in(c.exam, c.fields, True)]
     found += preferences.exams_in(files, c.fields, False)
     chosen = set(by_lot(c, [place[:2] for place in found], c.objective))
@@ -224,10 +225,11 @@ def main() -> None:
     out, files = Path(c.out), files_of(c.data, "selected.jsonl") if c.data else []
     kept = Kept(c)
     make_private(out)
-    found: dict[str, Any] = {"objective": objective(c, files, kept)}
+    is_main = rank_from_env()[0] == 0
+    found: dict[str, Any] = {"objective": objective(c, files, kept)} if is_main else {}
     if c.judge:
         found["subjective"] = subjective(c, files, kept, out)
-    if rank_from_env()[0] != 0:
+    if not is_main:
         return
     found |= kept.counts()
     kept.write(out, found)

@@ -12,8 +12,9 @@ nanomed.tools.show FILE --init MODEL --cr` shows a dialogue round by round.
 import hashlib
 import json
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -207,20 +208,15 @@ def cleaned(c: Chats, files: list[str], out: Path) -> tuple[list, Path]:
     depends = json.dumps([named, c.fields, files])
     folder = out / "clean" / hashlib.sha256(depends.encode()).hexdigest()[:8]
 
-    def exact(build: Build, folder: Path, shards: list[Path], tally: Any) -> Any:
-        return duplicates.find(build, folder, shards, tally.kept)
-
-    def near(build: Build, folder: Path, shards: list[Path], tally: Any) -> Any:
-        return duplicates.find(build, folder, shards, tally.kept, c.near_dup_jaccard)
-
-    def benchmarks(*_: Any) -> Any:
-        return decontaminate.judge_of(c.decontaminate)
-
+    stages = [
+        ("exact", duplicates.find),
+        ("near", partial(duplicates.find, least=c.near_dup_jaccard)),
+        ("decontaminate", lambda *_: decontaminate.judge_of(c.decontaminate)),
+    ]
     with Runner("local", c.workers) as runner:
         build = Build(folder, files, list(c.fields), c.show_text, 32 << 20, runner)
         build.begin(named, list(c.decontaminate))
-        found = run(build, [("exact", exact), ("near", near), ("decontaminate", benchmarks)])
-    return found, folder
+        return run(build, stages), folder
 
 
 def select(

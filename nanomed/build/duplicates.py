@@ -27,7 +27,7 @@ import numpy as np
 
 from nanomed.build.pipeline import Build
 from nanomed.build.runner import whole
-from nanomed.build.shards import Doc, Finding, Judge, batched, read_shard
+from nanomed.build.shards import Doc, Finding, Judge, Tally, batched, read_shard
 from nanomed.build.text import U64, Ragged, constants, mix, ngrams, tokens
 
 BANDS, ROWS, N = 14, 8, 5  # N tokens in an n-gram
@@ -103,10 +103,10 @@ def survivors(edges: np.ndarray) -> np.ndarray:
 EDGE = np.dtype([("earlier", "<i8"), ("later", "<i8"), ("jaccard", "<f8")])
 
 
-def find(build: Build, folder: Path, shards: list[Path], n_docs: int, least: float = 0.0) -> Judge:
-    """Runs the tasks of a search among the n_docs documents of shards; the judge that drops what it
-    finds. `least`: the smallest Jaccard of two near duplicates; 0 looks for exact ones."""
-    bits = max(0, (n_docs // PART).bit_length())
+def find(build: Build, folder: Path, shards: list[Path], tally: Tally, least: float = 0.0) -> Judge:
+    """A stage: runs the tasks of a search among the documents that the tally counts; the judge that
+    drops what it finds. `least`: the smallest Jaccard of near duplicates; 0: exact ones."""
+    bits = max(0, (tally.kept // PART).bit_length())
     search = Search(folder, shards, build.files, least, bits)
     run, n, starts = build.runner.run, len(shards), [2**63 - 1]
     for said in reversed(run(folder / "keys", search.keys, n)):
