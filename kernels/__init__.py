@@ -123,11 +123,13 @@ def attention(
 
 
 def linear_nll(
-    hidden: Tensor, weight: Tensor, labels: Tensor
+    hidden: Tensor, weight: Tensor, labels: Tensor, scored: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:  # hidden[T,D], weight[V,D], labels[T] -> [T] each
-    """(nll, lse, right): float32, float32, bool; 0 and False where the label is -100."""
+    """(nll, lse, right): float32, float32, bool; 0 and False where the label is -100. `scored[n]`
+    are the places of all other labels, where the caller knows them; else the host waits for a GPU
+    to find them."""
     if _takes_triton("linear_nll", hidden):
         from kernels import linear_nll_triton
 
-        return linear_nll_triton.linear_nll(hidden, weight, labels)
-    return linear_nll_chunked.linear_nll(hidden, weight, labels)
+        return linear_nll_triton.linear_nll(hidden, weight, labels, scored)
+    return linear_nll_chunked.linear_nll(hidden, weight, labels, scored)

@@ -14,14 +14,20 @@ LOGITS_CPU, CHUNK_CUDA = 2**27, 2048
 
 
 def linear_nll(
-    hidden: Tensor, weight: Tensor, labels: Tensor
+    hidden: Tensor, weight: Tensor, labels: Tensor, scored: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:  # hidden[T,D], weight[V,D], labels[T] -> [T] each
-    """The same as reference.linear_nll: (nll, lse, right).
+    """The same as reference.linear_nll: (nll, lse, right). Raises ValueError if `scored` is wrong;
+    on a GPU nobody would notice.
 
     Tokens without a label are skipped before the matmul. Backward begins with the last chunk, whose
     softmax is still there, and computes the logits of the others again.
     """
-    return _LinearNLL.apply(hidden, weight, labels)
+    if scored is None or not labels.is_cuda:
+        found = (labels >= 0).nonzero()[:, 0]
+        if scored is not None and not torch.equal(scored, found):
+            raise ValueError("row.scored are not the places of row.labels; was one changed alone?")
+        scored = found
+    return _LinearNLL.apply(hidden, weight, labels, scored)
 
 
 class _LinearNLL(torch.autograd.Function):
@@ -29,11 +35,10 @@ class _LinearNLL(torch.autograd.Function):
     dz = p (dlse + dnll) - onehot(label) dnll; then dh = W^T dz and dW = dz h^T."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor):
-        trained = (labels >= 0).nonzero()[:, 0]  # the tokens that have a label
+    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, scored: Tensor):
         nll = hidden.new_zeros(labels.shape, dtype=torch.float32)
         lse, right = torch.zeros_like(nll), torch.zeros_like(labels, dtype=torch.bool)
-        for part in trained.split(_chunk(len(trained), weight)):
+        for part in scored.split(_chunk(len(scored), weight)):
             logits = (hidden[part] @ weight.T).float()
             target = logits.gather(1, labels[part, None])[:, 0]
             # In place: on a CPU, fresh memory of this size costs more than the arithmetic.
@@ -42,9 +47,9 @@ class _LinearNLL(torch.autograd.Function):
             lse[part] = (total.log() + top)[:, 0]
             nll[part] = lse[part] - target
             right[part] = target == top[:, 0]
-        ctx.save_for_backward(hidden, weight, labels, trained, lse)
+        ctx.save_for_backward(hidden, weight, labels, scored, lse)
         # At the peak of memory, the beginning of backward, a chunk has its place anyway.
-        ctx.softmax = logits.div_(total) if len(trained) else None
+        ctx.softmax = logits.div_(total) if len(scored) else None
         ctx.mark_non_differentiable(right)
         ctx.set_materialize_grads(False)  # what no loss used has None
         return nll, lse, right
@@ -52,13 +57,13 @@ class _LinearNLL(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dnll: Tensor | None, dlse: Tensor | None, _):
-        hidden, weight, labels, trained, lse = ctx.saved_tensors
+        hidden, weight, labels, scored, lse = ctx.saved_tensors
         dnll = torch.zeros_like(lse) if dnll is None else dnll
         dboth = dnll if dlse is None else dnll + dlse
         dhidden = torch.zeros_like(hidden)
         # float32 whatever the weight's dtype: bfloat16 sums over chunks lose small gradients.
         dweight = torch.zeros_like(weight, dtype=torch.float32)
-        for part in reversed(trained.split(_chunk(len(trained), weight))):
+        for part in reversed(scored.split(_chunk(len(scored), weight))):
             h = hidden[part]
             dlogits, ctx.softmax = ctx.softmax, None  # changed in place: it serves once
             if dlogits is None:
@@ -68,7 +73,7 @@ class _LinearNLL(torch.autograd.Function):
             dlogits = dlogits.to(h.dtype)
             dhidden[part] = dlogits @ weight
             _add_matmul(dweight, dlogits.T, h)
-        return dhidden, dweight.to(weight.dtype), None
+        return dhidden, dweight.to(weight.dtype), None, None
 
 
 def _chunk(n_tokens: int, weight: Tensor) -> int:

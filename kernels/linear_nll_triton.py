@@ -1,6 +1,6 @@
 """The head's matmul and its negative log-likelihood; reference.linear_nll is the definition.
 
-T tokens, n of them trained, D model width, V vocabulary, C tokens of a chunk.
+T tokens, n of them with a label, D model width, V vocabulary, C tokens of a chunk.
 
 Matmuls are torch's own. Between them a kernel reads a chunk of logits once in forward, and in
 backward overwrites it by its gradient; the definition makes several float32 copies of it instead.
@@ -121,18 +121,16 @@ class _LinearNLL(torch.autograd.Function):
     """With dz from _backward: dh = W^T dz and dW = dz h^T."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor):
-        # The tokens that have a label. Their number decides shapes: the host waits for the GPU.
-        trained = (labels >= 0).nonzero()[:, 0]
+    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, scored: Tensor):
         labels = labels.contiguous()
         nll = torch.zeros(labels.shape, dtype=torch.float32, device=hidden.device)
         lse, right = torch.zeros_like(nll), torch.zeros_like(labels, dtype=torch.bool)
-        workspace = _workspace(len(trained), hidden, weight)
-        for part in _chunks(trained, workspace):
+        workspace = _workspace(len(scored), hidden, weight)
+        for part in _chunks(scored, workspace):
             h = hidden[part]
             logits = torch.mm(h, weight.T, out=_logits(workspace, h, weight))
             _launch_forward(logits, part, labels, nll, lse, right)
-        ctx.save_for_backward(hidden, weight, labels, trained, lse)
+        ctx.save_for_backward(hidden, weight, labels, scored, lse)
         # At the peak of memory, the beginning of backward, it has its place anyway.
         ctx.workspace = workspace
         ctx.mark_non_differentiable(right)
@@ -142,18 +140,18 @@ class _LinearNLL(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dnll: Tensor | None, dlse: Tensor | None, _):
-        hidden, weight, labels, trained, lse = ctx.saved_tensors
+        hidden, weight, labels, scored, lse = ctx.saved_tensors
         dnll = torch.zeros_like(lse) if dnll is None else dnll.contiguous()
         dboth = dnll if dlse is None else dnll + dlse
         # The kernel overwrites the logits, so they serve one backward pass.
         workspace, ctx.workspace = ctx.workspace, None
         has_logits = workspace is not None
         if not has_logits:
-            workspace = _workspace(len(trained), hidden, weight)
+            workspace = _workspace(len(scored), hidden, weight)
         dhidden = torch.zeros_like(hidden)
         # float32 whatever the weight's dtype: bfloat16 sums over chunks lose small gradients.
         dweight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-        for part in reversed(_chunks(trained, workspace)):
+        for part in reversed(_chunks(scored, workspace)):
             h = hidden[part]
             dlogits = _logits(workspace, h, weight)
             if not has_logits:
@@ -163,7 +161,7 @@ class _LinearNLL(torch.autograd.Function):
             dhidden[part] = dlogits @ weight
             _add_matmul(dweight, dlogits.T, h)
         workspace = dlogits = h = None  # before the cast takes memory
-        return dhidden, dweight.to(weight.dtype), None
+        return dhidden, dweight.to(weight.dtype), None, None
 
 
 def _chunks(tokens: Tensor, workspace: Tensor) -> list[Tensor]:
@@ -171,7 +169,11 @@ def _chunks(tokens: Tensor, workspace: Tensor) -> list[Tensor]:
     return list(tokens.split(len(workspace))) if len(tokens) else []
 
 
-def linear_nll(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def linear_nll(
+    hidden: Tensor, weight: Tensor, labels: Tensor, scored: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """hidden[T,D], weight[V,D], labels[T] -> nll[T], lse[T] float32, right[T] bool; 0 and False
-    where the label is -100."""
-    return _LinearNLL.apply(hidden, weight, labels)
+    where the label is -100. `scored[n]` are all other places."""
+    if scored is None:
+        scored = (labels >= 0).nonzero()[:, 0]
+    return _LinearNLL.apply(hidden, weight, labels, scored)

@@ -217,10 +217,8 @@ def shard(
     mesh = world.mesh if sharing.copies == 1 else mesh_of(world.device.type, sharing)
     precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
     for unit in (model.embed_tokens, *model.layers, model.norm, model.lm_head, model):
-        # Backward begins with what forward ends with: it is gathered once for both. The last layer
-        # is not kept: it would take memory at the peak, in the head's backward. Gathering it again
-        # takes no time, because it happens beside that.
-        keeps = unit in (model.norm, model.lm_head)
+        # Backward begins with what forward ends with: it is gathered once for both.
+        keeps = unit in (model.layers[-1], model.norm, model.lm_head)
         fully_shard(unit, mesh=mesh, mp_policy=precision, reshard_after_forward=not keeps)
         if keeps:
             unit.register_forward_hook(_reshard_without_backward)

@@ -45,6 +45,7 @@ class Row:
     cu_seqlens: Tensor  # [n+1] int32, the segments' borders
     max_seqlen: int  # the longest segment
     examples: Tensor  # [n] int64, each segment's index in its data set; -1 in a filler
+    scored: Tensor | None = None  # int64, the places in `labels` that are not -100, if known
 
     def to(self, device: torch.device) -> "Row":
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -95,6 +96,7 @@ def row_from(
         cu_seqlens=torch.from_numpy(borders.astype(np.int32)),
         max_seqlen=int(lengths.max()),
         examples=torch.tensor(list(examples), dtype=torch.int64),
+        scored=torch.from_numpy(np.flatnonzero(labels != IGNORE)),
     )
 
 

@@ -18,7 +18,7 @@ dialogue's embedding, too: the mean of its tokens' last hidden states.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -95,8 +95,8 @@ def run(model: Aquila, found: Sequence[Dialogue]) -> list[tuple[list[list[float]
         starts.append(starts[-1] + one.n_tokens)
     places = [s + p for s, one in zip(starts, found, strict=False) for p in one.places]
     device, states = next(model.parameters()).device, []
-    row = row_from(segments)
-    row.labels = torch.tensor([label for one in found for label in one.labels] or [-100])
+    labels = torch.tensor([label for one in found for label in one.labels] or [-100])
+    row = replace(row_from(segments), labels=labels, scored=None)
     hook = model.layers[-1].register_forward_hook(lambda layer, x, y: states.append(model.norm(y)))
     try:
         nll = model(row.to(device), at=torch.tensor(places or [0], device=device)).nll.double()

@@ -103,10 +103,10 @@ class Head(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.vocab_size, config.d_model))
 
-    def forward(self, hidden: Tensor, labels: Tensor | None) -> Scores | Tensor:
-        if labels is None:
+    def forward(self, hidden: Tensor, row: Row, logits: bool) -> Scores | Tensor:
+        if logits:
             return hidden @ self.weight.T  # [T,V]
-        return Scores(*kernels.linear_nll(hidden, self.weight, labels))
+        return Scores(*kernels.linear_nll(hidden, self.weight, row.labels, row.scored))
 
 
 class Aquila(nn.Module):
@@ -141,7 +141,7 @@ class Aquila(nn.Module):
             x = layer(x, row, cache[i] if cache else None)
         if at is not None:
             x = x[at]  # [n,D]
-        return self.lm_head(self.norm(x), None if logits else row.labels)
+        return self.lm_head(self.norm(x), row, logits)
 
 
 def init_weights(model: Aquila, seed: int = 0) -> None:

@@ -8,7 +8,7 @@ asked for.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -107,8 +107,7 @@ class Scorer:
 
     def _cache_of(self, prefix: Ids) -> list[SharedPrefix]:
         cache = [SharedPrefix() for _ in self.model.layers]
-        row = row_from([prefix])
-        row.labels = torch.tensor([-100])
+        row = replace(row_from([prefix]), labels=torch.tensor([-100]), scored=None)
         self.model(row.to(self.world.device), cache=cache, at=torch.tensor([0]))
         return cache
 
@@ -126,9 +125,8 @@ class Scorer:
             for which, place, token in (read for reads in request.reads for read in reads):
                 at.append(starts[which] + place - n_before)
                 labels.append(token)
-        row = row_from(segments)
+        row = replace(row_from(segments), labels=torch.tensor(labels), scored=None)
         row.positions += n_before
-        row.labels = torch.tensor(labels)
         places = torch.tensor(at, device=self.world.device)
         nll = self.model(row.to(self.world.device), cache=cache, at=places).nll
         logps = iter((-nll.cpu()).tolist())

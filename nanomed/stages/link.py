@@ -70,7 +70,8 @@ def sent(config: ModelConfig, c: Run, hw: Hardware, n_rows: int) -> tuple[float,
     n_copies = copies(c, hw)
     n = hw.n_gpus // n_copies  # that share one
     n_params, ends = config.n_params(), 2 * config.vocab_size * config.d_model + config.d_model
-    # Backward finds head and last norm gathered, and needs no embedding.
+    ends += memory.layer_params(config)
+    # Backward finds head, last norm and last layer gathered, and needs no embedding.
     gathered = memory.width(c) * (2 * n_params - ends) * n_rows
     summed = 4 * n_params * (1 if c.sum_gradients == "step" else n_rows)
     shared = (gathered + summed) * (n - 1) / n

@@ -107,7 +107,9 @@ def head_moment(config: ModelConfig, c: Run, n_gpus: int) -> dict[str, float]:
         c.sum_gradients == "step"
     ):  # it was added to what is counted as whole, which goes as it is sent
         summed = {"FSDP": 4 * matrix}
-    gathered = {"FSDP": b * matrix}
+    layer = b * layer_params(config)  # the last one stays gathered
+    summed["FSDP"] += layer
+    gathered = {"FSDP": b * matrix + layer}
     moments = loss | gathered, cast | gathered, summed
     return kept | max(moments, key=lambda parts: sum(parts.values()))
 
@@ -140,13 +142,17 @@ def layer_moment(config: ModelConfig, c: Run, n_gpus: int, layers: int) -> dict[
         again = (1 + is_plain(c)) * b * f
     # The product is let go before gate's and up's gradients come; lean's is not.
     gradients = b * ((3 if policy == "lean" else 2) * f + d)
-    n_layer = (config.n_params() - 2 * config.vocab_size * d) / config.n_layers
     return {
         "activations": activations(config, c, layers),
         "computed again": again * c.micro_tokens,
         "gradients here": gradients * c.micro_tokens,
-        "FSDP": (2 * b + 4 + 4 / n_gpus) * n_layer,
+        "FSDP": (2 * b + 4 + 4 / n_gpus) * layer_params(config),
     }
+
+
+def layer_params(config: ModelConfig) -> int:
+    """Of one layer, all but alike."""
+    return (config.n_params() - (2 * config.vocab_size + 1) * config.d_model) // config.n_layers
 
 
 def memory(config: ModelConfig, c: Run, n_gpus: int) -> dict[str, float]:

@@ -133,6 +133,16 @@ def test_linear_nll_skips_untrained_tokens_before_the_matmul():
     check_untrained_tokens_meet_no_matmul(linear_nll_chunked.linear_nll)
 
 
+def test_places_that_are_not_the_labels_are_refused():
+    """A row whose labels were changed alone: tokens would be trained or left out silently."""
+    hidden, weight, labels = torch.randn(4, 3), torch.randn(5, 3), torch.tensor([1, -100, 2, -100])
+    known = kernels.linear_nll(hidden, weight, labels, torch.tensor([0, 2]))
+    assert torch.equal(known[0], kernels.linear_nll(hidden, weight, labels)[0])
+    for wrong in ([0], [0, 1], [0, 2, 3], []):
+        with pytest.raises(ValueError, match="row.scored"):
+            kernels.linear_nll(hidden, weight, labels, torch.tensor(wrong, dtype=torch.int64))
+
+
 def test_linear_nll_never_holds_all_logits(monkeypatch):
     """Nothing larger than a chunk of logits exists, forward or backward."""
     monkeypatch.setattr(linear_nll_chunked, "LOGITS_CPU", 16 * 100)

@@ -114,7 +114,7 @@ def test_the_model_on_a_gpu_is_the_model_on_a_cpu(gpu, small, recompute):
             assert (q.grad.cpu() - p.grad).norm() < 2e-2 * p.grad.norm(), name
 
 
-def test_the_host_waits_for_the_gpu_once_in_a_row_and_at_the_end_of_a_step(gpu, small):
+def test_the_host_waits_for_the_gpu_at_the_end_of_a_step_alone(gpu, small):
     """And not at all for what a step that shows its numbers adds, but to read them."""
     c = settings(batch_size=16, micro_tokens=128)
     cases = [
@@ -127,8 +127,7 @@ def test_the_host_waits_for_the_gpu_once_in_a_row_and_at_the_end_of_a_step(gpu, 
         n_rows = len(loader.step(0))
         gpu.waits.clear()
         result = train_step(c, model, optimizer, loader, loss, 0, 1e-3, meter)
-        trained = ["aten.nonzero.default"] * n_rows  # linear_nll skips tokens without a label
-        assert n_rows > 1 and gpu.waits == [*trained, "tolist", "aten._local_scalar_dense.default"]
+        assert n_rows > 1 and gpu.waits == ["tolist", "aten._local_scalar_dense.default"]
         values = reduced(result, loader.divisor(0), meter)
         assert math.isfinite(values["loss"]) and 0 < values["trained_share"] < 1
 

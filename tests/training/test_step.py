@@ -63,9 +63,8 @@ def waits_of_a_step(world, stage: str, n_rows: int, monkeypatch) -> tuple[int, C
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_host_waits_as_often_for_one_row_as_for_many(world, monkeypatch, stage):
-    """But for what is known: linear_nll chooses the trained tokens (nonzero, once a row, on a GPU
-    too), attention on a CPU reads the segments' lengths in each layer (a GPU in bfloat16 runs
-    another), and the log counts the tokens of a row that is still on the CPU."""
+    """But for what is known, on a CPU alone: linear_nll checks where the labels are (nonzero),
+    attention reads the segments' lengths in each layer, and the log counts a row's tokens."""
     one, once = waits_of_a_step(world, stage, 1, monkeypatch)
     n, often = waits_of_a_step(world, stage, 8, monkeypatch)
     assert one == 1 and n >= 4
