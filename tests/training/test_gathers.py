@@ -37,7 +37,7 @@ def gathers(world, config) -> dict[str, int]:
 
 
 def test_a_row_gathers_each_unit_no_more_than_it_must(pool, small):
-    """Forward needs all units. Backward begins with what forward ended with, the last layer, the last
+    """Forward needs all units. Backward begins with what forward ended with, the last layer, the
     norm and the head, and needs no embedding; a forward alone leaves nothing behind."""
     units = len(Aquila(small).layers) + 3  # embedding, layers, norm, head
     for found in pool(2, gathers, small):
