@@ -28,8 +28,15 @@ def test_each_node_holds_a_whole_model(pool, small):
     assert [a + b for a, b in zip(first, second, strict=True)] == whole
 
 
-@pytest.mark.parametrize("save", ["blocking", "background"])
-@pytest.mark.parametrize("first, second", [(COPIES, COPIES), (COPIES, None), (None, COPIES)])
+@pytest.mark.parametrize(
+    "first, second, save",
+    [
+        (COPIES, COPIES, "background"),
+        (COPIES, COPIES, "blocking"),
+        (COPIES, None, "background"),
+        (None, COPIES, "blocking"),
+    ],
+)
 def test_a_run_of_copies_goes_on_as_any_other(pool, small, tmp_path, save, first, second):
     """A save of copies is read by one copy on four ranks, and that one's by copies: the losses stay
     within 1e-5. By as many copies: bit for bit."""
