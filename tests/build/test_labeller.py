@@ -137,14 +137,15 @@ FAULTS = {
     "no choices": replies({"choices": []}),
     "content that is no text": replies({"choices": [{"message": {"content": 7}}]}),
     "usage that is no number": replies(reply_of("x") | {"usage": {"prompt_tokens": None}}),
-    "a slow one": lambda handler: time.sleep(0.6),
+    "a slow one": lambda handler: time.sleep(2),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_passing_fault_costs_a_second_try_and_no_answer(tmp_path, fault):
     with serving(echo, faults={2: FAULTS[fault], 3: FAULTS[fault]}) as standin:
-        client = connect(standin, tmp_path, threads=1, timeout=0.3)
+        timeout = 1 if fault == "a slow one" else 60
+        client = connect(standin, tmp_path, threads=1, timeout=timeout)
         assert [a.text for a in client.ask(requests(3))] == [f"answer {i}" for i in range(3)]
         assert len(standin.bodies) == 5
 
