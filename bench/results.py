@@ -44,6 +44,12 @@ WAITING = """## What waits for a GPU
 `--results bench/results/NAME.jsonl`:
 
 """
+SEVERAL = (
+    "- Several GPUs and nodes, beside what `--dry_run` says of memory and link: "
+    "`torchrun --nproc_per_node 8 train_sft.py --config configs/sft.toml --init FOLDER --steps 20`, "
+    "on two nodes with `--nodes_share replicate` and `shard`; and a rank stopped by `kill -STOP`, "
+    "which the watchdog has to name under NCCL"
+)
 
 
 @dataclass(frozen=True)
@@ -137,7 +143,7 @@ def page(paths: list[Path]) -> str:
             parts += fastest(its)
             parts += [f"{note}.\n" for note in dict.fromkeys(x["convention"] for x in its) if note]
     if waiting:
-        parts.append(WAITING + "\n".join(waiting) + "\n")
+        parts.append(WAITING + "\n".join([*waiting, SEVERAL]) + "\n")
     return "\n".join(parts)
 
 
