@@ -191,7 +191,7 @@ class Benchmarks:
     def judge(self, docs: list[Doc]) -> None:
         found = index_of(self.files).hits([doc.text for doc in docs])
         for i, (goes, part, needed, item) in found.items():
-            where = {"benchmark": item.file, "item": item.record}
+            where = {"benchmark": item.file, "item": item.record, "question": item.question[:80]}
             docs[i].findings.append(Finding("contaminated", part, needed, not goes, where))
 
 

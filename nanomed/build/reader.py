@@ -2,8 +2,8 @@
 
 In the place of the matrix that gives logits the decoder gets one number for each token's last
 hidden state; a document's score is the mean of them over its first tokens. Head and decoder are
-trained together by fit(), as every other stage. The model is cut for the task: what it has read in
-pre-training says which words and sentences belong together, which no list of n-grams knows.
+trained together by fit(), as in every other stage. What the decoder has read in pre-training, other
+words for the same things among it, no list of n-grams knows.
 """
 
 import hashlib
@@ -147,11 +147,12 @@ def learn(kind: str, texts: Sequence[str], targets: np.ndarray, init: str, work:
         model.lm_head = LinearHead(config.d_model).to(world.device)
         if kind == "quality":
             nn.init.constant_(model.lm_head.bias, float(y.mean()))
-        shard(model, world, stage.compute_dtype(c, world.device))
+        dtype = stage.compute_dtype(c, world.device)
+        shard(model, world, dtype)
         loader = Loader.of(c, data, parts=(range(len(data)), range(0)))
         run = RunFolder(c, world, {"labels": out.name})
         fit(c, model, loader, loss_of(kind, y.to(world.device)), run)
-        tensors = {name: full(value) for name, value in model.state_dict().items()}
+        tensors = {name: full(value).to(dtype) for name, value in model.state_dict().items()}
         run.close()
     shutil.rmtree(out)
     return _reader(config, tensors, encoder)

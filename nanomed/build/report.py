@@ -14,7 +14,8 @@ from nanomed.page import Raw, Text, details, document, heading, note, table
 SIZES = ("documents", "bytes", "tokens")
 STYLE = """
 svg { background: #f6f6f4; margin: .2em 0; }
-.bar { background: #4a7a8c; height: .8em; }
+figure { width: 260px; }
+.bar { background: #4a7a8c; height: .8em; margin-top: .35em; }
 """
 
 
@@ -57,7 +58,8 @@ def as_html(stages: list[tuple[str, Tally | str]], more: dict[str, Any]) -> str:
     parts += [heading("By source and language"), by_source(ran)]
     for title, rows in tables(more).items():
         parts += [heading(title), table(rows)]
-    for name, tally in ran:
+    parts.append(note("Bars of the figures are as high as the logarithm of their documents."))
+    for name, tally in ran[1:]:  # `read` has no value but whether there is a text
         if tally.bins:
             parts += [heading(f"{name}: values and limits"), *figures(tally)]
             parts += [
@@ -67,13 +69,13 @@ def as_html(stages: list[tuple[str, Tally | str]], more: dict[str, Any]) -> str:
 
 
 def waterfall(ran: list[tuple[str, Tally]]) -> str:
-    rows, first = [["stage", *SIZES, "", "dropped"]], None
+    rows, first = [["stage", *SIZES, "", Text("dropped")]], None
     for name, tally in ran:
         sizes = total(tally)
         first = first or max(1, sizes[0] + sum(tally.dropped.values()))
         bar = Raw(f"<div class=bar style='width:{160 * sizes[0] / first:.0f}px'></div>")
         why = ", ".join(f"{n:,} {reason}" for reason, n in sorted(tally.dropped.items()))
-        rows.append([name, *sizes, bar, why])
+        rows.append([name, *sizes, bar, Text(why)])
     return table(rows)
 
 
@@ -104,26 +106,41 @@ def tables(more: dict[str, Any]) -> dict[str, list[list]]:
             rows = [["kept document", "record", "dropped for it"], *groups]
             found[f"Largest groups, {name}"] = rows
     for name, facts in more.get("models", {}).items():
-        flat = [[k, json.dumps(v, ensure_ascii=False)] for k, v in facts.items()]
-        found[f"The model of {name}"] = [["", ""], *flat]
+        title = f"The model of {name}: {facts['labels']:,} labels"
+        found[title], found[f"{name}: each source"] = model_tables(facts)
     if more.get("proportions"):
         found["Languages, kinds and sources"] = more["proportions"]
     return found
 
 
+def model_tables(facts: dict[str, Any]) -> tuple[list[list], list[list]]:
+    """What a classifier is worth; what it says of each source after training without it."""
+    limits = facts["limits"]
+    rows = [["", *limits], ["limit", *(f"{limit:.4g}" for limit in limits.values())]]
+    for part, where in (("unseen_sources", "sources not seen"), ("random_split", "a random split")):
+        if (rank := facts[part].get("spearman")) is not None:
+            rows.append([f"rank correlation (all), {where}", rank, *[""] * (len(limits) - 1)])
+        else:
+            rows.append([f"F1, {where}", *(facts[part].get(f"f1_{k}", "") for k in limits)])
+    each = facts["unseen_sources"].get("each", {})
+    sources = [[source, *said.values()] for source, said in each.items()]
+    return rows, [["trained without it", "labels", "mean score"], *sources]
+
+
 def figures(tally: Tally) -> Iterable[str]:
-    """A histogram of each value and language, its limit drawn."""
+    """A histogram of each value and language, its limit drawn. Heights are logarithms: what passes
+    a limit is rare, and would not be seen beside the others."""
     for key, bars in sorted(tally.bins.items()):
         name, lang = key.split("\t")
         high, grows = SCALES.get(name, (1.0, False))
         limit = tally.limits[key]
         at = log2(1 + limit) / log2(1 + high) if grows else limit / high
-        most = max(bars)
+        heights = [75 * log2(1 + n) / log2(1 + max(bars)) for n in bars]
         rects = "".join(
-            f"<rect x={6 * i} y={80 - 75 * n / most:.1f} width=5 height={75 * n / most:.1f} "
-            f"fill=#4a7a8c><title>{n:,}</title></rect>"
-            for i, n in enumerate(bars)
-            if n
+            f"<rect x={6 * i} y={80 - height:.1f} width=5 height={height:.1f} "
+            f"fill=#4a7a8c><title>{bars[i]:,}</title></rect>"
+            for i, height in enumerate(heights)
+            if height
         )
         x = min(1.0, max(0.0, at)) * 6 * BINS
         line = f"<line x1={x:.1f} x2={x:.1f} y1=0 y2=80 stroke=#c33 stroke-width=2 />"

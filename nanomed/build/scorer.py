@@ -54,11 +54,15 @@ def labelled(paths: Sequence[str]) -> list[dict]:
 def ladders(items: Sequence[Item]) -> Iterator[dict]:
     """Training chats out of chats that are taken to be good. Complexity: 1, one word of a question;
     3, a question; 5, a question with options; 6, two questions at once. Quality: 6, the answer as
-    it stands; 3, its first half; 1, the answer to another question."""
-    chats = [item for item in items if not item.chat.dropped]
-    for item in chats:
+    it stands; 3, its first half; 1, the answer to another question of its kind."""
+    of_kind: dict[str, list[Item]] = {}
+    for item in items:
+        if not item.chat.dropped:
+            of_kind.setdefault(item.kind, []).append(item)
+    for item in (item for same in of_kind.values() for item in same):
+        same = of_kind[item.kind]
         for question, answer in exchanges(item.chat):
-            other = exchanges(chats[_hash(question, len(chats))].chat)
+            other = exchanges(same[_hash(question, len(same))].chat)
             (also, wrong), *_ = [pair for pair in other if pair[1] != answer] or [("", "")]
             whole = 5 if item.kind.startswith("option") else 3
             word = question.split()[-1][:12] if item.lang == "en" else question[-4:]

@@ -1,17 +1,16 @@
 """The sample world with defects planted in it, and what a selection makes of them."""
 
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 
+import build_sft
 from nanomed.build import scorer, scores
-from nanomed.distributed import World
-from nanomed.hf import pretrained
-from nanomed.model.packed import pack_linears
-from nanomed.model.scoring import Scorer
-from nanomed.records import chats_of, read_json
+from nanomed.records import read_json
 from nanomed.store.cache import group_key
 from tests.build import scored
 from tests.conftest import ROOT
@@ -61,37 +60,41 @@ def planted(records: list[dict], share: float = 0.3, seed: int = 0) -> list[dict
     return made
 
 
-def trained(folder: Path, records: list[dict], epochs: int) -> Path:
-    """A scorer that fit() trained on ladders of these chats, and on the chats."""
-    beside = scored.write(folder.with_name("clean.jsonl"), records)
-    items = scores.read([str(beside)], [])
-    chats = [*scorer.ladders(items), *scorer.plain(items)]
-    given = {"epochs": epochs, "batch_size": 16, "lr": 1e-3, "seq_len": 512, "device": "cpu"}
-    return scorer.train(chats, folder, CPU, **given, log_every=20)
+def trained(folder: Path, records: list[dict], **given) -> Path:
+    """A run folder of train_sft.py's, from nothing, on these chats."""
+    data = scored.write(folder.with_name(f"{folder.name}.jsonl"), records)
+    flags = {"seq_len": 512, "epochs": 8, "val_fraction": 0.05, "log_every": 100, "device": "cpu"}
+    flags |= {"data": data, "out": folder} | given
+    command = [sys.executable, str(ROOT / "train_sft.py")]
+    command += [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    subprocess.run(command, cwd=folder.parent, check=True, capture_output=True)
+    return folder
 
 
-def measured(folder: Path, records: list[dict], targets: str = "assistant") -> list[dict]:
-    """Lines of scores.jsonl."""
-    path = scored.write(folder.with_name("planted.jsonl"), records)
-    items = scores.read([str(path)], [])
-    _, encoder = pretrained.describe(folder)
-    model = pretrained.load(folder, CPU, torch.float32)
-    pack_linears(model)
-    kept = scores.Kept(folder.with_name("cache"), {"of": targets}, model.config.d_model)
-    measure = Scorer(model, World(0, 1, CPU))
-    scores.Measure(measure, encoder, targets, ("digits", "context"), 4096).fill(
-        scores.missing(items, kept), kept
-    )
-    return scores.write(folder.with_name("scores.jsonl"), items, kept.lines, "mean")
+def scorer_of(folder: Path, init: Path, records: list[dict]) -> Path:
+    """A scorer that learned ladders of these chats, from a model that knows them."""
+    path = scored.write(folder.with_name(f"{folder.name}-clean.jsonl"), records)
+    chats = [*scorer.ladders(scores.read([str(path)], []))]
+    given = {"epochs": 4, "batch_size": 16, "lr": 5e-4, "seq_len": 512, "init": str(init)}
+    return scorer.train(chats, folder, CPU, **given, device="cpu", log_every=50)
+
+
+def measured(out: Path, records: list[dict], folder: Path, *parts: str) -> list[dict]:
+    """Lines of scores.jsonl with `digits` or `context` of one model, as build_sft.py makes them."""
+    path = scored.write(out.with_name(f"{out.name}.jsonl"), records)
+    items, lines = scores.read([str(path)], []), {}
+    c = build_sft.Chats(data=[str(path)], device="cpu", micro_tokens=2048)
+    build_sft.measured(c, items, out, str(folder), list(parts), CPU, lines)
+    return scores.write(out / "scores.jsonl", items, lines, "mean")
 
 
 def limits_that_keep(lines: list[dict], share: float) -> dict[str, float]:
     """Of these good chats, each limit passed by as many, so that `share` of them is kept."""
+    crs = [line["cr"] for line in lines if line["cr"] is not None] or [0.0]
     for cut in np.arange(0.2, 0, -0.0025):
-        crs = [line["cr"] for line in lines if line["cr"] is not None]
         found = {
             "min_score": float(np.quantile([line["score"] for line in lines], cut)),
-            "min_cr": float(np.quantile(crs, cut / 2)),
+            "min_cr": float(np.quantile(crs, cut / 4)),
             "max_cr": float(np.quantile(crs, 1 - cut)),
         }
         if sum(passes(line, found) for line in lines) >= share * len(lines):
@@ -102,7 +105,3 @@ def limits_that_keep(lines: list[dict], share: float) -> dict[str, float]:
 def passes(line: dict, limits: dict[str, float]) -> bool:
     fits = line["cr"] is None or limits["min_cr"] <= line["cr"] <= limits["max_cr"]
     return fits and line["score"] >= limits["min_score"]
-
-
-def chat_turns(record: dict) -> list[tuple[str, str]]:
-    return chats_of(record)[0].turns

@@ -3,8 +3,11 @@
 import csv
 import functools
 import json
+import os
 import re
 from pathlib import Path
+
+import pytest
 
 MEDICAL = (
     "huatuo zh",
@@ -19,6 +22,15 @@ GENERAL = (
     *("alpaca zh", "alpaca en", "c4 en", "titles zh", "cold zh", "sharegpt zh", "dpo zh", "dpo en"),
     "wiki en",
 )
+
+
+def real_model_folder() -> Path:
+    """Of a pretrained model, with which slow tests measure. Skips where there is none."""
+    named = os.environ.get("NANOMED_REAL_MODEL")
+    folder = Path(named or Path.home() / ".cache/nanomed/smollm2-135m")
+    if not (folder / "tokenizer_config.json").exists():
+        pytest.skip("no real model: docs/real_model.md makes one, NANOMED_REAL_MODEL names it")
+    return folder
 
 
 def joined(value) -> str:

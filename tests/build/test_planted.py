@@ -1,24 +1,17 @@
-"""What the scores are worth: planted defects found, real histories told from others, and what a
-selection does for fine-tuning. `pytest -m slow -s` prints the figures."""
+"""What the scores are worth: planted defects found, and what a selection does for fine-tuning.
+`NANOMED_REAL_MODEL=FOLDER pytest -m slow -s tests/build/test_planted.py` prints the figures."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from nanomed import store
 from nanomed.batches.loader import Loader
-from nanomed.build import context
 from nanomed.build.scorer import digit_loss
 from nanomed.config import SFT
 from nanomed.distributed import start
-from nanomed.hf import pretrained
-from nanomed.model.packed import pack_linears
-from nanomed.records import Chat, chats_of, read_json, read_pairs
+from nanomed.records import read_json
 from nanomed.run.log import RunFolder
 from nanomed.stages import stage, world
 from nanomed.training.step import evaluate
@@ -27,67 +20,92 @@ from tests.build import scored
 from tests.build.planted import (
     CPU,
     DEFECTS,
+    follows_on,
     halves,
     limits_that_keep,
     measured,
     passes,
     planted,
+    scorer_of,
     trained,
 )
-from tests.conftest import ROOT
+from tests.build.real import real_model_folder
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def scored_world(tmp_path_factory) -> tuple[list[dict], list[dict]]:
-    """(records with defects, their lines of scores.jsonl)"""
-    folder = tmp_path_factory.mktemp("planted") / "scorer"
+def known_world(tmp_path_factory) -> tuple[list[dict], list[dict]]:
+    """(records with defects, their lines of scores.jsonl). The model that was fine-tuned on the
+    other half of the world's chats knows its facts: the scorer begins as that."""
+    home = tmp_path_factory.mktemp("planted")
     clean, pool = halves()
+    base = trained(home / "base", clean)
+    scorer = scorer_of(home / "scorer", base, clean)
     records = planted(pool)
-    trained(folder, clean, epochs=5)
-    return records, measured(folder, records)
+    return records, measured(home / "scores", records, scorer, "digits")
 
 
-def test_planted_defects_are_found(scored_world):
-    """The scorer has seen other chats of the same world, and ladders made of those. It learns what
-    a question of one word is; it does not know the facts of chats that it has not read, so of the
-    other defects it finds hardly more than a tenth, as of good chats."""
-    records, lines = scored_world
+def shares_found(records: list[dict], lines: list[dict], limits: dict) -> dict[str, float]:
+    """Of each defect, by limits that keep nine tenths of the good chats; printed, with the share of
+    good ones and of those that the world itself makes of two questions about nothing in common."""
+    kinds = [r["defect"] or "good" for r in records]
+    for i, record in enumerate(records):
+        if kinds[i] == "good" and len(record["messages"]) > 2 and not follows_on(record):
+            kinds[i] = "unrelated"
+    found = {}
+    print()
+    for kind in ("good", "unrelated", *DEFECTS):
+        gone = [not passes(x, limits) for x, k in zip(lines, kinds, strict=True) if k == kind]
+        found[kind] = float(np.mean(gone)) if gone else float("nan")
+        print(f"{kind:<18} {len(gone):>4} chats, {found[kind]:.0%} dropped")
+    return found
+
+
+def test_a_scorer_that_knows_the_world_finds_poor_questions(known_world):
+    """By complexity times quality alone. What it does not find is in docs/data.md."""
+    records, lines = known_world
     good = [line for r, line in zip(records, lines, strict=True) if not r["defect"]]
-    limits = limits_that_keep(good, 0.9)
-    kept = np.mean([passes(x, limits) for x in good])
-    print(f"\n{len(records)} chats, good ones kept: {kept:.0%}")
-    recall = {}
-    for defect in DEFECTS:
-        mine = [line for r, line in zip(records, lines, strict=True) if r["defect"] == defect]
-        gone = [not passes(line, limits) for line in mine]
-        recall[defect] = np.mean(gone)
-        print(f"{defect:<18} {len(mine):>4} planted, {np.mean(gone):.0%} found")
-    assert kept >= 0.9
-    assert recall["one_word"] > 0.5
+    found = shares_found(records, lines, limits_that_keep(good, 0.9))
+    assert found["good"] <= 0.11 and found["one_word"] > 0.85
 
 
-def test_fine_tuning_on_the_selected_half_beats_a_random_half(scored_world, tmp_path):
-    """Three seeds each: held-out loss of clean chats, and right answers of the exam."""
-    records, lines = scored_world
-    good = [line for r, line in zip(records, lines, strict=True) if not r["defect"]]
-    limits = limits_that_keep(good, 0.9)
-    order = sorted(
-        range(len(records)),
-        key=lambda i: (not passes(lines[i], limits), -lines[i]["score"], i),
-    )
-    half = len(records) // 2
-    rng = np.random.default_rng(0)
+def test_context_relevance_finds_rounds_that_repeat_and_rounds_of_other_dialogues(
+    known_world, tmp_path
+):
+    """Of a real model, whose language is English and the dialogues Chinese. Good are dialogues
+    whose second question follows from the first one."""
+    real = real_model_folder()
+    records, lines = known_world
+    dialogues = [i for i, r in enumerate(records) if len(r["messages"]) > 2]
+    unrelated = [i for i in dialogues if not (records[i]["defect"] or follows_on(records[i]))]
+    mine = sorted({*dialogues} - {*unrelated[40:]})
+    chosen = [records[i] for i in mine]
+    crs = measured(tmp_path / "cr", chosen, real, "context")
+    both = [lines[i] | {"cr": cr["cr"]} for i, cr in zip(mine, crs, strict=True)]
+    good = [line for r, line in zip(chosen, both, strict=True) if follows_on(r) and not r["defect"]]
+    found = shares_found(chosen, both, limits_that_keep(good, 0.9))
+    assert found["good"] <= 0.11 and found["repeated_turn"] > 0.95
+    assert found["another_dialogue"] > 0.8 and found["unrelated"] > 0.8
+
+
+def test_fine_tuning_on_the_selected_half_beats_a_random_half(known_world, tmp_path):
+    """Three seeds each: held-out loss of clean chats, and right answers of the exam. Of each kind
+    the better half is selected, so that both halves are of the same kinds."""
+    records, lines = known_world
+    selected, rng = [], np.random.default_rng(0)
+    for kind in sorted({r["kind"] for r in records}):
+        mine = [i for i, r in enumerate(records) if r["kind"] == kind]
+        selected += sorted(mine, key=lambda i: (-lines[i]["score"], i))[: len(mine) // 2]
     results = {"selected": [], "random": []}
     for seed in range(3):
-        chosen = {"selected": order[:half], "random": rng.permutation(len(records))[:half]}
-        for name, rows in chosen.items():
-            path = scored.write(
-                tmp_path / f"{name}{seed}.jsonl", [records[i] for i in sorted(rows)]
-            )
+        drawn = rng.permutation(len(records))[: len(selected)]
+        for name, rows in (("selected", selected), ("random", drawn)):
+            chosen = [records[i] for i in sorted(rows)]
+            path = scored.write(tmp_path / f"{name}{seed}.jsonl", chosen)
             results[name].append(fine_tuned(path, tmp_path / f"run-{name}{seed}", seed))
-            print(name, seed, results[name][-1], flush=True)
+            defects = np.mean([bool(r["defect"]) for r in chosen])
+            print(f"{name} {seed}: {defects:.0%} defects, {results[name][-1]}", flush=True)
     losses = {name: np.mean([loss for loss, _ in runs]) for name, runs in results.items()}
     right = {name: np.mean([n for _, n in runs]) for name, runs in results.items()}
     print(f"held-out loss {losses}, right answers {right}")
@@ -110,96 +128,3 @@ def fine_tuned(path: Path, out: Path, seed: int) -> tuple[float, int]:
         fit(c, model, loader, digit_loss, run)
         loss = evaluate(model, loader, digit_loss, run, loader.n_steps)
         return float(loss), sum(world.right_texts(model, encoder, items))
-
-
-# ---------------------------------------------------------------- histories
-
-
-def auc(real: list[float], others: list[float]) -> float:
-    a, b = np.array(real)[:, None], np.array(others)[None]
-    return float((b > a).mean() + (b == a).mean() / 2)
-
-
-def relevances(model, encoder, chats: list[Chat], targets: str = "turn") -> list[float]:
-    longest = min(4096, model.config.max_seq_len)
-    found = [context.dialogue(chat, encoder, longest, targets) for chat in chats]
-    values = []
-    for row in context.rows(found, 4096):
-        for losses, _ in context.run(model, [found[i] for i in row]):
-            defined = [cr for cr in context.relevance(losses) if cr is not None]
-            values.append(sum(defined) / len(defined))
-    return values
-
-
-def with_other_histories(chats: list[Chat]) -> list[Chat]:
-    """Each dialogue's later turns behind the first one of another dialogue."""
-    others = chats[len(chats) // 2 :] + chats[: len(chats) // 2]
-    return [
-        Chat([*other.turns[:2], *chat.turns[2:]]) for chat, other in zip(chats, others, strict=True)
-    ]
-
-
-@pytest.mark.xfail(reason="5 million parameters learn no histories from 250 dialogues: AUC 0.51")
-def test_real_histories_beat_shuffled_ones_on_cmtmedqa(shared_data, tmp_path):
-    records = [r for _, r, _ in read_json(str(shared_data / "cmtmedqa_multi_turn.json"))]
-    records = [r for r in records if r.get("history") and "instruction" in r]
-    assert len(records) == 500
-    learn, test = records[::2], [chats_of(r)[0] for r in records[1::2]]
-    folder = dialogues_learned(scored.write(tmp_path / "half.jsonl", learn), tmp_path / "model")
-    _, encoder = pretrained.describe(folder)
-    model = pretrained.load(folder, CPU, torch.float32)
-    real = relevances(model, encoder, test)
-    others = relevances(model, encoder, with_other_histories(test))
-    print(f"\nCMtMedQA: AUC {auc(real, others):.3f}, medians {np.median(real):.3f}, "
-          f"{np.median(others):.3f}")  # fmt: skip
-    assert auc(real, others) > 0.8
-
-
-def dialogues_learned(path: Path, out: Path) -> Path:
-    flags = "--seq_len 1024 --epochs 5 --batch_size 4 --lr 2e-3 --val_fraction 0.05 --log_every 20"
-    command = [sys.executable, str(ROOT / "train_cpt.py"), "--data", str(path), "--out", str(out)]
-    subprocess.run([*command, *flags.split()], cwd=path.parent, check=True, capture_output=True)
-    return out
-
-
-@pytest.fixture(scope="module")
-def real_model():
-    folder = Path(
-        os.environ.get("NANOMED_REAL_MODEL") or Path.home() / ".cache/nanomed/smollm2-135m"
-    )
-    if not (folder / "tokenizer_config.json").exists():
-        pytest.skip("no real model: docs/real_model.py makes one, NANOMED_REAL_MODEL names it")
-    _, encoder = pretrained.describe(folder)
-    model = pretrained.load(folder, CPU, torch.float32)
-    pack_linears(model)
-    return model, encoder
-
-
-def test_a_real_model_knows_whose_history_it_is(real_model, shared_data):
-    """24 English dialogues of two turns, each text cut at 200 characters: 135 million parameters
-    are slow on a CPU."""
-    chats = []
-    for _, pair, _ in read_pairs(str(shared_data / "general/lf_dpo_en_demo.json")):
-        turns = [(role, text[:200]) for role, text in pair.turns]
-        if [role for role, _ in turns[:3]] == ["user", "assistant", "user"]:
-            answer = turns[3] if len(turns) > 3 else ("assistant", pair.chosen[:200])
-            chats.append(Chat([*turns[:3], answer]))
-    real = relevances(*real_model, chats[:24])
-    others = relevances(*real_model, with_other_histories(chats[:24]))
-    print(f"\nEnglish: AUC {auc(real, others):.3f}, medians {np.median(real):.3f}, "
-          f"{np.median(others):.3f}")  # fmt: skip
-    assert auc(real, others) > 0.8
-
-
-def test_a_turn_that_repeats_is_near_0(real_model):
-    texts = [
-        "My knee hurts when I climb stairs. What could it be?",
-        "It may be wear of the cartilage behind the kneecap, which stairs strain.",
-        "How is a urinary tract infection found out?",
-        "A urine sample is tested for white cells and nitrite, then cultured.",
-    ]
-    roles = ["user", "assistant"] * 2
-    said = lambda parts: Chat(list(zip(roles, parts, strict=True)))  # noqa: E731
-    repeated, unrelated = relevances(*real_model, [said(texts[:2] * 2), said(texts)])
-    print(f"\nrepeated {repeated:.3f}, unrelated {unrelated:.3f}")
-    assert repeated < 0.25 and unrelated > 0.8
