@@ -68,6 +68,9 @@ class Chats(Paid):
     max_cr: float = flag(
         selection.NO_LIMIT, "largest; above 1 the history only hurts", "unpublished"
     )
+    max_answer_loss: float = flag(
+        selection.NO_LIMIT, "largest mean loss of the answers, nats per token; wrong ones have more"
+    )
     max_similarity: float = flag(0.9, "largest cosine with a better chat that is kept; 1: any")
     keep: int = flag(0, "most chats that are kept, the best; 0: all")
     shares: list[str] = flag((), "languages, kinds or sources as KEY=SHARE, or paper",
@@ -168,6 +171,7 @@ def measured(
         "template": encoder.template.to_json(),
         "prompts": {kind: prompts()[kind] for kind in deita.ASKED} if "digits" in parts else {},
         "targets": c.targets,
+        "numbers": scores.NUMBERS,
     }
     with alone_or_start(device) as world:
         width = config.d_model if "context" in parts else 0
@@ -224,8 +228,9 @@ def select(
     out: Path, device: torch.device,
 ) -> None:  # fmt: skip
     limits = selection.Limits(
-        c.min_score, c.min_cr, c.max_cr, c.max_similarity, c.keep, selection.shares_of(c.shares)
-    )
+        c.min_score, c.min_cr, c.max_cr, c.max_similarity, c.keep, selection.shares_of(c.shares),
+        c.max_answer_loss,
+    )  # fmt: skip
     written = scores.write(out / "scores.jsonl", items, lines, c.turns)
     of_id = {
         files.index(item.file) << 32 | item.record: (item, line)

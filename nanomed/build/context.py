@@ -13,12 +13,14 @@ same header (S system, 1 2 3 rounds), and segments do not see one another:
             ^^^^^ ^^^       ^^^^^       ^^^
             L(2|H) L(3|H)   L(2)        L(3)
 
-Both use the same ids, since each turn is tokenised once. The row's first segment gives the
-dialogue's embedding, too: the mean of its tokens' last hidden states.
+Both use the same ids, since each turn is tokenised once. The row's first segment gives two things
+more: the mean loss of all answers, each after what precedes it (a model that knows the subject is
+surprised by a wrong one), and the dialogue's embedding, the mean of its tokens' last hidden states.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,11 +44,19 @@ class Dialogue:
     places: list[int]  # whose next tokens are asked for, counted through all segments
     labels: list[int]  # those tokens
     sizes: list[int]  # of each round: how many, first after its history, then without it
+    n_answers: int  # the last of the places are those of all answers
     cut: int  # oldest turns that did not fit
 
     @property
     def n_tokens(self) -> int:
         return sum(map(len, self.segments))
+
+
+class Measured(NamedTuple):
+    losses: list[list[float]]  # [L(t|H), L(t)] of each round but the first, in nats per token; NaN
+    # where a round has no token that counts
+    vector: Tensor  # [D] float32, the embedding
+    answer_loss: float  # nats per token of all answers; NaN if there is none
 
 
 def dialogue(chat: Chat, encoder: Encoder, longest: int, targets: str = "turn") -> Dialogue | None:
@@ -82,13 +92,15 @@ def laid_out(
         labels += [ids[t] for t in mine] * 2
         sizes.append(len(mine))
         segments.append([*header, *ids[a:b]])
-    return Dialogue(segments, places, labels, sizes, cut)
+    answers = [t for t, learned in enumerate(wanted) if learned]
+    places += [t - 1 for t in answers]
+    labels += [ids[t] for t in answers]
+    return Dialogue(segments, places, labels, sizes, len(answers), cut)
 
 
 @torch.no_grad()
-def run(model: Aquila, found: Sequence[Dialogue]) -> list[tuple[list[list[float]], Tensor]]:
-    """For each dialogue of a row: ([L(t|H), L(t)] of each round but the first, in nats per token;
-    NaN where a round has no token that counts), and its embedding [D] float32."""
+def run(model: Aquila, found: Sequence[Dialogue]) -> list[Measured]:
+    """Of each dialogue of a row."""
     segments = [ids for one in found for ids in one.segments]
     starts = [0]
     for one in found:
@@ -109,8 +121,10 @@ def run(model: Aquila, found: Sequence[Dialogue]) -> list[tuple[list[list[float]
             parts = means[k : k + 2 * n].view(2, n) if n else torch.full((2, 1), torch.nan)
             losses.append(parts.mean(1).tolist())
             k += 2 * n
-        whole = states[0][start : start + len(one.segments[0])]
-        results.append((losses, whole.float().mean(0).cpu()))
+        answers = means[k : k + one.n_answers]
+        k += one.n_answers
+        vector = states[0][start : start + len(one.segments[0])].float().mean(0).cpu()
+        results.append(Measured(losses, vector, answers.mean().item()))
     return results
 
 

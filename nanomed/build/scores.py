@@ -1,6 +1,7 @@
 """Scores of chats: computed once, kept chat by chat, and written in the order of the files.
 
-    OUT/cache/KEY.jsonl   of each round complexity and quality, of all but the first both losses
+    OUT/cache/KEY.jsonl   of each round complexity and quality, of all but the first both losses;
+                          the answers' loss
     OUT/cache/KEY.f32     the embeddings, in the same order
     OUT/scores.jsonl      what a selection reads, a line for each record
 
@@ -32,6 +33,7 @@ from nanomed.records.shapes import language
 from nanomed.stages.exam import OPTION
 from nanomed.text.template import Encoder
 
+NUMBERS = ("complexity", "quality", "score", "cr", "answer_loss")  # of a line of scores.jsonl
 ROWS = 8  # rows of each rank between two writes to the disk: what a kill may cost
 
 
@@ -166,10 +168,11 @@ class Measure:
             made = [context.dialogue(x, self.encoder, self.longest, self.targets) for x in chats]
             fits = [i for i, one in enumerate(made) if one]
             found = dict(zip(fits, self._context([made[i] for i in fits]), strict=True))
-            unknown = ([], np.full(self.scorer.model.config.d_model, np.nan))
+            unknown = ([], np.full(self.scorer.model.config.d_model, np.nan), np.nan)
             for i, one in enumerate(made):
-                losses, vectors[i] = found.get(i, unknown)
+                losses, vectors[i], own = found.get(i, unknown)
                 lines[i] |= {"losses": losses, "cut": one.cut if one else None}
+                lines[i]["answer_loss"] = None if np.isnan(own) else own
         return list(zip(lines, vectors, strict=True))
 
     def _digits(self, chats: list[Chat], asker: deita.Asker) -> list[list[list[float]]]:
@@ -189,13 +192,13 @@ class Measure:
                 turns[i][t][k] = float(value)
         return turns
 
-    def _context(self, found: list[context.Dialogue]) -> list[tuple[list, np.ndarray]]:
+    def _context(self, found: list[context.Dialogue]) -> list[tuple[list, np.ndarray, float]]:
         world, results = self.scorer.world, []
         rows = context.rows(found, self.micro_tokens)
         for start in range(0, len(rows), world.size):
             mine = rows[start + world.rank : start + world.rank + 1]
             ran = context.run(self.scorer.model, [found[i] for i in mine[0]]) if mine else []
-            parts = from_all([(losses, vector.numpy()) for losses, vector in ran])
+            parts = from_all([(losses, vector.numpy(), own) for losses, vector, own in ran])
             results += [one for part in parts for one in part]
         return results
 
@@ -206,9 +209,10 @@ def write(path: Path, items: Sequence[Item], lines: dict[str, dict], how: str) -
     found = []
     for item in items:
         line = {"file": item.file, "record": item.record}
-        line |= dict.fromkeys(("complexity", "quality", "score", "cr"), None)
+        line |= dict.fromkeys(NUMBERS, None)
         line |= {"cr_turns": [], "rounds": None, "kind": item.kind, "dropped": item.chat.dropped}
         known = lines.get(item.key, {})
+        line["answer_loss"] = known.get("answer_loss")
         if known.get("rounds") and all(None not in turn for turn in known["rounds"]):
             line["rounds"] = known["rounds"]
             means = [sum(column) / len(column) for column in zip(*known["rounds"], strict=True)]
@@ -232,11 +236,11 @@ def write(path: Path, items: Sequence[Item], lines: dict[str, dict], how: str) -
 def quantiles(lines: Sequence[dict]) -> list[str]:
     """How the scores of all chats are spread, for whoever is about to choose a limit."""
     found = ["5, 25, 50, 75 and 95% of the chats are below"]
-    for name in ("complexity", "quality", "score", "cr"):
+    for name in NUMBERS:
         values = [line[name] for line in lines if line[name] is not None]
         if values:
             shown = ", ".join(
                 f"{v:.2f}" for v in np.quantile(values, (0.05, 0.25, 0.5, 0.75, 0.95))
             )
-            found.append(f"  {name:<10} {shown} ({len(values):,} chats)")
+            found.append(f"  {name:<11} {shown} ({len(values):,} chats)")
     return found

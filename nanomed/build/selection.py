@@ -16,15 +16,15 @@ import numpy as np
 import torch
 
 from nanomed.build.runner import whole
+from nanomed.build.scores import NUMBERS
 from nanomed.build.shards import Doc, Finding, Judge, Tally, line_of, read_shard, write_shard
 from nanomed.config import InputError
 
 BLOCK = 1024  # chats that are compared at once
-NO_LIMIT = 99.0  # as --max_cr
+NO_LIMIT = 99.0  # as --max_cr, --max_answer_loss
 PAPER = {  # figure 3
     "single_turn_zh": 0.272, "single_turn_en": 0.14, "option_zh": 0.248, "multi_turn_zh": 0.34,
 }  # fmt: skip
-NUMBERS = ("complexity", "quality", "score", "cr")
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class Limits:
     max_similarity: float
     keep: int  # 0: all
     shares: dict[str, float]
+    max_answer_loss: float = NO_LIMIT
 
     def of(self, line: dict[str, Any]) -> list[Finding]:
         """Of a line of scores.jsonl."""
@@ -49,6 +50,11 @@ class Limits:
         if cr is not None:
             found.append(Finding("repeated_turns", cr, self.min_cr, cr >= self.min_cr))
             found.append(Finding("unrelated_turns", cr, self.max_cr, cr <= self.max_cr))
+        if (loss := line["answer_loss"]) is not None:
+            most = self.max_answer_loss
+            found.append(Finding("answer_loss", loss, most, loss <= most))
+        elif self.max_answer_loss < NO_LIMIT:
+            found.append(Finding("no_answer_loss", 0.0, 0.0, False))
         return found
 
 

@@ -41,6 +41,7 @@ SCALES = {
     "score": (36, False),  # of a chat, complexity x quality
     "repeated_turns": (2, False),  # Context Relevance, and its lower limit
     "unrelated_turns": (2, False),  # the upper one
+    "answer_loss": (10, False),  # nats per token
     "share": (1e6, True),
 }
 

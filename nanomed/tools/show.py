@@ -215,7 +215,7 @@ def _relevance(segment: DrawnSegment, encoder: Encoder, model: Aquila) -> dict[i
     tokens = [token for _, turn in segment.turns for token in turn]
     lengths = [(role, len(turn)) for role, turn in segment.turns]
     ids, trained = [token.id for token in tokens], [token.trained for token in tokens]
-    ((losses, _),) = context.run(model, [context.laid_out(ids, trained, lengths, encoder)])
+    ((losses, *_),) = context.run(model, [context.laid_out(ids, trained, lengths, encoder)])
     first = 1 if lengths[0][0] == "system" else 0
     later = rounds(lengths[first:])[1:]
     named = zip(later, context.relevance(losses), strict=True)

@@ -96,6 +96,7 @@ def limits_that_keep(lines: list[dict], share: float) -> dict[str, float]:
             "min_score": float(np.quantile([line["score"] for line in lines], cut)),
             "min_cr": float(np.quantile(crs, cut / 4)),
             "max_cr": float(np.quantile(crs, 1 - cut)),
+            "max_answer_loss": float(np.quantile([x["answer_loss"] for x in lines], 1 - cut)),
         }
         if sum(passes(line, found) for line in lines) >= share * len(lines):
             break
@@ -104,4 +105,5 @@ def limits_that_keep(lines: list[dict], share: float) -> dict[str, float]:
 
 def passes(line: dict, limits: dict[str, float]) -> bool:
     fits = line["cr"] is None or limits["min_cr"] <= line["cr"] <= limits["max_cr"]
-    return fits and line["score"] >= limits["min_score"]
+    right = line["answer_loss"] <= limits["max_answer_loss"]
+    return fits and right and line["score"] >= limits["min_score"]

@@ -39,7 +39,7 @@ def test_a_packed_row_gives_what_two_forwards_give(encoder, targets, tmp_path):
     folder = folder_of(encoder, tmp_path / "model")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     found = context.run(tiny(encoder), made(encoder, targets))
-    for chat, (losses, vector) in zip(CHATS, found, strict=True):
+    for chat, (losses, vector, own) in zip(CHATS, found, strict=True):
         ids, trained, _ = encoder.chat(chat, 512)
         borders = [n for _, n in encoder.borders(chat, 0)]
         starts = [sum(borders[:k]) for k in range(1, len(borders) + 1, 2)]  # of rounds, and the end
@@ -51,6 +51,8 @@ def test_a_packed_row_gives_what_two_forwards_give(encoder, targets, tmp_path):
             inside = [t - a + len(header) for t in mine]
             assert alone == pytest.approx(loss_of(theirs, header + turn, inside), abs=1e-5)
             assert context.relevance(losses)[0] == losses[0][0] / losses[0][1]
+        answers = [t for t, learned in enumerate(trained) if learned]
+        assert own == pytest.approx(loss_of(theirs, ids, answers), abs=1e-5)
         with torch.no_grad():
             states = theirs.model(torch.tensor([ids])).last_hidden_state[0]
         assert torch.allclose(vector, states.mean(0), atol=1e-4)
@@ -59,8 +61,9 @@ def test_a_packed_row_gives_what_two_forwards_give(encoder, targets, tmp_path):
 def test_packing_changes_nothing(encoder):
     model = tiny(encoder)
     together = context.run(model, made(encoder))
-    for one, (losses, vector) in zip(made(encoder), together, strict=True):
-        ((alone, same),) = context.run(model, [one])
+    for one, (losses, vector, own) in zip(made(encoder), together, strict=True):
+        ((alone, same, own_alone),) = context.run(model, [one])
+        assert own == pytest.approx(own_alone, abs=1e-5)
         assert [*chain(*alone)] == pytest.approx([*chain(*losses)], abs=1e-5)
         assert torch.allclose(vector, same, atol=1e-5)
 
@@ -69,7 +72,7 @@ def test_a_template_without_a_system_text_still_has_something_before_each_turn(e
     bare = template.Template(**vars(template.CHATML) | {"system": ""})
     one = context.dialogue(CHATS[0], template.Encoder(bare, encoder.tokenizer), 512)
     assert all(segment[0] == encoder.document_end for segment in one.segments)
-    assert min(one.places) >= 1 and len(one.labels) == 2 * sum(one.sizes)
+    assert min(one.places) >= 1 and len(one.labels) == 2 * sum(one.sizes) + one.n_answers
 
 
 def test_a_dialogue_that_is_too_long_loses_its_oldest_turns(encoder):

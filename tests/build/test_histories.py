@@ -33,7 +33,7 @@ def relevances(folder: Path, chats: list[Chat], targets: str = "turn") -> np.nda
     found = [context.dialogue(chat, encoder, 4096, targets) for chat in chats]
     values = []
     for row in context.rows(found, 2048):
-        for losses, _ in context.run(model, [found[i] for i in row]):
+        for losses, *_ in context.run(model, [found[i] for i in row]):
             values.append(np.mean(context.relevance(losses)))
     return np.array(values)
 

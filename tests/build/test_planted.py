@@ -37,13 +37,19 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def known_world(tmp_path_factory) -> tuple[list[dict], list[dict]]:
     """(records with defects, their lines of scores.jsonl). The model that was fine-tuned on the
-    other half of the world's chats knows its facts: the scorer begins as that."""
+    other half of the world's chats knows its facts: the scorer begins as that, and its own loss of
+    the answers counts."""
     home = tmp_path_factory.mktemp("planted")
     clean, pool = halves()
     base = trained(home / "base", clean)
     scorer = scorer_of(home / "scorer", base, clean)
     records = planted(pool)
-    return records, measured(home / "scores", records, scorer, "digits")
+    lines = measured(home / "scores", records, scorer, "digits")
+    own = measured(home / "own", records, base, "context")
+    return records, [
+        line | {"answer_loss": mine["answer_loss"], "cr": None}
+        for line, mine in zip(lines, own, strict=True)
+    ]
 
 
 def shares_found(records: list[dict], lines: list[dict], limits: dict) -> dict[str, float]:
@@ -62,12 +68,12 @@ def shares_found(records: list[dict], lines: list[dict], limits: dict) -> dict[s
     return found
 
 
-def test_a_scorer_that_knows_the_world_finds_poor_questions(known_world):
-    """By complexity times quality alone. What it does not find is in docs/data.md."""
+def test_a_model_that_knows_the_world_finds_poor_questions_and_wrong_answers(known_world):
+    """By complexity times quality and by its loss of the answers."""
     records, lines = known_world
     good = [line for r, line in zip(records, lines, strict=True) if not r["defect"]]
     found = shares_found(records, lines, limits_that_keep(good, 0.9))
-    assert found["good"] <= 0.11 and found["one_word"] > 0.85
+    assert found["good"] <= 0.11 and found["one_word"] > 0.85 and found["wrong_answer"] > 0.6
 
 
 def test_context_relevance_finds_rounds_that_repeat_and_rounds_of_other_dialogues(

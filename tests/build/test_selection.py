@@ -32,7 +32,7 @@ CHATS = [
 
 def line(score=10.0, cr=None, dropped="", kind="single_turn_zh") -> dict:
     named = {"file": "f", "record": 1, "score": score, "cr": cr, "dropped": dropped}
-    return named | {"kind": kind, "cr_is_missing": False}
+    return named | {"kind": kind, "cr_is_missing": False, "answer_loss": 1.0}
 
 
 # ---------------------------------------------------------------- limits
@@ -50,10 +50,12 @@ def line(score=10.0, cr=None, dropped="", kind="single_turn_zh") -> dict:
         (line(score=None), "no_score"),
         (line(dropped="empty answer"), "empty_answer"),
         (line() | {"cr_is_missing": True}, "no_cr"),
+        (line() | {"answer_loss": 2.1}, "answer_loss"),
+        (line() | {"answer_loss": None}, "no_answer_loss"),
     ],
 )
 def test_a_limit_says_which_value_passed_it(scored_line, reason):
-    found = selection.Limits(5.0, 0.2, 1.0, 0.9, 0, {}).of(scored_line)
+    found = selection.Limits(5.0, 0.2, 1.0, 0.9, 0, {}, 2.0).of(scored_line)
     assert next((f.name for f in found if not f.keeps), None) == reason
 
 

@@ -241,7 +241,7 @@ def test_a_dialogue_s_turns_have_their_context_relevance(tmp_path, encoder, caps
     dialogue, single = views_of(str(data), "--init", str(model), "--seq_len", "256", cr=True)
     found = dialogue.segments[0].relevance
     made = context.dialogue(chats_of(scored.chat(*roles))[0], encoder, 512)
-    ((losses, _),) = context.run(scored.tiny(encoder), [made])
+    ((losses, *_),) = context.run(scored.tiny(encoder), [made])
     assert found == {3: found[4], 4: pytest.approx(context.relevance(losses)[0], abs=1e-5)}
     assert single.segments[0].relevance == {}
     shown = f"CR {found[4]:.2f}"
