@@ -44,21 +44,17 @@ FROM_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTE
 
 
 class LinearHead(nn.Module):
-    """In lm_head's place. hidden[T,D] -> [T] float32"""
+    """In lm_head's place. hidden[T,D] -> [n] float32, the mean over each segment's tokens"""
 
     def __init__(self, width: int):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(1, width))
         self.bias = nn.Parameter(torch.zeros(1))
 
-    def forward(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        return (hidden @ self.weight[0] + self.bias).float()
-
-
-def means(values: Tensor, row: Row) -> Tensor:
-    """Of each segment. values[T] -> [n]"""
-    lengths = row.cu_seqlens.diff().long()
-    return torch.segment_reduce(values, "mean", lengths=lengths, unsafe=True)
+    def forward(self, hidden: Tensor, row: Row, logits: bool) -> Tensor:
+        values = (hidden @ self.weight[0] + self.bias).float()
+        lengths = row.cu_seqlens.diff().long()
+        return torch.segment_reduce(values, "mean", lengths=lengths, unsafe=True)
 
 
 class Texts:
@@ -104,7 +100,7 @@ class Reader:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         rows = (row_from([ids_of(self.encoder, text)]).to(device) for text in texts)
-        found = [means(self.model(row), row).double().cpu().numpy() for row in rows]
+        found = [self.model(row).double().cpu().numpy() for row in rows]
         torch.set_num_threads(threads)
         return np.concatenate([np.zeros(0), *found])
 
@@ -162,8 +158,8 @@ def loss_of(kind: str, targets: Tensor) -> Loss:
     """For fit(). Of "domain" both classes weigh the same, as in the linear model."""
     share = float(targets.mean()) if kind == "domain" else 0.5
 
-    def loss(values: Tensor, row: Row) -> tuple[Tensor, dict[str, Tensor]]:
-        found, y = means(values, row), targets[row.examples]
+    def loss(found: Tensor, row: Row) -> tuple[Tensor, dict[str, Tensor]]:
+        y = targets[row.examples]
         if kind == "domain":
             weight = torch.where(y > 0.5, 0.5 / share, 0.5 / (1 - share))
             return F.binary_cross_entropy_with_logits(found, y, weight, reduction="sum"), {}
