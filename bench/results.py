@@ -116,6 +116,15 @@ KINDS = {
         "rules of its own that are near to them. The texts are real and medical, most are short.",
         "python -m bench.corpus --real ../shared/data --python RIVAL=ENV/bin/python ...",
     ),
+    "evals": Kind(
+        "Multiple choice",
+        "Items of real test files per second of the processor, on a real model of 135 million "
+        "parameters in float32, beside lm-eval 0.4.13's hf backend with the batch size that is its "
+        "best here. Both score the same requests; of two processes lm-eval's get every second item "
+        "each, nanomed's share rows. Of medmcqa lm-eval draws the shots at random, so its two "
+        "processes draw others than one: there the two sides' prompts, and numbers, differ.",
+        "python -m bench.evals --model FOLDER --real ../shared/data --python ENV/bin/python",
+    ),
 }
 
 
