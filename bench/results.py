@@ -47,8 +47,8 @@ WAITING = """## What waits for a GPU
 SEVERAL = (
     "- Several GPUs and nodes, beside what `--dry_run` says of memory and link: "
     "`torchrun --nproc_per_node 8 train_sft.py --config configs/sft.toml --init FOLDER "
-    "--steps 20`, on two nodes with `--nodes_share replicate` and `shard`; and a rank stopped by `kill -STOP`, "
-    "which the watchdog has to name under NCCL"
+    "--steps 20`, on two nodes with `--nodes_share replicate` and `shard`; and a rank stopped by "
+    "`kill -STOP`, which the watchdog has to name under NCCL"
 )
 
 
