@@ -6,6 +6,7 @@ known is made worse step by step, here by rules. Such a scorer knows those rules
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -51,29 +52,30 @@ def labelled(paths: Sequence[str]) -> list[dict]:
     return found
 
 
-def ladders(items: Sequence[Item]) -> Iterator[dict]:
+def ladders(items: Sequence[Item], n: int = 1) -> Iterator[dict]:
     """Training chats out of chats that are taken to be good. Complexity: 1, one word of a question;
     3, a question; 5, a question with options; 6, two questions at once. Quality: 6, the answer as
-    it stands; 3, its first half; 1, the answer to another question of its kind."""
+    it stands; 3, its first half; 1, the answer to another question of its kind. Of each round n
+    steps, chosen by a hash: a ladder's other steps come from other chats."""
     of_kind: dict[str, list[Item]] = {}
     for item in items:
         if not item.chat.dropped:
             of_kind.setdefault(item.kind, []).append(item)
-    for item in (item for same in of_kind.values() for item in same):
+    for k, item in product(range(n), chain(*of_kind.values())):
         same = of_kind[item.kind]
         for question, answer in exchanges(item.chat):
-            other = exchanges(same[_hash(question, len(same))].chat)
+            other = exchanges(same[_hash(f"{k}{question}", len(same))].chat)
             (also, wrong), *_ = [pair for pair in other if pair[1] != answer] or [("", "")]
             whole = 5 if item.kind.startswith("option") else 3
             word = question.split()[-1][:12] if item.lang == "en" else question[-4:]
             asked = {1: word, whole: question, 6: f"{question}\n{also}"}
             told = {6: answer, 3: answer[: len(answer) // 2], 1: wrong}
-            # One step of one ladder for each turn: its other steps come from other chats.
-            if _hash(question, 2):
-                step = sorted(asked)[_hash(answer, 3)]
-                yield _training("complexity", asked[step], "", step)
-            elif told[step := sorted(told)[_hash(answer, 3)]].strip():
-                yield _training("answer_quality", question, told[step], step)
+            step = _hash(f"{k}{answer}", 3)
+            if _hash(f"{k}{question}{answer}", 2):
+                digit = sorted(asked)[step]
+                yield _training("complexity", asked[digit], "", digit)
+            elif told[digit := sorted(told)[step]].strip():
+                yield _training("answer_quality", question, told[digit], digit)
 
 
 def plain(items: Sequence[Item]) -> Iterator[dict]:

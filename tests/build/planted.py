@@ -74,8 +74,8 @@ def trained(folder: Path, records: list[dict], **given) -> Path:
 def scorer_of(folder: Path, init: Path, records: list[dict]) -> Path:
     """A scorer that learned ladders of these chats, from a model that knows them."""
     path = scored.write(folder.with_name(f"{folder.name}-clean.jsonl"), records)
-    chats = [*scorer.ladders(scores.read([str(path)], []))]
-    given = {"epochs": 4, "batch_size": 16, "lr": 5e-4, "seq_len": 512, "init": str(init)}
+    chats = [*scorer.ladders(scores.read([str(path)], []), 3)]
+    given = {"epochs": 2, "batch_size": 16, "lr": 5e-4, "seq_len": 512, "init": str(init)}
     return scorer.train(chats, folder, CPU, **given, device="cpu", log_every=50)
 
 
