@@ -71,7 +71,7 @@ def main() -> None:
     samples, faster = against_first(sides, c.turns, 0, torch.device("cpu"), flush=False)
     for name, seconds in samples.items():
         print(f"{name}: median {len(chats) / quartiles(seconds)[1]:.2f} chats/s")
-        if name in faster:
+        if faster.get(name):
             print(f"nanomed is faster than {name} by {faster[name]} over {c.turns} turns")
 
 

@@ -1,6 +1,7 @@
 """A scorer that is trained here: what it is taught, and that it learns."""
 
 import gc
+import json
 import sys
 from collections import Counter
 from unittest import mock
@@ -50,6 +51,8 @@ def test_ladders_are_of_the_chats_and_say_what_was_done():
     items = scores.read([str(ROOT / "samples/sft.jsonl")], [], 300)
     made = [*scorer.ladders(items)]
     assert made == [*scorer.ladders(items)]
+    steps = {json.dumps(one) for one in scorer.ladders(items, 3)}
+    assert len(steps) > 1.5 * len(made)  # other steps each time
     said = {text for item in items for pair in scores.deita.exchanges(item.chat) for text in pair}
     steps = Counter((one["kind"], one["messages"][1]["content"]) for one in made)
     assert {digit for kind, digit in steps if kind == "answer_quality"} == {"1", "3", "6"}
