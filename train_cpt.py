@@ -67,7 +67,7 @@ def main() -> None:
         loader = Loader.of(c, data, world.rank, world.size, (data.train, data.val), data.mixture)
         model = stage.build_model(c, config, world)
         run = RunFolder(c, world, stage.identity(c, config, encoder, loader))
-        stage.announce(c, config, encoder, loader, run)
+        stage.announce(c, model, encoder, loader, run)
 
         n_bytes = torch.tensor(encoder.tokenizer.n_bytes(), device=device)
         fit(c, model, loader, next_token_loss(data, n_bytes), run)

@@ -102,7 +102,7 @@ def main() -> None:
         model = stage.build_model(c, config, world)
         identity = stage.identity(c, config, encoder, loader)
         run = RunFolder(c, world, identity, describe=what_happens)
-        stage.announce(c, config, encoder, loader, run)
+        stage.announce(c, model, encoder, loader, run)
 
         dtype = stage.compute_dtype(c, device)
         reference = reference_logps(model, loader, run, {"dtype": str(dtype)})

@@ -44,7 +44,7 @@ def main() -> None:
         loader = Loader.of(c, data, world.rank, world.size)
         model = stage.build_model(c, config, world)
         run = RunFolder(c, world, stage.identity(c, config, encoder, loader))
-        stage.announce(c, config, encoder, loader, run)
+        stage.announce(c, model, encoder, loader, run)
         if stage.may_show_text(c):
             show_example(encoder, loader, run)
 

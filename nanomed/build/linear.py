@@ -8,6 +8,7 @@ worth depends on the sources it has seen; so its figures are of sources it has n
 """
 
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from safetensors.numpy import load, save
 
 from nanomed.build.runner import whole
 from nanomed.build.text import U64, Ragged, distinct, mix, ngrams, tokens
+from nanomed.run.progress import progress
 
 BUCKET_BITS = 20
 BEGINNINGS = (4, 6)  # letters
@@ -84,9 +86,11 @@ def fit(found: Ragged, targets: np.ndarray, kind: str, epochs: int = EPOCHS) -> 
     positive = float(y.mean()) if kind == "domain" else 0.5
     weight = torch.where(y > 0.5, 0.5 / max(positive, 1e-6), 0.5 / max(1 - positive, 1e-6))
     optimizer = torch.optim.Adagrad([bag.weight, bias], lr=RATE)
-    rng = np.random.default_rng(0)
-    for _ in range(epochs):
-        for batch in np.array_split(rng.permutation(len(y)), -(-len(y) // BATCH)):
+    rng, n = np.random.default_rng(0), -(-len(y) // BATCH)
+    with progress(epochs * n, "batch", f"learning {kind}", line=1) as bar:  # below the task's own
+        for batch in chain.from_iterable(
+            np.array_split(rng.permutation(len(y)), n) for _ in range(epochs)
+        ):
             borders = np.cumsum([0, *found.lengths[batch]])[:-1]
             values = torch.from_numpy(np.concatenate([found[i] for i in batch]))
             z = bag(values, torch.from_numpy(borders))[:, 0] * scale[batch] + bias
@@ -97,5 +101,6 @@ def fit(found: Ragged, targets: np.ndarray, kind: str, epochs: int = EPOCHS) -> 
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            bar.update()
     torch.set_num_threads(threads)
     return Linear(bag.weight.detach()[:, 0].numpy(), bias.item())

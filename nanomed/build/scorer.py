@@ -120,7 +120,7 @@ def train(chats: Sequence[dict], folder: Path, where: torch.device, **given: Any
         loader = Loader.of(c, data, world.rank, world.size)
         model = stage.build_model(c, config, world)
         run = RunFolder(c, world, stage.identity(c, config, encoder, loader))
-        stage.announce(c, config, encoder, loader, run)
+        stage.announce(c, model, encoder, loader, run)
         fit(c, model, loader, digit_loss, run)
         if world.is_main:
             mark.write_text(name)

@@ -24,6 +24,7 @@ KNOWN_AS = {other: name for name, others in NAMES.items() for other in others.sp
 LABELS = {
     *("id", "_id", "idx", "index", "uid", "uuid", "url", "group", "source", "kind", "type"),
     *("lang", "language", "label", "department", "category", "tags"),
+    "nanomed",  # what build_corpus.py and build_sft.py know of a record
 }
 
 

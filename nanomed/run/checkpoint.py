@@ -35,6 +35,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from nanomed.config import SAVED_BYTES, InputError
 from nanomed.distributed import from_all, from_main
+from nanomed.run.progress import progress
 from nanomed.run.untrusted import Planner, Reader
 
 UNFINISHED = ".unfinished"
@@ -111,7 +112,8 @@ def _read(tensors: dict, folder: Path) -> None:
     reader = Reader(folder, set(verify(folder)))
     reader.read_metadata()  # each rank by itself: not every torch hands an error on from the first
     try:
-        dcp.load(tensors, storage_reader=reader, planner=Planner())
+        with progress(0, "tensor", "reading checkpoint") as bar:
+            dcp.load(tensors, storage_reader=reader, planner=Planner(bar))
     except CheckpointException as error:
         first, _ = next(iter(error.failures.values()))
         raise InputError(f"{folder} cannot be loaded: {first}") from None
@@ -122,8 +124,11 @@ def verify(folder: Path) -> dict:
     of them. Raises InputError on all ranks."""
     files = _manifest(folder)
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    mine = sorted(files)[rank::size]
-    problems = [problem for name in mine if (problem := _problem(folder / name, files[name]))]
+    mine, problems = sorted(files)[rank::size], []
+    with progress(len(mine), "file", "checking checkpoint") as bar:
+        for name in mine:
+            problems += filter(None, [_problem(folder / name, files[name])])
+            bar.update()
     problems = [problem for some in from_all(problems) for problem in some]
     if problems:
         raise InputError(

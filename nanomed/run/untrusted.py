@@ -13,6 +13,8 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import LoadPlan
+from tqdm import tqdm
 
 from nanomed.config import InputError
 
@@ -66,6 +68,20 @@ def read_metadata(path: Path) -> Metadata:
 
 
 class Planner(DefaultLoadPlanner):
+    """Moves a bar as it fills what is this rank's."""
+
+    def __init__(self, bar: tqdm):
+        super().__init__()
+        self.bar = bar
+
+    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
+        self.bar.reset(len(central_plan.items))
+        return super().finish_plan(central_plan)
+
+    def commit_tensor(self, read_item, tensor: torch.Tensor) -> None:
+        super().commit_tensor(read_item, tensor)
+        self.bar.update()
+
     def load_bytes(self, read_item, value: io.BytesIO) -> None:
         """What is no tensor (the optimizer's settings): read without the right to call anything,
         and handed on in the encoding that DefaultLoadPlanner reads."""
@@ -73,3 +89,4 @@ class Planner(DefaultLoadPlanner):
         torch.save(torch.load(value, weights_only=True), plain)
         plain.seek(0)
         super().load_bytes(read_item, plain)
+        self.bar.update()

@@ -14,6 +14,7 @@ import math
 from dataclasses import dataclass
 
 from nanomed.config import ModelConfig, Run
+from nanomed.distributed import Sharing
 from nanomed.model.recompute import by_layer
 from nanomed.run.log import flops_of
 from nanomed.stages import memory
@@ -145,11 +146,12 @@ def remedy(config: ModelConfig, c: Run, hw: Hardware, step: Step) -> str:
     return f"{flags(best, hw)} fits" if best else "no --micro_tokens fits, more GPUs are needed"
 
 
-def sharing_line(c: Run, hw: Hardware) -> str:
-    kept = f"one model over all {hw.n_gpus}"
-    if copies(c, hw) > 1:
-        kept = f"one model on each of {hw.n_nodes} nodes, over {hw.per_node}"
-    when = "once a step" if c.sum_gradients == "step" else "after each row"
+def sharing_line(sharing: Sharing, n: int) -> str:
+    """What n processes hold of the model."""
+    kept = f"one model over all {n}"
+    if sharing.copies > 1:
+        kept = f"one model on each of {sharing.copies} nodes, over {n // sharing.copies}"
+    when = "once a step" if sharing.once else "after each row"
     return f"sharing: {kept} processes; gradients are summed over them {when}"
 
 
@@ -159,7 +161,7 @@ def lines(config: ModelConfig, c: Run, hw: Hardware, step: Step) -> list[str]:
     computing, link = seconds(config, c, hw, step)
     where = "over PCIe or NVLink" + f", {far / 1e9:.1f} GB between nodes" * (hw.n_nodes > 1)
     text = [
-        sharing_line(c, hw),
+        sharing_line(Sharing(copies(c, hw), c.sum_gradients == "step"), hw.n_gpus),
         f"link: each GPU sends {(near - far) / 1e9:.1f} GB a step {where}, for {n_rows} rows of "
         f"{c.micro_tokens:,} tokens; a longer row sends no more",
         f"bound: {rules(config, c, hw, step)}: a step takes {computing:.3g} s of computing at "

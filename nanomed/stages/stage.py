@@ -171,7 +171,7 @@ def is_alone(c: Run, config: ModelConfig, world: World) -> bool:
 
 def sharing(c: Run, config: ModelConfig, world: World) -> Sharing:
     """What --nodes_share and --sum_gradients come to here: `auto` is what fits every GPU. A CPU's
-    memory is not predicted: there it is what takes least. Rank 0 says which."""
+    memory is not predicted: there it is what takes least."""
     rank, _, local_rank, n_local = rank_from_env()
     gib = 0.0
     if world.device.type == "cuda":
@@ -186,8 +186,6 @@ def sharing(c: Run, config: ModelConfig, world: World) -> Sharing:
     per_node = n_local if even else world.size
     hw = Hardware(world.size, min(ranks)[0], flops=1, link=1, per_node=per_node)
     c = link.decided(config, c, hw)
-    if world.is_main and (world.size > 1 or c.sum_gradients == "step"):
-        print(link.sharing_line(c, hw), flush=True)
     return Sharing(link.copies(c, hw), c.sum_gradients == "step")
 
 
@@ -256,9 +254,10 @@ def may_show_text(c: Run) -> bool:
 
 
 def announce(
-    c: Run, config: ModelConfig, encoder: template.Encoder, loader: Loader, run: RunFolder
+    c: Run, model: Aquila, encoder: template.Encoder, loader: Loader, run: RunFolder
 ) -> None:
     """Keeps in the run folder what a later --init needs, and says what is about to happen."""
+    config = model.config
     if run.world.is_main:
         run.write_json("model.json", dataclasses.asdict(config))
         (run.path / "template.json").write_text(encoder.template.to_json() + "\n")
@@ -278,6 +277,9 @@ def announce(
         f"computing in {str(dtype).removeprefix('torch.')} on {run.world.size} x "
         f"{_device_name(run.world.device)}"
     )
+    kept = getattr(model, "sharing", None)  # none without FSDP
+    if kept and (run.world.size > 1 or kept.once):
+        run.print(link.sharing_line(kept, run.world.size))
     if run.world.is_main and (warning := bf16_warning(c, run.world.device)):
         run.print(warning)
     if names := unsaid(config):

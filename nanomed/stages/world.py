@@ -16,6 +16,7 @@ from nanomed.model.generation import greedy_in_lockstep
 from nanomed.records import Chat, read_json
 from nanomed.records.exams import exam_of, render
 from nanomed.run.log import RunFolder
+from nanomed.run.progress import progress
 from nanomed.stages.exam import show_exam
 from nanomed.text.template import Encoder
 from nanomed.training.losses import segment_logps
@@ -126,8 +127,10 @@ def answers_to(model: Aquila, encoder: Encoder, questions: Iterable[str]) -> lis
     prompts = [encoder.prompt(Chat([("user", question)])) for question in questions]
     stop = {encoder.turn_end, encoder.document_end}
     answers = []
-    for start in range(0, len(prompts), AT_ONCE):
-        answers += greedy_in_lockstep(model, prompts[start : start + AT_ONCE], stop, LONGEST)
+    with progress(len(prompts), "question", "answers") as bar:
+        for start in range(0, len(prompts), AT_ONCE):
+            answers += greedy_in_lockstep(model, prompts[start : start + AT_ONCE], stop, LONGEST)
+            bar.update(len(answers) - start)
     return [encoder.tokenizer.decode(ids) for ids in answers]
 
 
