@@ -16,7 +16,7 @@ TITLES_EN = ["", "", "{E}\n", "Medical notes: {e}\n"]
 
 def document(text: str, source: str, lang: str, group: str, facts: list[str] | None = None) -> dict:
     record = {"text": text, "source": source, "lang": lang, "quality": "good", "group": group}
-    return record | {"facts": facts or []}
+    return record | {"tags": facts or []}
 
 
 # ---------------------------------------------------------------- medical

@@ -13,6 +13,7 @@ SUBJECTIVE_TWINS, OBJECTIVE_TWINS = 25, 16
 WORDS = 3  # in which a fact is asked, in pairs of either kind
 SENTENCES = 3  # in which a subjective question is answered
 OPTION_SETS = 2  # with which an objective question is asked
+CAREFUL = 2  # pairs for each wording of a fact
 
 
 def pair(prompt: str, chosen: str, rejected: str, kind: str, group: str, fact: Fact) -> dict:
@@ -22,7 +23,7 @@ def pair(prompt: str, chosen: str, rejected: str, kind: str, group: str, fact: F
         "rejected": rejected,
         "kind": kind,
         "group": group,
-        "facts": [fact.key],
+        "tags": [fact.key],
     }
 
 
@@ -60,6 +61,23 @@ def objective(rng: random.Random, a: Fact, b: Fact, four: list[Fact]) -> list[di
                 prompt = as_prompt(fill(stem, fact), options)
                 made.append(pair(prompt, chosen, rejected, "objective", group, fact))
     return list({str(record): record for record in made}.values())
+
+
+def careful(told: list[list[Fact]]) -> list[dict]:
+    """What is preferred here is a way to answer: both answers have the fact in the same words, and
+    the chosen one goes on with the doctor, the other with something else that is true. The chats
+    have both sorts of sentences; so nothing that they teach tells which is preferred."""
+    rng, made = random.Random(f"{SEED}/careful"), []
+    for fact in (fact for four in told for fact in four):
+        words = WORDINGS[fact.relation]
+        doctor = [more for more in words["more"] if "医生" in more]
+        other = [more for more in words["more"] if "医" not in more and "急" not in more]
+        for ask in trained(fact, "ask") if doctor and other else ():
+            group = f"{fact.key}/careful_{words['ask'].index(ask)}_zh"
+            for tell in rng.sample(words["tell"], CAREFUL):
+                chosen, rejected = (fill(tell, fact) + rng.choice(more) for more in (doctor, other))
+                made.append(pair(fill(ask, fact), chosen, rejected, "subjective", group, fact))
+    return rng.sample(made, len(made))
 
 
 def pairs(told: list[list[Fact]]) -> tuple[list[dict], list[dict]]:

@@ -3,7 +3,7 @@
     python samples/raw.py
 
 About 3,000 documents of the small medical world in the layout of IndustryCorpus, most of them not
-medical, many of them useless. `planted` says what a document was made as; nothing that builds a
+medical, many of them useless. `category` says what a document was made as; nothing that builds a
 corpus reads it. All persons, numbers and addresses are invented, from ranges that belong to nobody
 (555-01xx, example.com, 203.0.113.x, citizens' numbers of a region that does not exist).
 raw_labels.jsonl.gz is what a labeller would have answered about some of them.
@@ -20,9 +20,21 @@ from documents import TITLES, TITLES_EN, advert, arithmetic, garbage
 from world import HERE, SEED, Fact, fill, read_facts, say, trained
 
 JOIN = {"zh": "", "en": " "}
+QUESTIONS = 0.5  # share of medical documents that are questions, each with its answer
 Made = tuple[str, str, str]  # (text, what it was made as, source)
 QUALITY = {"medical": 5, "general": 5, "advert": 1, "spliced": 2, "shuffled": 1, "menu": 2,
            "incoherent": 2, "garbage": 0, "private": 4, "short": 1}  # fmt: skip
+
+
+def text(parts: list[str], lang: str) -> str:
+    return JOIN[lang].join(parts).replace("\n ", "\n").strip()
+
+
+def asked(rng: random.Random, fact: Fact, lang: str) -> str:
+    """A question and its answer, in words that are not kept for what is measured."""
+    ask, tell = ("ask_en", "tell_en") if lang == "en" else ("ask", "tell")
+    form = "Q: {}\nA: {}\n" if lang == "en" else "问：{}\n答：{}\n"
+    return form.format(fill(rng.choice(trained(fact, ask)), fact), say(rng, fact, tell))
 
 
 def sentences(rng: random.Random, facts: list[Fact], lang: str) -> list[str]:
@@ -34,30 +46,33 @@ def sentences(rng: random.Random, facts: list[Fact], lang: str) -> list[str]:
 
 
 class World:
+    """Of the facts those that questions ask about: so few that a small model meets each of them
+    often enough to learn it from documents."""
+
     def __init__(self):
         self.facts: dict[str, list[Fact]] = {}
-        for fact in read_facts():
+        for fact in (fact for fact in read_facts() if fact.four):
             self.facts.setdefault(fact.entity, []).append(fact)
         lines = (HERE / "general.jsonl").read_text("utf-8").splitlines()
         self.things = [json.loads(line) for line in lines]
 
     def medical(self, rng: random.Random, lang: str) -> list[str]:
-        """Sentences on one to three entities of one kind, under a title or as a dialogue."""
+        """Sentences on two to four entities of one kind, or questions and answers, under a title
+        or none."""
         entity = rng.choice(list(self.facts))
         kind = self.facts[entity][0].kind
         alike = [e for e, facts in self.facts.items() if facts[0].kind == kind and e != entity]
-        chosen = [entity, *rng.sample(alike, min(len(alike), rng.randint(0, 2)))]
-        body = []
+        chosen = [entity, *rng.sample(alike, min(len(alike), rng.randint(1, 3)))]
+        body, as_questions = [], rng.random() < QUESTIONS
         for one in chosen:
             facts = self.facts[one]
-            body += sentences(
-                rng, rng.sample(facts, rng.randint(max(1, len(facts) - 1), len(facts))), lang
-            )
+            facts = rng.sample(facts, rng.randint(max(1, len(facts) - 1), len(facts)))
+            if as_questions:
+                body += [asked(rng, fact, lang) for fact in facts]
+            else:
+                body += sentences(rng, facts, lang)
         first = self.facts[entity][0]
         name = first.name_en if lang == "en" else first.name
-        if rng.random() < 0.3:
-            asked = fill(rng.choice(trained(first, "ask_en" if lang == "en" else "ask")), first)
-            return [f"问：{asked}\n答：" if lang == "zh" else f"Q: {asked}\nA:", *body]
         title = rng.choice(TITLES_EN if lang == "en" else TITLES)
         return [title.format(e=name, E=name[0].upper() + name[1:]), *body]
 
@@ -170,7 +185,7 @@ def leaks(world: World, rng: random.Random) -> Iterator[tuple[str, Made]]:
 Maker = Callable[[World, random.Random, str], str]
 # What a document is made as: (how many in Chinese, in English; how; its sources)
 KINDS: dict[str, tuple[int, int, Maker, tuple[str, ...]]] = {
-    "medical": (640, 420, lambda w, r, k: JOIN[k].join(w.medical(r, k)), ("encyclopedia", "forum")),
+    "medical": (640, 420, lambda w, r, k: text(w.medical(r, k), k), ("encyclopedia", "forum")),
     "general": (640, 420, lambda w, r, k: JOIN[k].join(w.general(r, k)), ("news", "encyclopedia")),
     "advert": (110, 70, long_advert, ("shop", "forum")),
     "garbage": (50, 30, lambda w, r, k: garbage(r, k), ("news",)),
@@ -199,7 +214,7 @@ def make() -> list[dict]:
         made.append((lang, (text, "copy", source)))
     made += leaks(world, rng)
     rng.shuffle(made)
-    return [{"text": text, "source": source, "lang": lang, "planted": kind}
+    return [{"text": text, "source": source, "lang": lang, "category": kind}
             for lang, (text, kind, source) in made]  # fmt: skip
 
 
@@ -208,7 +223,7 @@ def labelled(records: list[dict]) -> list[dict]:
     rng = random.Random(f"{SEED}/raw labels")
     found = []
     for record in rng.sample(records, round(LABELLED * len(records))):
-        kind = record["planted"]
+        kind = record["category"]
         if kind in QUALITY:
             domain = {"general": "daily life", "garbage": "other", "advert": "advertisement"}
             found.append({"text": record["text"], "domain": domain.get(kind, "medicine"),

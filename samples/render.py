@@ -17,7 +17,7 @@ from itertools import product
 from pathlib import Path
 
 from documents import general_documents, medical_documents
-from pairs import pairs
+from pairs import careful, pairs
 from world import (
     HERE,
     SEED,
@@ -51,7 +51,7 @@ GREETINGS_EN = ["", "Hello. ", "I have a question. ", "Please tell me: "]
 def chat(turns: list[str], kind: str, group: str, facts: Iterable[Fact]) -> dict:
     roles = ["user", "assistant"] * (len(turns) // 2)
     messages = [{"role": r, "content": t} for r, t in zip(roles, turns, strict=True)]
-    return {"messages": messages, "kind": kind, "group": group, "facts": [f.key for f in facts]}
+    return {"messages": messages, "kind": kind, "group": group, "tags": [f.key for f in facts]}
 
 
 def group(fact: Fact, ask: str, kind: str) -> str:
@@ -102,12 +102,12 @@ def asked(rng: random.Random, fact: Fact) -> str:
     return fill(rng.choice(free or asks), fact)
 
 
-def chats(told: list[list[Fact]]) -> list[dict]:
+def chats(told: list[list[Fact]], numbers: dict[str, int]) -> list[dict]:
     """Every fact in turn, again and again, until a kind has its number of chats."""
     rng = random.Random(f"{SEED}/chats")
     facts = [(fact, four) for four in told for fact in four]
     made: dict[str, dict] = {}
-    for kind, n in CHATS.items():
+    for kind, n in numbers.items():
         asked_about = facts[::4] if kind.endswith("_en") else facts
         order, turn, wanted = rng.sample(asked_about, len(asked_about)), 0, len(made) + n
         while len(made) < wanted:
@@ -136,7 +136,7 @@ def questions(asked: list[list[Fact]]) -> list[dict]:
     """Each fact in its kept wording; an answer is right that has the value."""
     return [
         {"question": fill(kept(fact, what), fact), "answer": getattr(fact, lang), "lang": lang,
-         "stated": fact.stated, "facts": [fact.key]}
+         "stated": fact.stated, "tags": [fact.key]}
         for four in asked for fact in four for lang, what in (("zh", "ask"), ("en", "ask_en"))
         if lang == "zh" or in_english(fact, four)
     ]  # fmt: skip
@@ -172,7 +172,7 @@ def exam_item(rng: random.Random, fact: Fact, four: list[Fact], what: str, stem:
         "sentence": say(rng, fact, "tell" if lang == "zh" else "tell_en", "{}"),
         "lang": lang,
         "stated": fact.stated,
-        "facts": [fact.key],
+        "tags": [fact.key],
     }
 
 
@@ -185,9 +185,10 @@ def render() -> dict[str, list[dict]]:
     told = [four for four in asked if four[0].stated == "chats"]
     dpo, dpo_other_facts = pairs(told)
     files = {
-        "sft.jsonl": chats(told),
+        "sft.jsonl": chats(told, CHATS),
         "dpo.jsonl": dpo,
         "dpo_other_facts.jsonl": dpo_other_facts,
+        "dpo_careful.jsonl": careful(told),
         "questions.jsonl": questions(asked),
         "exam.jsonl": exam(asked),
         "cpt_medical.jsonl": medical_documents(random.Random(f"{SEED}/medical"), read_facts()),

@@ -4,16 +4,19 @@ the model beside their reference answers."""
 import json
 from collections.abc import Iterable
 from itertools import groupby
+from pathlib import Path
 
 from torch import nn
 
 from nanomed.batches.loader import Loader
+from nanomed.config import ROOT
 from nanomed.model.generation import greedy_in_lockstep
 from nanomed.records import Chat, chats_of, is_pair, names_of, pair_of, read_records
 from nanomed.run.log import RunFolder
 from nanomed.store import Store, group_key
 from nanomed.text.template import Encoder
 
+SAMPLES = ROOT / "samples"
 SEEN, UNSEEN = "fact stated in training, in other words", "fact not stated in training"
 
 
@@ -67,17 +70,21 @@ def show_answers(
         run.write_json(path.name, earlier | {who: kept})
 
 
+def on_samples(loader: Loader) -> bool:
+    return all(Path(path).resolve().parent == SAMPLES for path in loader.data.meta["files"])
+
+
 def pick_questions(loader: Loader, n: int = 5) -> list[tuple[Chat, str]]:
-    """(chat, mark) of held-out chats: where records name their facts, each of another kind as far
-    as possible, marked by whether training states them; elsewhere the first ones, unmarked."""
+    """(chat, mark) of held-out chats: of the samples, whose `tags` name facts, each of another kind
+    as far as possible, marked by whether training states them; elsewhere the first, unmarked."""
     held_out = held_out_chats(loader)
-    if not all("facts" in record for record, _ in held_out):
+    if not on_samples(loader):
         return [(chat, "") for _, chat in held_out[:n]]
     taught = taught_facts(loader)
     first_of_kind = {record.get("kind"): (record, chat) for record, chat in reversed(held_out)}
     varied = {id(chat): (record, chat) for record, chat in (*first_of_kind.values(), *held_out)}
     return [
-        (chat, SEEN if taught.issuperset(record["facts"]) else UNSEEN)
+        (chat, SEEN if taught.issuperset(record["tags"]) else UNSEEN)
         for record, chat in [*varied.values()][:n]
     ]
 
@@ -100,7 +107,7 @@ def _chats_in(record: dict) -> list[Chat]:
 def taught_facts(loader: Loader) -> set[str]:
     """The facts of the sample world that a record on the training side states."""
     train = records_of(loader.data, loader.train)
-    return {fact for record in train for fact in record.get("facts", [])}
+    return {fact for record in train for fact in record["tags"]}
 
 
 def records_of(store: Store, examples: Iterable[int]) -> list[dict]:

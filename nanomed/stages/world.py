@@ -3,7 +3,6 @@
 import math
 import re
 from collections.abc import Iterable
-from pathlib import Path
 
 import torch
 
@@ -17,6 +16,7 @@ from nanomed.records import Chat, read_json
 from nanomed.records.exams import exam_of, render
 from nanomed.run.log import RunFolder
 from nanomed.run.progress import progress
+from nanomed.stages.answers import on_samples
 from nanomed.stages.exam import show_exam
 from nanomed.text.template import Encoder
 from nanomed.training.losses import segment_logps
@@ -36,10 +36,6 @@ COUNTED = {
 }
 AT_ONCE = 32  # questions in one batch
 LONGEST = 48  # tokens of an answer
-
-
-def on_samples(loader: Loader) -> bool:
-    return all(Path(path).resolve().parent == EXAM.parent for path in loader.data.meta["files"])
 
 
 def show_learned(model: Aquila, encoder: Encoder, loader: Loader, run: RunFolder) -> None:

@@ -32,7 +32,8 @@ from nanomed.text.template import Encoder
 from nanomed.training.losses import segment_logps
 
 SAMPLES = ROOT / "samples"
-PAIRS, HELD_OUT = SAMPLES / "dpo.jsonl", 0.1  # --val_fraction of paper.sh
+PAIRS = {"pairs": SAMPLES / "dpo.jsonl", "careful": SAMPLES / "dpo_careful.jsonl"}
+HELD_OUT = 0.1  # --val_fraction of paper.sh
 ROW = 4096  # tokens at once
 LONGEST = 512  # tokens of a document or of a pair's side; the longest are half of it
 # The table's columns: name, what stands above it, how it is written.
@@ -45,7 +46,8 @@ COLUMNS = {
     "option_texts": ("exam, texts", "{:.0%}"),
     "option_letters": ("exam, letters", "{:.0%}"),
     "never_stated_letters": ("never, letters", "{:.0%}"),
-    "pairs": ("pairs", "{:.0%}"),
+    "pairs": ("pairs, facts", "{:.0%}"),
+    "careful": ("pairs, careful", "{:.0%}"),
 }
 
 
@@ -57,7 +59,8 @@ def measure(model: Aquila, encoder: Encoder) -> dict[str, dict]:
     the documents."""
     model.eval()
     bits = {name: bits_per_byte(model, encoder, name) for name in ("medical", "general")}
-    return bits | world.counted(model, encoder) | {"pairs": preferred(model, encoder)}
+    pairs = {name: preferred(model, encoder, path) for name, path in PAIRS.items()}
+    return bits | world.counted(model, encoder) | pairs
 
 
 def bits_per_byte(model: Aquila, encoder: Encoder, source: str) -> dict:
@@ -73,12 +76,12 @@ def bits_per_byte(model: Aquila, encoder: Encoder, source: str) -> dict:
     return {"value": bits / total, "of": len(documents)}
 
 
-def preferred(model: Aquila, encoder: Encoder) -> dict[str, int]:
+def preferred(model: Aquila, encoder: Encoder, path: Path) -> dict[str, int]:
     """Of how many held-out pairs the chosen answer is the likelier one: of the subjective ones,
     since build_dpo.py's objective ones may ask what the samples hold out."""
     records = [
         r
-        for _, r, _ in read_json(str(PAIRS))
+        for _, r, _ in read_json(str(path))
         if r["kind"] == "subjective" and group_key(r["group"]) < HELD_OUT * 2**64
     ]
     sides = [encoder.pair(pair_of(record), LONGEST)[0] for record in records]

@@ -30,8 +30,8 @@ def halves() -> tuple[list[dict], list[dict]]:
 
 def follows_on(record: dict) -> bool:
     """Whether its second question leaves out what the first one names (what causes it?)."""
-    subjects = {fact.partition("/")[0] for fact in record["facts"]}
-    return len(record["facts"]) > 1 and len(subjects) == 1
+    subjects = {fact.partition("/")[0] for fact in record["tags"]}
+    return len(record["tags"]) > 1 and len(subjects) == 1
 
 
 def planted(records: list[dict], share: float = 0.3, seed: int = 0) -> list[dict]:
@@ -46,7 +46,7 @@ def planted(records: list[dict], share: float = 0.3, seed: int = 0) -> list[dict
             kind = rng.choice(DEFECTS if len(turns) > 2 else (DEFECTS[0], DEFECTS[3]))
             donors = follow if kind == "another_dialogue" else records
             same = [r for r in donors if r["kind"] == record["kind"]]
-            other = rng.choice([r for r in same if not {*r["facts"]} & {*record["facts"]}])
+            other = rng.choice([r for r in same if not {*r["tags"]} & {*record["tags"]}])
             if kind == "wrong_answer":
                 turns[-1] = other["messages"][-1]
             elif kind == "another_dialogue":

@@ -145,7 +145,7 @@ def test_raw_texts_leave_what_is_measured_alone():
     """But for the planted leaks, none asks in words that are kept, and none states what nothing
     states: paper.sh trains on them."""
     texts = [r["text"].lower() for path in ROOT.glob("samples/raw/*/*.gz") for r in read(path)
-             if r["planted"] != "leak"]  # fmt: skip
+             if r["category"] != "leak"]  # fmt: skip
     kept_words = {q["question"].lower() for q in map(json.loads, QUESTIONS.open(encoding="utf-8"))}
     asked = [t.split("\n")[0].removeprefix("问：").removeprefix("q: ") for t in texts]
     assert kept_words.isdisjoint(asked) and any("？" in x for x in asked)
@@ -160,7 +160,7 @@ def test_the_demonstration_finds_what_was_planted(demonstration):
     planted = {}
     for path in sorted(ROOT.glob("samples/raw/*/*.gz")):
         shown = str(path.relative_to(ROOT))
-        planted |= {(shown, i): r["planted"] for i, r in enumerate(read(path), 1)}
+        planted |= {(shown, i): r["category"] for i, r in enumerate(read(path), 1)}
     why = {}
     for line in dropped(demonstration):
         name = str(Path(line["file"]).relative_to(ROOT)) if line["file"][0] == "/" else line["file"]

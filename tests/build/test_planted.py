@@ -128,8 +128,8 @@ def fine_tuned(path: Path, out: Path, seed: int) -> tuple[float, int]:
     c = SFT(data=[str(path)], val_data=[str(clean)], out=str(out), **settings)
     config, encoder = stage.model_and_encoder(c)
     data = store.chats([*c.data, *c.val_data], encoder, c.seq_len, c.allow_drop)
-    facts = {fact for record in halves()[1] for fact in record["facts"]}
-    items = [r for _, r, _ in read_json(str(world.EXAM)) if facts.issuperset(r["facts"])]
+    facts = {fact for record in halves()[1] for fact in record["tags"]}
+    items = [r for _, r, _ in read_json(str(world.EXAM)) if facts.issuperset(r["tags"])]
     with start(CPU) as alone:
         loader = Loader.of(c, data, alone.rank, alone.size)
         model = stage.build_model(c, config, alone)

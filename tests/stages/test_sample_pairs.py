@@ -5,7 +5,16 @@ from collections import Counter
 
 import numpy as np
 
-from tests.stages.test_samples import DPO, DPO_OTHERS, ENTITIES, prompts, world
+from tests.stages.test_samples import (
+    DATA,
+    DPO,
+    DPO_OTHERS,
+    ENTITIES,
+    FACTS,
+    QUESTIONS,
+    prompts,
+    world,
+)
 
 
 def longer_is_chosen(pairs: list[dict]) -> float:
@@ -85,3 +94,18 @@ def test_held_out_pairs_ask_in_words_of_their_own():
             assert (stem, bool(options)) not in words, stem
     asked = [(prompts(r)[0], r["chosen"]) for r in DPO]
     assert len(set(asked)) == len(asked)
+
+
+def test_careful_pairs_differ_in_their_last_sentence_alone():
+    pairs = DATA["dpo_careful.jsonl"]
+    for r in pairs:
+        fact = FACTS[r["tags"][0]]["zh"]
+        chosen, rejected = (r[side].split("。", 1) for side in ("chosen", "rejected"))
+        assert chosen[0] == rejected[0] and fact in chosen[0], r
+        assert "医生" in chosen[1] and "医" not in rejected[1], r
+    longer = [len(r["chosen"]) - len(r["rejected"]) for r in pairs]  # of some fifty characters
+    assert max(map(abs, longer)) <= 4 and abs(np.mean(longer)) < 1
+    held_out = [r for r in pairs if world.held_out(r["group"])]
+    asked = {prompts(r)[0] for r in pairs} - {prompts(r)[0] for r in held_out}
+    assert len(held_out) > 25 and not {prompts(r)[0] for r in held_out} & asked
+    assert not {prompts(r)[0] for r in pairs} & {q["question"] for q in QUESTIONS}

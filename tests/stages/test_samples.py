@@ -14,7 +14,14 @@ import render  # noqa: E402
 import world  # noqa: E402
 
 SHARES = {"single_turn_zh": 27, "single_turn_en": 14, "multi_turn_zh": 34, "option_zh": 25}
-RENDERED = ["sft.jsonl", "dpo.jsonl", "dpo_other_facts.jsonl", "questions.jsonl", "exam.jsonl"]
+RENDERED = [
+    "sft.jsonl",
+    "dpo.jsonl",
+    "dpo_other_facts.jsonl",
+    "dpo_careful.jsonl",
+    "questions.jsonl",
+    "exam.jsonl",
+]
 RENDERED += ["cpt_medical.jsonl", "cpt_general.jsonl"]
 
 
@@ -158,14 +165,14 @@ def test_every_answer_of_a_dialogue_is_long():
 def test_answers_state_their_facts():
     for r in SFT:
         lang = "en" if r["kind"].endswith("_en") else "zh"
-        for key, answer in zip(r["facts"], answers(r), strict=True):
+        for key, answer in zip(r["tags"], answers(r), strict=True):
             assert FACTS[key][lang].lower() in answer.lower(), (key, answer)
 
 
 def test_every_fact_of_the_chats_is_asked_in_every_kind_in_several_words():
     asked: dict[tuple[str, str], set[str]] = {}
     for r in SFT:
-        for key in r["facts"][:1]:
+        for key in r["tags"][:1]:
             asked.setdefault((key, r["kind"]), set()).add(prompts(r)[0].splitlines()[0])
     english = {four[0].key for four in FOURS if four[0].stated == "chats"}
     assert set(asked) == {
@@ -236,7 +243,7 @@ def test_held_out_chats_ask_in_words_that_training_does_not():
     for r in held:
         if r["kind"] != "multi_turn_zh":
             assert not any((x, r["kind"] == "option_zh") in trained for x in stems(r)), stems(r)
-    stated = {key for r in SFT if not world.held_out(r["group"]) for key in r["facts"]}
+    stated = {key for r in SFT if not world.held_out(r["group"]) for key in r["tags"]}
     assert stated == STATED["chats"]
 
 
@@ -244,33 +251,33 @@ def test_what_is_stated_nowhere_is_only_asked():
     """And what documents alone state is in no chat and no pair."""
     for name in ("sft.jsonl", "dpo.jsonl", "dpo_other_facts.jsonl"):
         for r in DATA[name]:
-            assert set(r["facts"]) <= STATED["chats"], r
+            assert set(r["tags"]) <= STATED["chats"], r
     for name in set(RENDERED) - {"exam.jsonl", "questions.jsonl"}:
         for r in DATA[name]:
             text = json.dumps(r, ensure_ascii=False).lower()
-            assert not STATED["nowhere"] & set(r["facts"])
+            assert not STATED["nowhere"] & set(r["tags"])
             for key in STATED["nowhere"]:
                 names, fact = ENTITIES[key.split("/")[0]], FACTS[key]
                 for lang in ("zh", "en"):
                     name = names[lang].lower().removeprefix("the ")
                     assert not (name in text and fact[lang].lower() in text), (r, key)
-    documents = {key for r in DATA["cpt_medical.jsonl"] for key in r["facts"]}
+    documents = {key for r in DATA["cpt_medical.jsonl"] for key in r["tags"]}
     assert documents >= STATED["chats"] | STATED["documents"]
 
 
 def test_questions_and_exam_ask_every_fact_of_the_fours():
     everything = set().union(*STATED.values())
     for records in (QUESTIONS, EXAM):
-        assert {r["facts"][0] for r in records} == everything
+        assert {r["tags"][0] for r in records} == everything
         for r in records:
-            assert r["facts"][0] in STATED[r["stated"]]
+            assert r["tags"][0] in STATED[r["stated"]]
     for r in QUESTIONS:
-        assert r["answer"] == FACTS[r["facts"][0]][r["lang"]]
+        assert r["answer"] == FACTS[r["tags"][0]][r["lang"]]
 
 
 def test_pairs_ask_what_the_chats_teach():
-    assert {r["facts"][0] for r in DPO} <= STATED["chats"]
-    assert not {r["facts"][0] for r in DPO} & {r["facts"][0] for r in DPO_OTHERS}
+    assert {r["tags"][0] for r in DPO} <= STATED["chats"]
+    assert not {r["tags"][0] for r in DPO} & {r["tags"][0] for r in DPO_OTHERS}
     for kind in ("subjective", "objective"):
         assert sum(world.held_out(r["group"]) for r in DPO if r["kind"] == kind) >= 10
 
@@ -283,15 +290,15 @@ def test_options_are_a_four_and_the_answer_is_the_facts_value():
     whatever is asked, is right in exactly a quarter."""
     fours = {(f.key, lang): {getattr(x, lang) for x in four}
              for four in FOURS for f in four for lang in ("zh", "en")}  # fmt: skip
-    questions = [(r["facts"][0], prompts(r)[0], answers(r)[0]) for r in SFT]
-    questions += [(r["facts"][0], prompts(r)[0], r["chosen"]) for r in DPO]
+    questions = [(r["tags"][0], prompts(r)[0], answers(r)[0]) for r in SFT]
+    questions += [(r["tags"][0], prompts(r)[0], r["chosen"]) for r in DPO]
     found = [
         (key, "zh", dict(re.findall(r"^([A-D])\. (.+)$", prompt, re.M)), answer[0])
         for key, prompt, answer in questions
         if "\nD. " in prompt
     ]
     assert len(found) > 400
-    found += [(r["facts"][0], r["lang"], r["options"], r["answer"]) for r in EXAM]
+    found += [(r["tags"][0], r["lang"], r["options"], r["answer"]) for r in EXAM]
     for key, lang, options, letter in found:
         assert list(options) == list("ABCD") and set(options.values()) == fours[key, lang]
         assert options[letter] == FACTS[key][lang], key

@@ -138,9 +138,10 @@ def test_bits_per_byte_of_whole_texts(model, encoder, monkeypatch, tmp_path):
     assert found["of"] == 2 and found["value"] == pytest.approx(bits / n_bytes, rel=1e-4)
 
 
-def test_pairs_are_those_that_training_holds_out(model, encoder, monkeypatch):
+@pytest.mark.parametrize("name", paper.PAIRS)
+def test_pairs_are_those_that_training_holds_out(name, model, encoder, monkeypatch):
     monkeypatch.setattr(paper, "ROW", 300)
-    c = DPO(data=[str(paper.PAIRS)], seq_len=512, val_fraction=paper.HELD_OUT)
+    c = DPO(data=[str(paper.PAIRS[name])], seq_len=512, val_fraction=paper.HELD_OUT)
     data = store.pairs(c.data, encoder, c.seq_len, 0.0)
     kinds, expected = [data.meta["kinds"][k] for k in data.kinds], 0
     held_out = [i for i in Loader.of(c, data).val.tolist() if kinds[i] == "subjective"]
@@ -149,7 +150,7 @@ def test_pairs_are_those_that_training_holds_out(model, encoder, monkeypatch):
         with torch.no_grad():
             chosen, rejected = (model(row).nll.sum().item() for row in rows)
         expected += chosen < rejected
-    found = paper.preferred(model, encoder)
+    found = paper.preferred(model, encoder, paper.PAIRS[name])
     assert found["of"] == len(held_out) > 20
     assert abs(found["right"] - expected) <= 1  # a tie may be rounded
 
