@@ -22,7 +22,8 @@ summary { cursor: pointer; }
 # Told apart by those who see no red or green, too (Okabe and Ito 2008).
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#222222")
 MOST_POINTS = 600  # of a line; of more, each group's lowest and highest are drawn
-WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 460, 230, 58, 22, 22  # of a chart, and its margins, in pixels
+WIDTH, HEIGHT = 460, 230  # of a chart, in pixels
+LEFT, RIGHT, TOP, BOTTOM = 58, 16, 22, 22  # its margins
 
 Points = Sequence[tuple[float, float]]
 
@@ -92,13 +93,14 @@ def chart(
     every = [point for _, _, points in (*lines, *dotted) for point in points]
     if not every:
         return ""
-    x_ticks, to_x = _axis([x for x, _ in every], LEFT, WIDTH - 8)
+    x_ticks, to_x = _axis([x for x, _ in every], LEFT, WIDTH - RIGHT)
     y_ticks, to_y = _axis([0.0] * from_zero + [y for _, y in every], HEIGHT - BOTTOM, TOP)
     parts = [f'<text x="{LEFT}" y="14" font-weight="bold">{escape(title)}</text>']
     for y in y_ticks:
         at = to_y(y)
         parts += [
-            f'<line x1="{LEFT}" x2="{WIDTH - 8}" y1="{at:.1f}" y2="{at:.1f}" stroke="#e4e4e4"/>',
+            f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}" '
+            'stroke="#e4e4e4"/>',
             f'<text x="{LEFT - 5}" y="{at + 4:.1f}" text-anchor="end">{_short(y)}</text>',
         ]
     for x in x_ticks:

@@ -44,6 +44,8 @@ COLUMNS = {
     "documents_answers": ("from documents", "{:.0%}"),
     "never_stated_answers": ("never stated", "{:.0%}"),
     "option_texts": ("exam, texts", "{:.0%}"),
+    "documents_texts": ("documents, texts", "{:.0%}"),
+    "never_stated_texts": ("never, texts", "{:.0%}"),
     "option_letters": ("exam, letters", "{:.0%}"),
     "never_stated_letters": ("never, letters", "{:.0%}"),
     "pairs": ("pairs, facts", "{:.0%}"),
