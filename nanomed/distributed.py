@@ -9,7 +9,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 
 import torch
@@ -118,7 +118,12 @@ def _refusal(error: Exception) -> str:
 
 def end_with(parent: int) -> None:
     """Ends this process soon after its parent. A torchrun that is killed by -9 leaves its workers
-    running: without this they go on training, and writing, beside those of the next launch."""
+    running: without this they go on training, and writing, beside those of the next launch. If it
+    was killed while this one imported torch, the parent is another by now, which is no Python."""
+    with suppress(OSError):
+        if "python" not in os.path.basename(os.readlink(f"/proc/{parent}/exe")):
+            print("error: the torchrun that started this process is gone", file=sys.stderr)
+            os._exit(1)
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from nanomed.distributed import end_with
 from nanomed.run import checkpoint, saves
 from nanomed.training import faults, trainer
 from nanomed.training.faults import Signals
+from tests.conftest import ROOT
 from tests.forks import Group, server
 from tests.training.test_exactness import metrics_of
 from tests.training.test_faults import train
@@ -115,6 +118,16 @@ def test_a_worker_whose_parent_is_gone_ends(tmp_path):
     group.kill(0)
     group.wait(5)
     _until(lambda: not _runs(pid))
+
+
+def test_a_worker_whose_torchrun_is_gone_before_it_begins_ends():
+    """Its parent is then whoever takes care of orphans, here a shell: no Python."""
+    code = "import time; from nanomed.distributed import launch; launch(lambda: time.sleep(600))"
+    command = ["sh", "-c", f"{sys.executable} -c '{code}'; exit $?"]
+    env = os.environ | {"TORCHELASTIC_RUN_ID": "x", "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 1
+    assert "the torchrun that started this process is gone" in ended.stderr
 
 
 def _runs(pid: int) -> bool:
