@@ -98,9 +98,9 @@ def test_context_relevance_finds_rounds_that_repeat_and_rounds_of_other_dialogue
 
 
 def test_fine_tuning_on_the_selected_half_answers_more_than_on_a_random_half(known_world, tmp_path):
-    """Three seeds each: right answers of the exam. Of each kind the better half is selected, so that
-    both halves are of the same kinds. The held-out loss of clean chats is only shown: here it is
-    higher after the selected half."""
+    """Three seeds each: right answers of the exam. Of each kind the better half is selected, so
+    that both halves are of the same kinds. The held-out loss of clean chats is only shown: here it
+    is higher after the selected half."""
     records, lines = known_world
     selected, rng = [], np.random.default_rng(0)
     good = [line for r, line in zip(records, lines, strict=True) if not r["defect"]]
