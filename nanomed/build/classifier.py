@@ -1,8 +1,9 @@
 """Which documents are medical, and how good they are: a classifier that learns from labels.
 
 Two can learn: a linear model over hashed n-grams (linear.py), in seconds on a CPU, and a decoder
-with a linear head (reader.py), which is more accurate and takes a GPU. Both are used alike: trained
-by one task, limited on labelled documents of the pool, judged on sources that they have not seen.
+with a linear head (reader.py), which knows more words and takes a GPU; how both do on your
+documents the report says. Both are used alike: trained by one task, limited on labelled documents
+of the pool, judged on sources that they have not seen.
 """
 
 from collections import Counter

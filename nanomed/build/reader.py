@@ -1,4 +1,4 @@
-"""A decoder with a linear head: the accurate classifier of documents, beside the linear model.
+"""A decoder with a linear head: the classifier of documents that has read before it learns.
 
 In the place of the matrix that gives logits the decoder gets one number for each token's last
 hidden state; a document's score is the mean of them over its first tokens. Head and decoder are
