@@ -45,8 +45,10 @@ def _forward(
     lse = m + tl.log(total)
     token = tl.load(tokens_ptr + i)
     label = tl.load(labels_ptr + token)
-    # A label outside the vocabulary becomes nan, which stops a run; it reads nobody's memory.
-    z = tl.load(logits_ptr + label, mask=label < V, other=float("nan")).to(tl.float32)
+    # A label outside the vocabulary, -100 too, becomes nan, which stops a run; it reads nobody's
+    # memory.
+    is_token = (label >= 0) & (label < V)
+    z = tl.load(logits_ptr + label, mask=is_token, other=float("nan")).to(tl.float32)
     tl.store(nll_ptr + token, lse - z)
     tl.store(lse_ptr + token, lse)
     tl.store(right_ptr + token, z == m)

@@ -123,6 +123,10 @@ def test_a_label_outside_the_vocabulary_is_nan():
     labels = torch.tensor([28, 29], device=DEVICE)
     nll, _, right = triton_op("linear_nll")(hidden, weight, labels)
     assert nll[0].isfinite() and nll[1].isnan() and not right[1]
+    # So it is if the places of the labels are wrong, and name a token that has none.
+    labels[1] = -100
+    nll, _, right = triton_op("linear_nll")(hidden, weight, labels, torch.arange(2, device=DEVICE))
+    assert nll[0].isfinite() and nll[1].isnan() and not right[1]
 
 
 def test_logits_far_from_zero():
