@@ -70,10 +70,11 @@ def sent(config: ModelConfig, c: Run, hw: Hardware, n_rows: int) -> tuple[float,
     """Bytes that one GPU sends in a step of so many rows: (all of them, those to other nodes)."""
     n_copies = copies(c, hw)
     n = hw.n_gpus // n_copies  # that share one
-    n_params, ends = config.n_params(), 2 * config.vocab_size * config.d_model + config.d_model
-    ends += memory.layer_params(config)
-    # Backward finds head, last norm and last layer gathered, and needs no embedding.
-    gathered = memory.width(c) * (2 * n_params - ends) * n_rows
+    n_params = config.n_params()
+    # Forward gathers all; for backward head, last norm and last layer are there, and the embedding
+    # is not needed.
+    again = (config.n_layers - 1) * memory.layer_params(config)
+    gathered = memory.width(c) * (n_params + again) * n_rows
     summed = 4 * n_params * (1 if c.sum_gradients == "step" else n_rows)
     shared = (gathered + summed) * (n - 1) / n
     # A node gets what it lacks once, and its GPUs share the work.

@@ -151,7 +151,7 @@ def layer_moment(config: ModelConfig, c: Run, n_gpus: int, layers: int) -> dict[
 
 
 def layer_params(config: ModelConfig) -> int:
-    """Of one layer, all but alike."""
+    """How many parameters one layer has; all have the same number."""
     return (config.n_params() - (2 * config.vocab_size + 1) * config.d_model) // config.n_layers
 
 
