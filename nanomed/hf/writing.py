@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from nanomed.config import InputError
+from nanomed.distributed import from_main
 from nanomed.hf.card import model_card
 from nanomed.hf.config import render, unsaid
 from nanomed.hf.reading import hf_name
@@ -41,9 +42,12 @@ def export(
     too full, the tokenizer does not belong to the model, or config.json cannot say its shape."""
     folder, template = Path(folder), template or fitting(tokenizer)
     specs = _specs(model, dtype, _is_qwen2(model, tokenizer))
-    _check(model, tokenizer, folder, sum(spec.n_bytes for spec in specs), replace)
-    unfinished = folder.with_name(folder.name + ".unfinished")
     main = not dist.is_initialized() or dist.get_rank() == 0
+    # Rank 0 looks for all: another copy's ranks may come when the folder is already written.
+    n_bytes = sum(spec.n_bytes for spec in specs)
+    if problem := from_main(_problem(model, tokenizer, folder, n_bytes, replace) if main else ""):
+        raise InputError(problem)
+    unfinished = folder.with_name(folder.name + ".unfinished")
     if main:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
@@ -110,17 +114,20 @@ def _rows_of_each_rank(param: DTensor, dtype: torch.dtype) -> Iterator[Tensor]:
         yield rows
 
 
-def _check(model: Aquila, tokenizer: Tokenizer, folder: Path, n_bytes: int, replace: bool) -> None:
+def _problem(model: Aquila, tokenizer: Tokenizer, folder: Path, n_bytes: int, replace: bool) -> str:
+    """Why there can be no export; "" if there can."""
     if not replace and folder.exists() and (folder.is_file() or any(folder.iterdir())):
-        raise InputError(f"{folder} is not empty; export to a new folder")
+        return f"{folder} is not empty; export to a new folder"
     if names := unsaid(model.config):
-        raise InputError(f"config.json has no word for {', '.join(names)}: this cannot be exported")
-    check_rows(tokenizer, model.config.vocab_size)
+        return f"config.json has no word for {', '.join(names)}: this cannot be exported"
+    try:
+        check_rows(tokenizer, model.config.vocab_size)
+    except InputError as error:
+        return str(error)
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if (free := shutil.disk_usage(there).free) < n_bytes + 2**27:  # tokenizer files are small
-        raise InputError(
-            f"{folder} needs {n_bytes / 1e9:.1f} GB, {there} has {free / 1e9:.1f} GB free"
-        )
+        return f"{folder} needs {n_bytes / 1e9:.1f} GB, {there} has {free / 1e9:.1f} GB free"
+    return ""
 
 
 def _write_small_files(
