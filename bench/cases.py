@@ -34,6 +34,10 @@ class Case:
     oracle: Callable
 
     @property
+    def shapes(self) -> dict[str, int]:
+        return {"T": sum(self.lengths), "documents": len(self.lengths)}
+
+    @property
     def ours(self) -> list[str]:
         """The versions to judge: on a CPU, where no Triton runs, the definition."""
         return [name for name in self.works if name in OURS] or ["definition"]
@@ -60,59 +64,56 @@ def build(s: Setting, op: str, lengths: list[int], triton: bool = False) -> Case
     torch.compiler.reset()  # else the ninth shape of a function would silently not be compiled
     if op == "layer":
         return _layer(s, lengths, triton)
-    c, t = s.model, sum(lengths)
+    c, t = s.config, sum(lengths)
     borders = torch.tensor([0, *lengths], device=s.device).cumsum(0, dtype=torch.int32)
-    position = torch.arange(t, device=s.device)
-    position -= borders[:-1].long().repeat_interleave(borders.diff().long())
+    position = torch.cat([torch.arange(n, device=s.device) for n in lengths])
     label = torch.randint(c.vocab_size, (t,), device=s.device)
     q, kv = (t, c.n_heads, c.head_size), (t, c.n_kv_heads, c.head_size)
-    inputs, extra, truth, others = {
-        "rmsnorm": lambda: (
-            [s.randn(t, c.d_model), s.randn(c.d_model)], (1e-5,), (1e-5,),
-            rivals.rmsnorm(s.on_gpu),
-        ),
-        "rope": lambda: (
-            [s.randn(*q), s.randn(*kv)], (position, c.rope_theta), (position, c.rope_theta),
-            rivals.rope(position, c.rope_theta, c.head_size, s.dtype, s.on_gpu),
-        ),
-        "swiglu": lambda: (
-            [s.randn(t, c.d_ff), s.randn(t, c.d_ff)], (), (), rivals.swiglu(s.on_gpu),
-        ),
-        "attention": lambda: (
-            [s.randn(*q), s.randn(*kv), s.randn(*kv)], (borders, max(lengths)), (lengths,),
-            rivals.attention(borders, max(lengths), s.dtype, s.on_gpu),
-        ),
-        "linear_nll": lambda: (  # logits of about the size that a trained model has
-            [s.randn(t, c.d_model), s.randn(c.vocab_size, c.d_model) * 2 * c.d_model**-0.5],
-            (label,), (label,), rivals.linear_nll(label, s.on_gpu),
-        ),
-    }[op]()  # fmt: skip
+    shapes, others = {
+        "rmsnorm": ([(t, c.d_model), (c.d_model,)], (1e-5,)),
+        "rope": ([q, kv], (position, c.rope_theta)),
+        "swiglu": ([(t, c.d_ff), (t, c.d_ff)], ()),
+        "attention": ([q, kv, kv], (borders, max(lengths))),
+        "linear_nll": ([(t, c.d_model), (c.vocab_size, c.d_model)], (label,)),
+    }[op]
+    inputs = [s.randn(*shape) for shape in shapes]
+    if op == "linear_nll":  # logits of about the size that a trained model has
+        inputs[1] *= 2 * c.d_model**-0.5
 
-    def compared(out: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
-        """Of linear_nll the nll alone: rivals give nothing else."""
-        return out[0] if op == "linear_nll" and isinstance(out, tuple) else out
+    def bound(function: Callable) -> Callable:
+        """A function of the inputs alone; of linear_nll the nll alone: rivals give nothing else."""
 
-    def version(name: str) -> Callable:
         def work(*x: Tensor) -> Tensor | tuple[Tensor, ...]:
-            kernels.use(name)
-            return compared(getattr(kernels, op)(*x, *extra))
+            out = function(*x, *others)
+            return out[0] if op == "linear_nll" and isinstance(out, tuple) else out
 
         return work
 
-    works = {"definition": version("reference"), **others}
-    if triton:
-        works = {"triton": version("triton"), **works}
-    return Case(op, lengths, inputs, works, lambda *x: getattr(oracles, op)(*x, *truth))
+    ours = bound(getattr(kernels, op))
+    works = {"triton": under("triton", ours)} if triton else {}
+    works |= {"definition": under("reference", ours)}
+    works |= {name: bound(rival) for name, rival in getattr(rivals, op)(s, *others).items()}
+    return Case(op, lengths, inputs, works, bound(getattr(oracles, op)))
+
+
+def under(kernels_name: str, function: Callable) -> Callable:
+    """The function with these versions of the ops (kernels.use)."""
+
+    def work(*x: Tensor) -> Tensor | tuple[Tensor, ...]:
+        kernels.use(kernels_name)
+        return function(*x)
+
+    return work
 
 
 def _layer(s: Setting, lengths: list[int], triton: bool) -> Case:
     """A layer with random weights, which are inputs like x[T,D]: their gradients are compared and
     timed too. Thirty-two times the layer is most of a step."""
     with torch.device("meta"):
-        layer = Layer(s.model)
+        layer = Layer(s.config)
     params = dict(layer.named_parameters())
     row = row_from([[0] * n for n in lengths]).to(s.device)
-    x = s.randn(sum(lengths), s.model.d_model)
+    x = s.randn(sum(lengths), s.config.d_model)
     weights = [
         x.new_empty(p.shape).normal_(float("norm" in name), 0.02) for name, p in params.items()
     ]
@@ -120,16 +121,9 @@ def _layer(s: Setting, lengths: list[int], triton: bool) -> Case:
     def run(x: Tensor, *weights: Tensor) -> Tensor:
         return functional_call(layer, dict(zip(params, weights, strict=True)), (x, row))
 
-    def with_kernels(name: str, run: Callable = run) -> Callable:
-        def work(*inputs: Tensor) -> Tensor:
-            kernels.use(name)
-            return run(*inputs)
-
-        return work
-
-    works = {"definition": with_kernels("reference")}
-    if triton:
-        works = {name: with_kernels(name) for name in OURS} | works
+    definition = under("reference", run)
+    works = {name: under(name, run) for name in OURS} if triton else {}
+    works |= {"definition": definition}
     if s.on_gpu:
-        works["torch.compile"] = with_kernels("reference", torch.compile(run, dynamic=False))
-    return Case("layer", lengths, [x, *weights], works, with_kernels("reference"))
+        works["torch.compile"] = under("reference", torch.compile(run, dynamic=False))
+    return Case("layer", lengths, [x, *weights], works, definition)

@@ -12,8 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bench.measure import interleaved, quartiles, shown, table
-from bench.setting import Setting, arguments
+from bench.measure import interleaved, quartiles, show
+from bench.setting import Setting, arguments, flags
 
 PAD = 128  # elements
 
@@ -40,7 +40,7 @@ def matmul(s: Setting) -> float:
 
 def head(s: Setting, t: int) -> None:
     """The head's three matmuls, with rows of the logits V elements apart and padded."""
-    v, d = s.model.vocab_size, s.model.d_model
+    v, d = s.config.vocab_size, s.config.d_model
     hidden, weight = (s.randn(n, d) for n in (t, v))
     hidden_grad, weight_grad = torch.empty_like(hidden), torch.empty_like(weight)
     works = {}
@@ -71,11 +71,11 @@ def _products(s: Setting, works: dict[str, tuple[Callable, int]]) -> list[float]
 
 
 def main() -> None:
-    s, given = arguments(__doc__)
+    s, given = arguments(flags(__doc__))
     copy(s)
     matmul(s)
     head(s, given.tokens[0])
-    print(table([shown(line) for line in s.results.lines]))
+    show(s.results.lines)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ rules are the same three definitions for nanomed and datatrove, and must keep th
 Data-Juicer has rules of its own that are near to them.
 """
 
-import argparse
 import json
 import os
 import re
@@ -19,17 +18,16 @@ import sys
 import tempfile
 import time
 import unicodedata
-from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
 BANDS, ROWS, N, RUN = 14, 8, 5, 10
 FEWEST, SPECIAL, REPEATED = 20, 0.2, 0.3  # the limits of the rules
+CONVENTION = "Seconds of the processor on one thread, without imports"
 BROKEN = ("锟斤拷", "烫烫烫", "屯屯屯")  # text in another encoding, which is special too
 ALONE = "\u3005-\u3007\u3041-\u3096\u309d-\u309f\u30a1-\u30fa\u30fc-\u30ff\u3400-\u9fff"
 TOKEN = re.compile(f"[{ALONE}]|[^\\W_{ALONE}]+")
-
-Side = Callable[[list[str]], object]  # the texts -> what it found
 
 
 # ---------------------------------------------------------------- what rivals share
@@ -76,16 +74,10 @@ def nanomed_rules(texts: list[str]) -> list[bool]:
 
 
 def parts(texts: list[str]) -> list[list[str]]:
-    from nanomed.build.text import AT_ONCE
+    from nanomed.build.shards import batched
 
-    made, size = [[]], 0
-    for text in texts:
-        if size >= AT_ONCE:
-            made.append([])
-            size = 0
-        made[-1].append(text)
-        size += len(text)
-    return made
+    docs = (SimpleNamespace(text=text) for text in texts)
+    return [[doc.text for doc in part] for part in batched(docs)]
 
 
 def datatrove_minhash(texts: list[str]) -> int:
@@ -135,7 +127,7 @@ def juicer_rules(texts: list[str]) -> int:
     return sum(all(flags) for flags in zip(*kept, strict=True))
 
 
-SIDES: dict[str, tuple[str, Side]] = {
+SIDES = {  # the rival whose Python it takes; from the texts to what it found
     "MinHash: nanomed": ("nanomed", nanomed_minhash),
     "MinHash: nanomed again": ("nanomed", nanomed_minhash),
     "MinHash: datasketch": ("datasketch", datasketch_minhash),
@@ -199,41 +191,33 @@ def main() -> None:
     if sys.argv[1:2] == ["--side"]:
         return one_side(*sys.argv[2:4])
     from bench.data import write
-    from bench.measure import Results, ratio, shown, table
+    from bench.measure import Results, quartiles, ratio, show
+    from bench.setting import flags
 
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = flags(__doc__)
     parser.add_argument("--python", nargs="*", default=[], metavar="RIVAL=PYTHON")
     parser.add_argument("--real", type=Path, help="folder of JSON files; default: samples")
-    parser.add_argument("--megabytes", type=int, default=4)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--results", default="runs/bench.jsonl")
     given = parser.parse_args()
     pythons = {"nanomed": sys.executable} | dict(entry.split("=", 1) for entry in given.python)
     sides = {name: pythons[rival] for name, (rival, _) in SIDES.items() if rival in pythons}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "texts.jsonl"
-        size = 1 << 16 if given.quick else given.megabytes << 20
-        n_bytes = write(path, texts_of(given.real or ROOT / "samples"), size)
+        texts = texts_of(given.real or ROOT / "samples")
+        n_bytes = write(path, texts, 1 << (16 if given.quick else 22))
         n_texts = len(path.read_bytes().splitlines())
         seconds, found = measured(sides, path, 1 if given.quick else 5)
     if "rules: datatrove" in found:
         assert found["rules: datatrove"] == found["rules: nanomed"], "they keep other documents"
     results, source = Results(given.results), "real" if given.real else "samples"
     shapes = {"source": source, "documents": n_texts, "MB": round(n_bytes / 1e6, 1)}
+    again = {ours: seconds.pop(f"{ours} again") for ours in ("MinHash: nanomed", "rules: nanomed")}
     for name, samples in seconds.items():
-        ours = f"{name.split(':')[0]}: nanomed"
-        if name == f"{ours} again":
-            continue
-        middle = sorted(samples)[len(samples) // 2]
+        middle, ours = quartiles(samples)[1], f"{name.split(':')[0]}: nanomed"
         facts = {"MB_per_s": n_bytes / 1e6 / middle, "documents_per_s": n_texts / middle}
         if name != ours:
-            against = ratio(samples, seconds[ours], seconds[f"{ours} again"])
-            facts["nanomed_is_faster_by"] = str(against)
+            facts["nanomed_is_faster_by"] = str(ratio(samples, seconds[ours], again[ours]))
         results.add("corpus", name, samples, shapes=shapes, convention=CONVENTION, **facts)
-    print(table([shown(line) for line in results.lines]))
-
-
-CONVENTION = "Seconds of the processor on one thread, without imports"
+    show(results.lines)
 
 
 if __name__ == "__main__":

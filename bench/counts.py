@@ -7,7 +7,7 @@ T tokens, D model width, F feed-forward width, H query heads, K key/value heads,
 V vocabulary, e bytes of an element. Bytes: each input is read once, each output written once.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,27 +48,28 @@ H200 = GPU("H200", 4.8e12, 989e12)
 A100 = GPU("A100-40G", 1.555e12, 312e12)
 
 
-# ---------------------------------------------------------------- (forward, backward) of each op
+# ------- (forward, backward) of each op over a row of documents of these lengths
 
 
-def rmsnorm(c: ModelConfig, t: int, e: int = 2) -> tuple[Count, Count]:
+def rmsnorm(c: ModelConfig, lengths: Sequence[int], e: int = 2) -> tuple[Count, Count]:
     """Forward reads x, writes y and 1/rms in float32; backward reads x, dy, 1/rms, writes dx. The
     weight is read by both and its gradient written once."""
-    d = c.d_model
+    t, d = sum(lengths), c.d_model
     return Count(t * (2 * d * e + 4) + d * e), Count(t * (3 * d * e + 4) + 2 * d * e)
 
 
-def rope(c: ModelConfig, t: int, e: int = 2) -> tuple[Count, Count]:
+def rope(c: ModelConfig, lengths: Sequence[int], e: int = 2) -> tuple[Count, Count]:
     """Both read and write all query and key heads, and read the positions (8 bytes each)."""
     heads = c.n_heads + c.n_kv_heads
-    count = Count(t * (2 * heads * c.head_size * e + 8))
+    count = Count(sum(lengths) * (2 * heads * c.head_size * e + 8))
     return count, count
 
 
-def swiglu(c: ModelConfig, t: int, e: int = 2) -> tuple[Count, Count]:
+def swiglu(c: ModelConfig, lengths: Sequence[int], e: int = 2) -> tuple[Count, Count]:
     """Forward reads gate and up, writes their product; backward reads gate, up and its gradient,
     writes two."""
-    return Count(t * 3 * c.d_ff * e), Count(t * 5 * c.d_ff * e)
+    size = sum(lengths) * c.d_ff * e
+    return Count(3 * size), Count(5 * size)
 
 
 def attention(c: ModelConfig, lengths: Sequence[int], e: int = 2) -> tuple[Count, Count]:
@@ -79,23 +80,20 @@ def attention(c: ModelConfig, lengths: Sequence[int], e: int = 2) -> tuple[Count
     t, pairs = sum(lengths), sum(n * (n + 1) / 2 for n in lengths)
     product = 2 * c.head_size * c.n_heads * pairs
     q, kv, lse = (size * t for size in (c.q_size * e, c.kv_size * e, c.n_heads * 4))
-    return (
-        Count(2 * q + 2 * kv + lse, 2 * product),
-        Count(4 * q + 4 * kv + lse, 5 * product),
-    )
+    return Count(2 * q + 2 * kv + lse, 2 * product), Count(4 * q + 4 * kv + lse, 5 * product)
 
 
-def linear_nll(c: ModelConfig, t: int, e: int = 2) -> tuple[Count, Count]:
-    """t counts tokens that have a label. Forward is one product (logits), backward two (dhidden,
+def linear_nll(c: ModelConfig, lengths: Sequence[int], e: int = 2) -> tuple[Count, Count]:
+    """Every token has a label. Forward is one product (logits), backward two (dhidden,
     dweight); logits that are computed again in backward are not counted, and neither are logits
     that visit memory. A token's label, nll, lse and whether it is right: 17 bytes; backward its
     label, lse and the gradients of nll and lse: 20."""
-    hidden, weight, product = t * c.d_model * e, c.vocab_size * c.d_model * e, 2 * c.vocab_size
-    forward = Count(hidden + weight + 17 * t, product * c.d_model * t)
-    return forward, Count(2 * hidden + 2 * weight + 20 * t, 2 * product * c.d_model * t)
+    t, weight = sum(lengths), c.vocab_size * c.d_model
+    moved, product = (t * c.d_model + weight) * e, 2 * weight * t
+    return Count(moved + 17 * t, product), Count(2 * moved + 20 * t, 2 * product)
 
 
-def layer(c: ModelConfig, lengths: Sequence[int]) -> tuple[Count, Count]:
+def layer(c: ModelConfig, lengths: Sequence[int], e: int = 2) -> tuple[Count, Count]:
     """The operations of a layer of the model: two for each weight of a matmul and token, twice that
     in backward, and attention's."""
     weights = c.d_model * (2 * c.q_size + 2 * c.kv_size + 3 * c.d_ff)
@@ -104,15 +102,7 @@ def layer(c: ModelConfig, lengths: Sequence[int]) -> tuple[Count, Count]:
     return Count(0, matmuls + forward.flops), Count(0, 2 * matmuls + backward.flops)
 
 
-def of(op: str, c: ModelConfig, lengths: Sequence[int], e: int = 2) -> tuple[Count, Count]:
-    """(forward, backward) of an op over a row of documents of these lengths."""
-    if op == "layer":
-        return layer(c, lengths)
-    count = {"rmsnorm": rmsnorm, "rope": rope, "swiglu": swiglu, "linear_nll": linear_nll}.get(op)
-    return count(c, sum(lengths), e) if count else attention(c, lengths, e)
-
-
-OPS = ("rmsnorm", "rope", "swiglu", "attention", "linear_nll")
+OPS = {f.__name__: f for f in (rmsnorm, rope, swiglu, attention, linear_nll)}
 
 
 # ---------------------------------------------------------------- what the plain version moves
@@ -129,9 +119,8 @@ class Traffic(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
         aten = torch.ops.aten
-        if not (
-            function.is_view or function in (aten.empty_like.default, aten._unsafe_view.default)
-        ):
+        moves_nothing = function in (aten.empty_like.default, aten._unsafe_view.default)
+        if not function.is_view and not moves_nothing:
             moved = torch.utils._pytree.tree_leaves((args, kwargs, out))
             self.bytes += sum(_nbytes(x) for x in moved if isinstance(x, Tensor))
         return out
@@ -150,14 +139,13 @@ def naive(op: str, c: ModelConfig, t: int) -> tuple[int, int]:
         x, wide, label = torch.empty(t, c.d_model), torch.empty(t, c.d_ff), torch.zeros(t).long()
         q, k = torch.empty(t, c.n_heads, c.head_size), torch.empty(t, c.n_kv_heads, c.head_size)
         weight, head = torch.empty(c.d_model), torch.empty(c.vocab_size, c.d_model)
-    plain: dict[str, tuple[Callable, list[Tensor]]] = {
+    function, inputs = {
         "rmsnorm": (lambda x, w: reference.rmsnorm(x, w, 1e-5), [x, weight]),
         "rope": (lambda q, k: reference.rope(q, k, label, 1e6), [q, k]),
         "swiglu": (reference.swiglu, [wide, wide]),
         "attention": (every_score, [q, k, k]),
         "linear_nll": (lambda h, w: every_logit(h, w, label), [x, head]),
-    }
-    function, inputs = plain[op]
+    }[op]
     inputs = [x.detach().bfloat16().requires_grad_() for x in inputs]
     with Traffic() as forward:
         out = function(*inputs)
@@ -191,8 +179,8 @@ def every_logit(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 def tables(c: ModelConfig, t: int) -> tuple[list[dict], list[dict]]:
     """What each op must move and compute, and what its plain version moves."""
     least, plain = [], []
-    for op in OPS:
-        found = zip(("forward", "backward"), of(op, c, [t]), naive(op, c, t), strict=True)
+    for op, count_of in OPS.items():
+        found = zip(("forward", "backward"), count_of(c, [t]), naive(op, c, t), strict=True)
         for name, count, moved in found:
             bound = count.flops / H200.flops > count.bytes / H200.bandwidth
             least.append({

@@ -7,18 +7,19 @@ for transformers), end each document and leave memory-mapped files. Equal ids co
 after. Then the loader alone: does it keep up with eight GPUs?
 """
 
-import argparse
 import json
 import os
 import shutil
 import tempfile
 from dataclasses import replace
-from itertools import cycle
+from functools import partial
+from itertools import count, cycle
 from pathlib import Path
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread for each process, on both sides
 
-from bench.measure import ROOT, Results, against_first, interleaved, quartiles, shown, table
+from bench.measure import ROOT, Results, against_first, interleaved, quartiles, show
+from bench.setting import flags
 from bench.theirs import prepare
 from nanomed import store
 from nanomed.batches.loader import Loader
@@ -82,13 +83,9 @@ class Work:
             ids = self.theirs(batch["text"], add_special_tokens=False)["input_ids"]
             return {"input_ids": [[*document, end] for document in ids]}
 
-        data = datasets.load_dataset(
-            "json", data_files=str(self.file), split="train", cache_dir=str(cache)
-        )
-        return data.map(
-            tokenise, batched=True, remove_columns=["text"], num_proc=n_processes,
-            load_from_cache_file=False,
-        )  # fmt: skip
+        given = dict(data_files=str(self.file), split="train", cache_dir=str(cache))
+        how = dict(batched=True, remove_columns=["text"], load_from_cache_file=False)
+        return datasets.load_dataset("json", **given).map(tokenise, num_proc=n_processes, **how)
 
     def check(self) -> int:
         """Raises unless both give the same ids for every document. Returns how many tokens."""
@@ -101,37 +98,31 @@ class Work:
         return part.n_tokens
 
 
-def tokenising(work: Work, n_bytes: int, name: str, rounds: int, results: Results) -> list[dict]:
-    lines = []
+def tokenising(work: Work, n_bytes: int, name: str, rounds: int, results: Results) -> None:
     for n in (1, 2):
-        works = {OURS: lambda n=n: work.nanomed(n), THEIRS: lambda n=n: work.datasets(n)}
+        works = {OURS: partial(work.nanomed, n), THEIRS: partial(work.datasets, n)}
         samples, faster = against_first(works, rounds, warmup=0)
         for side in works:
             rate = n_bytes / 1e6 / quartiles(samples[side])[1]
-            lines.append(
-                results.add(
-                    "data", f"tokenising {name}: {side}", samples[side], rate=f"{rate:.1f} MB/s",
-                    shapes={"processes": n, "MB": round(n_bytes / 1e6, 1)},
-                    convention="MB/s are of the texts in UTF-8, with all processes' start; equal "
-                    "ids were asserted first",
-                    nanomed_is_faster_by=faster[side],
-                )
+            results.add(
+                "data", f"tokenising {name}: {side}", samples[side], rate=f"{rate:.1f} MB/s",
+                shapes={"processes": n, "MB": round(n_bytes / 1e6, 1)},
+                convention="MB/s are of the texts in UTF-8, with all processes' start; equal "
+                "ids were asserted first",
+                nanomed_is_faster_by=faster[side],
             )  # fmt: skip
-    return lines
 
 
 def loading(folder: Path, encoder: Encoder, n_steps: int, results: Results) -> dict:
     """Rows of one process from the store, as one of a node's eight would build them."""
     c = replace(CPT(), data=[str(folder)], seq_len=SEQ_LEN, val_fraction=0.0)
     data = read(c, encoder)
-    loader = Loader(
-        data, data.train, data.val, batch_size=64, micro_tokens=MICRO_TOKENS, epochs=1_000
-    )
-    steps = iter(range(n_steps + 2))
+    how = dict(batch_size=64, micro_tokens=MICRO_TOKENS, epochs=1_000)
+    loader = Loader(data, data.train, data.val, **how)
+    steps = count()
 
     def step() -> int:
-        rows = list(loader.rows(loader.examples(next(steps))))
-        return sum(len(row.tokens) for row in rows)
+        return sum(len(row.tokens) for row in loader.rows(loader.examples(next(steps))))
 
     n_tokens = step()
     samples = interleaved({OURS: step}, n_steps, warmup=1)[OURS]
@@ -148,10 +139,8 @@ def loading(folder: Path, encoder: Encoder, n_steps: int, results: Results) -> d
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="few rounds of little: does it run?")
+    parser = flags(__doc__)
     parser.add_argument("--real", type=Path, nargs="*", help="JSON lines with a field `text`")
-    parser.add_argument("--results", default="runs/bench.jsonl", help="JSON lines to append to")
     given = parser.parse_args()
     prepare()
     n_bytes, rounds, n_steps = (2_000_000, 3, 20) if given.quick else (10_000_000, 5, 100)
@@ -160,7 +149,6 @@ def main() -> None:
     corpora = {"samples": [ROOT / f"samples/cpt_{name}.jsonl" for name in ("medical", "general")]}
     if given.real:
         corpora["real texts"] = given.real
-    lines = []
     with tempfile.TemporaryDirectory() as name:
         for corpus, files in corpora.items():
             folder = Path(name) / corpus.replace(" ", "-")
@@ -168,10 +156,11 @@ def main() -> None:
             size = write(folder / "texts.jsonl", texts_of(files), n_bytes)
             work = Work(folder, folder / "texts.jsonl", encoder)
             print(f"{corpus}: {work.check():,} equal ids from {size / 1e6:.1f} MB", flush=True)
-            lines += tokenising(work, size, corpus, rounds, results)
-            print(table([shown(line) for line in lines[-4:]]), flush=True)
-        lines.append(loading(folder / "store", encoder, n_steps, results))
-    print(table([shown(lines[-1])]), lines[-1]["convention"], sep="\n")
+            tokenising(work, size, corpus, rounds, results)
+            show(results.lines[-4:])
+        line = loading(folder / "store", encoder, n_steps, results)
+    show([line])
+    print(line["convention"])
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ processes on a CPU: of two, each gets every second item, and that counts as its 
 the processor's, of the slowest process; the ratio by the clock stands beside them.
 """
 
-import argparse
 import json
 import os
 import socket
@@ -20,7 +19,8 @@ from pathlib import Path
 
 import torch
 
-from bench.measure import ROOT, Results, ratio, table
+from bench.measure import ROOT, Results, quartiles, ratio, show
+from bench.setting import flags
 from nanomed.distributed import alone_or_start
 from nanomed.evals.items import Item, Layout, load
 from nanomed.evals.requests import requests_of
@@ -99,19 +99,17 @@ class Side:
             if shares and n > 1:
                 env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(n)}
                 env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-            quiet = subprocess.DEVNULL if not shares else None
-            self.workers.append(subprocess.Popen(command, env=env, cwd=ROOT, stderr=quiet, **pipes))
+            how = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env, cwd=ROOT)
+            how["stderr"] = None if shares else subprocess.DEVNULL
+            self.workers.append(subprocess.Popen(command, **how))
 
     def turn(self, task: str, n_items: int, shots: int, batch: int) -> tuple[float, float, list]:
         """(processor's seconds, the clock's, log-probabilities by item)"""
-        parts = [
-            range(n_items) if self.shares else range(i, n_items, self.n) for i in range(self.n)
-        ]
+        step = 1 if self.shares else self.n
+        parts = [range(i % step, n_items, step) for i in range(self.n)]
         for worker, part in zip(self.workers, parts, strict=True):
             asked = {"samples": {task: list(part)}, "shots": shots, "batch": batch}
-            worker.stdin.write(json.dumps(asked) + "\n")
-            worker.stdin.flush()
+            print(json.dumps(asked), file=worker.stdin, flush=True)
         replies = [json.loads(worker.stdout.readline()) for worker in self.workers]
         found = {}
         for part, reply in zip(parts, replies, strict=True):
@@ -119,69 +117,61 @@ class Side:
         cpu, clock = (max(reply[name] for reply in replies) for name in ("cpu", "seconds"))
         return cpu, clock, [found[i]["logprobs"] for i in range(n_items)]
 
+    def close(self) -> None:
+        for worker in self.workers:
+            worker.stdin.close()
+            worker.wait()
+
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work", type=Path, nargs=2, help=argparse.SUPPRESS)
+    if sys.argv[1:2] == ["--work"]:
+        return work(*map(Path, sys.argv[2:4]))
+    parser = flags(__doc__)
     parser.add_argument("--model", type=Path, help="a Hugging Face folder")
     parser.add_argument("--real", type=Path, help="the benchmarks' own files")
     parser.add_argument("--python", help="one that has lm-eval 0.4.13")
-    parser.add_argument("--tasks", nargs="+", default=TASKS)
     parser.add_argument("--items", type=int, default=16, help="of each task")
-    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="that lm-eval tries")
-    parser.add_argument("--results", default="runs/bench.jsonl", help="JSON lines to append to")
     c = parser.parse_args()
-    if c.work:
-        return work(*c.work)
-    results = Results(c.results)
+    rounds, batches = (1, [1]) if c.quick else (3, [1, 8])  # batches: that lm-eval tries
+    results, model = Results(c.results), str(c.model.resolve())
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder)
-        sizes = {task: write_downloaded(task, c.real, data, c.items)[0] for task in c.tasks}
+        sizes = {task: write_downloaded(task, c.real, data, c.items)[0] for task in TASKS}
         os.environ["HF_DATASETS_CACHE"] = f"{folder}/cache"
         for n in c.processes:
-            model = str(c.model.resolve())
             ours = Side([sys.executable, "-m", "bench.evals", "--work", model, folder], n, True)
             worker = str(ROOT / "bench/lm_eval_worker.py")
             theirs = Side([c.python, "-P", worker, model, folder], n, False)
-            for task, n_items in sizes.items():
-                for shots in (0, 3):
-                    beside(results, ours, theirs, (task, n_items, shots), c)
-            for process in ours.workers + theirs.workers:
-                process.stdin.close()
-                process.wait()
+            for asked in ((task, size, shots) for task, size in sizes.items() for shots in (0, 3)):
+                beside(results, ours, theirs, asked, batches, rounds)
+            ours.close()
+            theirs.close()
 
 
-def beside(results: Results, ours: Side, theirs: Side, asked: tuple, c) -> None:
+def beside(
+    results: Results, ours: Side, theirs: Side, asked: tuple, batches: list[int], rounds: int
+) -> None:
     """One row for each side: lm-eval's with the batch size that was best when each was tried."""
     task, n_items, shots = asked
-    tried = {batch: theirs.turn(*asked, batch)[0] for batch in c.batches}
-    best = min(tried, key=tried.get)
+    best = min(batches, key=lambda batch: theirs.turn(*asked, batch)[0])
     mine, again, other = [], [], []
-    for _ in range(c.rounds):
+    for _ in range(rounds):
         mine.append(ours.turn(*asked, 0))
         other.append(theirs.turn(*asked, best))
         again.append(ours.turn(*asked, 0))
     pairs = zip(mine[0][2], other[0][2], strict=True)
     worst = max(abs(a - b) for x, y in pairs for a, b in zip(x, y, strict=True))
     cpu, clock = (ratio(*([turn[i] for turn in s] for s in (other, mine, again))) for i in (0, 1))
-    shapes = {"items": n_items, "shots": shots, "processes": ours.n}
-    lines = []
-    for name, turns, facts in (
-        ("nanomed", mine, {}),
-        (
-            f"lm-eval, batch {best}",
-            other,
-            {"nanomed_is_faster_by": str(cpu), "by_the_clock": str(clock)},
-        ),
-    ):
+    faster = {"nanomed_is_faster_by": str(cpu), "by_the_clock": str(clock)}
+    for name, turns, more in (("nanomed", mine, {}), (f"lm-eval, batch {best}", other, faster)):
         seconds = [turn[0] for turn in turns]
-        rate = n_items / sorted(seconds)[len(seconds) // 2]
-        facts = {"items_per_s": rate, **facts, "largest_difference": f"{worst:.1e}"}
-        named = {"shapes": shapes, "dtype": torch.float32}
-        lines.append(results.add("evals", f"{task}: {name}", seconds, **named, **facts))
-    print(table([line["shapes"] | {"name": line["name"], **line["facts"]} for line in lines]))
+        results.add(
+            "evals", f"{task}: {name}", seconds, dtype=torch.float32,
+            shapes={"items": n_items, "shots": shots, "processes": ours.n},
+            items_per_s=n_items / quartiles(seconds)[1], **more, largest_difference=f"{worst:.1e}",
+        )  # fmt: skip
+    show(results.lines[-2:])
 
 
 if __name__ == "__main__":

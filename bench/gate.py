@@ -7,8 +7,9 @@ In float32, from the same weights, the loss of the same segments and all its gra
 import torch
 
 from nanomed.batches.packing import row_from
-from nanomed.config import DPO
+from nanomed.config import DPO, Run
 from nanomed.text.segment import IGNORE, Segment
+from nanomed.training.losses import segment_logps
 
 
 def gate(b, name: str, theirs, loss: torch.Tensor, ours: torch.Tensor) -> None:
@@ -37,10 +38,11 @@ def segments_of(batch: dict[str, torch.Tensor]) -> list[Segment]:
     """The segments of a collator's batch, padded, or packed with positions that restart."""
     found = []
     for i, (ids, labels) in enumerate(zip(batch["input_ids"], batch["labels"], strict=True)):
-        ends = [int(batch["attention_mask"][i].sum())] if "attention_mask" in batch else []
         if "position_ids" in batch:
             starts = (batch["position_ids"][i] == 0).nonzero()[:, 0].tolist()
             ends = [*starts[1:], len(ids)]
+        else:
+            ends = [int(batch["attention_mask"][i].sum())]
         for begin, end in zip([0, *ends[:-1]], ends, strict=True):
             trained = (labels[begin:end] != IGNORE).numpy()
             found.append(Segment(ids[begin:end].numpy(), trained))
@@ -59,33 +61,28 @@ def plain_gate(b, name: str, model, batch: dict[str, torch.Tensor]) -> None:
     gate(b, name, model, model(**batch, use_cache=False).loss, ours)
 
 
-def trl_gate(b, name: str, trainer, dpo: bool) -> None:
+def trl_gate(b, name: str, trainer, c: Run) -> None:
     batch = next(iter(trainer.get_train_dataloader()))
-    model = trainer.model
-    model.train()
-    if not dpo:
+    trainer.model.train()
+    if isinstance(c, DPO):
+        answers = batch["input_ids"].where(batch["completion_mask"].bool(), IGNORE)
+        segments = segments_of({**batch, "labels": answers})
+        ours, given = _preference_loss(b, segments, c), {}
+    else:
         segments = segments_of(batch)
         ours = next_token_loss(b, segments)
-        n = sum(int(s.trained[1:].sum()) for s in segments)
-        loss = trainer.compute_loss(model, batch, num_items_in_batch=n)
-    else:
-        chosen, rejected = batch["input_ids"].chunk(2)
-        ours = _dpo_loss(b, batch, torch.stack([chosen, rejected], 1))
-        loss = trainer.compute_loss(model, batch)
-    gate(b, name, model, loss, ours)
+        given = {"num_items_in_batch": sum(int(s.trained[1:].sum()) for s in segments)}
+    gate(b, name, trainer.model, trainer.compute_loss(trainer.model, batch, **given), ours)
 
 
-def _dpo_loss(b, batch: dict, ids: torch.Tensor) -> torch.Tensor:
-    """-log sigmoid of beta times what the log-ratios differ by, from the start weights."""
-    masks = torch.stack(batch["attention_mask"].chunk(2), 1)
-    learned = torch.stack(batch["completion_mask"].chunk(2), 1)
-    segments = [
-        (ids[i, side][: masks[i, side].sum()].numpy(),
-         learned[i, side][: masks[i, side].sum()].bool().numpy())
-        for i in range(len(ids)) for side in (0, 1)
-    ]  # fmt: skip
-    nll = b.plain(row := row_from(*zip(*segments, strict=True))).nll
-    logps = torch.stack([-part.sum() for part in nll.split(row.cu_seqlens.diff().tolist())])
-    ratios = (logps - logps.detach()).view(-1, 2)
-    margins = DPO.__dataclass_fields__["beta"].default * (ratios[:, 0] - ratios[:, 1])
-    return -torch.nn.functional.logsigmoid(margins).mean()
+def _preference_loss(b, segments: list[Segment], c: DPO) -> torch.Tensor:
+    """Of all chosen answers, then all rejected ones, as a run starts: the reference is the model
+    itself."""
+    from train_dpo import preference_loss
+
+    n = len(segments) // 2
+    pairs = [s for pair in zip(segments[:n], segments[n:], strict=True) for s in pair]
+    row = row_from(*zip(*pairs, strict=True), examples=[i // 2 for i in range(2 * n)])
+    scores = b.plain(row)
+    reference = segment_logps(scores.nll.detach(), row).view(-1, 2)
+    return preference_loss(reference, torch.empty(0), [], c)(scores, row)[0] / n

@@ -14,28 +14,25 @@ the bytes and operations that bench/counts.py counts, as shares of a copy's and 
 this run.
 """
 
-import argparse
+import itertools
 import math
 import os
 import sys
 import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from bench import ceilings, counts
 from bench.cases import Case, build, documents
-from bench.measure import against_first, quartiles, shown, table
-from bench.setting import Setting, arguments
+from bench.measure import against_first, quartiles, show
+from bench.setting import Setting, arguments, flags
 
 PLAUSIBLE = 0.03  # relative error beyond which even bfloat16 is no excuse
 PASSES = ("forward", "backward", "forward+backward")
-
-
-def interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 # ---------------------------------------------------------------- correct first
@@ -57,12 +54,9 @@ def distance(a: Tensor, truth: Tensor) -> tuple[float, float]:
     """||a - truth|| / ||truth||, and the largest difference over the largest value. Both are
     infinite if anything in `a` is not finite."""
     if not a.isfinite().all():
-        return float("inf"), float("inf")
-    difference = a.to(truth.dtype) - truth
-    return (
-        (difference.norm() / truth.norm()).item(),
-        (difference.abs().max() / truth.abs().max()).item(),
-    )
+        return math.inf, math.inf
+    off = a.to(truth.dtype) - truth
+    return (off.norm() / truth.norm()).item(), (off.abs().max() / truth.abs().max()).item()
 
 
 def gate(s: Setting, case: Case) -> bool:
@@ -80,19 +74,19 @@ def gate(s: Setting, case: Case) -> bool:
         mine = results_of(case.works[name], case.inputs, douts)
         found[name] = [distance(a, b) for a, b in zip(mine, truth, strict=True)]
     least = torch.finfo(s.dtype).eps / 4
+    largest = {name: max(norm for norm, _ in errors) for name, errors in found.items()}
     passed = True
     for ours in case.ours:
         worst = max(
             max(a[0] / max(b[0], least), a[1] / max(b[1], least) / 2)
             for a, b in zip(found[ours], found[theirs], strict=True)
         )
-        if not max(a[0] for a in found[theirs]) < PLAUSIBLE:
+        if not largest[theirs] < PLAUSIBLE:
             worst = math.inf
         s.results.add(
             "parity", f"{case.op}: {ours}", [worst], "times their error",
-            shapes=_shapes(case), dtype=s.dtype, held_against=theirs,
-            our_error=f"{max(a[0] for a in found[ours]):.1e}",
-            their_error=f"{max(a[0] for a in found[theirs]):.1e}",
+            shapes=case.shapes, dtype=s.dtype, held_against=theirs,
+            our_error=f"{largest[ours]:.1e}", their_error=f"{largest[theirs]:.1e}",
             gate="passed" if worst <= 2 else "FAILED",
         )  # fmt: skip
         passed &= worst <= 2
@@ -105,17 +99,13 @@ def _poison(like: list[Tensor], dtype: torch.dtype) -> None:
     del held
 
 
-def _shapes(case: Case) -> dict[str, object]:
-    return {"T": sum(case.lengths), "documents": len(case.lengths)}
-
-
 # ---------------------------------------------------------------- then fast
 
 
 def passes(op: str) -> tuple[str, ...]:
     """What is timed of it. linear_nll has no backward alone, which would run many times over one
     graph: the logits that its forward keeps serve one backward."""
-    return tuple(x for x in PASSES if (op, x) != ("linear_nll", "backward"))
+    return PASSES[::2] if op == "linear_nll" else PASSES
 
 
 def measure(s: Setting, case: Case, rates: dict[str, float]) -> None:
@@ -132,7 +122,7 @@ def measure(s: Setting, case: Case, rates: dict[str, float]) -> None:
                     raise
                 calls.pop(version, None)
                 s.results.add("kernel", f"{case.op} {what}: {version}", [],
-                              shapes=_shapes(case), dtype=s.dtype, note=said(error))  # fmt: skip
+                              shapes=case.shapes, dtype=s.dtype, note=said(error))  # fmt: skip
         add_times(s, case, what, calls, memory, rates)
 
 
@@ -150,19 +140,11 @@ def call(work: Callable, inputs: list[Tensor], what: str) -> Callable[[], object
     with torch.set_grad_enabled(train), _saved_tensors_kept(what == "backward"):
         outs = _tuple(work(*leaves))
     douts = [torch.randn_like(x) for x in outs]
-    kept = outs if what == "backward" else ()
-
-    def forward() -> object:
-        with torch.no_grad():
-            return work(*leaves)
-
-    def forward_and_backward() -> object:
-        return torch.autograd.grad(_tuple(work(*leaves)), leaves, douts)
-
-    def backward() -> object:
-        return torch.autograd.grad(kept, leaves, douts, retain_graph=True)
-
-    return {PASSES[0]: forward, PASSES[1]: backward, PASSES[2]: forward_and_backward}[what]
+    if what == "forward":
+        return torch.no_grad()(lambda: work(*leaves))
+    if what == "backward":
+        return partial(torch.autograd.grad, outs, leaves, douts, retain_graph=True)
+    return lambda: torch.autograd.grad(_tuple(work(*leaves)), leaves, douts)
 
 
 def _saved_tensors_kept(kept: bool) -> AbstractContextManager:
@@ -190,55 +172,49 @@ def peak_gib(s: Setting, run: Callable[[], object]) -> float | None:
 def add_times(s: Setting, case: Case, what: str, calls: dict, memory: dict, rates: dict) -> None:
     """Of one pass, by version: calls, the GiB of each, and what the machine does at most."""
     element = torch.finfo(s.dtype).bits // 8
-    forward, backward = counts.of(case.op, s.model, case.lengths, element)
+    forward, backward = getattr(counts, case.op)(s.config, case.lengths, element)
     count = {"forward": forward, "backward": backward}.get(what, forward + backward)
     first = next(iter(calls))
     samples, faster = against_first(calls, s.rounds, 3, s.device)
+    done, unit, most = count.bytes, "TB/s", rates["copy"]
+    if count.flops:
+        done, unit, most = count.flops, "TFLOP/s", rates["matmul"]
     for version in calls:
-        seconds = quartiles(samples[version])[1]
-        if count.flops:
-            rate, unit, share = count.flops / seconds, "TFLOP/s", rates["matmul"]
-        else:
-            rate, unit, share = count.bytes / seconds, "TB/s", rates["copy"]
+        rate = done / quartiles(samples[version])[1]
         s.results.add(
             "kernel", f"{case.op} {what}: {version}", samples[version],
-            shapes=_shapes(case), dtype=s.dtype,
-            rate=f"{rate / 1e12:.3g} {unit}", of_ceiling=f"{rate / share:.0%}",
+            shapes=case.shapes, dtype=s.dtype,
+            rate=f"{rate / 1e12:.3g} {unit}", of_ceiling=f"{rate / most:.0%}",
             **{f"{first} is faster by": faster[version]}, GiB=memory[version],
         )  # fmt: skip
 
 
-def show(lines: list[dict]) -> None:
-    for kind in dict.fromkeys(line["kind"] for line in lines):
-        print(table([shown(line) for line in lines if line["kind"] == kind]), end="\n\n")
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = flags(__doc__)
     parser.add_argument("--ops", nargs="*", default=counts.OPS, choices=(*counts.OPS, "layer"))
-    parser.add_argument("--documents", nargs="*", default=["chats", "one"],
-                        choices=("chats", "one"), help="of attention's rows")  # fmt: skip
     parser.add_argument("--parity", action="store_true", help="the gate alone")
-    s, given = arguments(__doc__, parser)
-    if interpreted() and not given.parity:
+    s, given = arguments(parser)
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if interpreted and not given.parity:
         parser.error("TRITON_INTERPRET=1 is for --parity: times of the interpreter mean nothing")
     rates = {} if given.parity else {"copy": ceilings.copy(s), "matmul": ceilings.matmul(s)}
-    show(s.results.lines)
+    if rates:
+        show(s.results.lines)
     failed = []
-    for t in given.tokens:
-        for op in given.ops:
-            for kind in given.documents if op == "attention" else ["chats"]:
-                known = len(s.results.lines)
-                try:
-                    case = build(s, op, documents(t, kind), s.on_gpu or interpreted())
-                    if not gate(s, case):
-                        failed.append(f"{op} over {t} tokens, {kind} (wrong)")
-                    elif not given.parity:
-                        measure(s, case, rates)
-                except Exception as error:  # the other ops' times are worth having
-                    traceback.print_exc()
-                    failed.append(f"{op} over {t} tokens, {kind} ({said(error)})")
-                show(s.results.lines[known:])
+    for t, op in itertools.product(given.tokens, given.ops):
+        for kind in ("chats", "one") if op == "attention" else ("chats",):
+            known = len(s.results.lines)
+            try:
+                case = build(s, op, documents(t, kind), s.on_gpu or interpreted)
+                if not gate(s, case):
+                    failed.append(f"{op} over {t} tokens, {kind} (wrong)")
+                elif not given.parity:
+                    measure(s, case, rates)
+            except Exception as error:  # the other ops' times are worth having
+                traceback.print_exc()
+                failed.append(f"{op} over {t} tokens, {kind} ({said(error)})")
+            for _, lines in itertools.groupby(s.results.lines[known:], lambda line: line["kind"]):
+                show([*lines])
     if failed:
         sys.exit("not timed: " + "; ".join(failed))
 

@@ -6,7 +6,7 @@
 DATA has PATH/NAME/SPLIT.jsonl for each data set that a task asks for; nothing else is changed. Each
 line of standard input, {"samples": {TASK: [item, ...]}, "shots": 3, "batch": 1}, is answered by a
 line: the seconds that the requests took by the clock and of the processor, and by task each item's
-context, log-probabilities and verdict, and the accuracy with its standard error.
+log-probabilities and verdict, and the accuracy with its standard error.
 """
 
 import json
@@ -43,11 +43,7 @@ def answer(lm: HFLM, asked: dict) -> dict:
     lm.loglikelihood = scored
     items = {
         task: [
-            {
-                "context": sample["arguments"][0][0],
-                "logprobs": [pair[0] for pair in sample["filtered_resps"]],
-                "acc": sample["acc"],
-            }
+            {"logprobs": [pair[0] for pair in sample["filtered_resps"]], "acc": sample["acc"]}
             for sample in sorted(found["samples"][task], key=lambda sample: sample["doc_id"])
         ]
         for task in samples

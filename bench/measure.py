@@ -10,9 +10,9 @@ code they were taken.
 
 import hashlib
 import json
-import math
 import os
 import platform
+import re
 import statistics
 import subprocess
 import time
@@ -45,47 +45,42 @@ def interleaved(
     for work in works.values():
         for _ in range(warmup):
             work()
-    timed = _cuda_timer(torch.device(device), flush) if "cuda" in str(device) else _cpu_timer
-    stops: dict[str, list[Callable[[], float]]] = {name: [] for name in works}
+    on_gpu, buffer = "cuda" in str(device), torch.empty(0)
+    if on_gpu and flush:
+        l2 = torch.cuda.get_device_properties(device).L2_cache_size
+        buffer = torch.empty(16 * l2, dtype=torch.int8, device=device)
+    taken: dict[str, list[tuple]] = {name: [] for name in works}
     for _ in range(rounds):
         for name, work in works.items():
-            stops[name].append(timed(work))
-    return {name: [seconds() for seconds in column] for name, column in stops.items()}
+            buffer.zero_()
+            start = now(on_gpu)
+            work()
+            taken[name].append((start, now(on_gpu)))
+    # Asked for after the last round: nothing waits in between.
+    return {name: [between(*pair) for pair in pairs] for name, pairs in taken.items()}
 
 
-def _cpu_timer(work: Callable[[], object]) -> Callable[[], float]:
-    started = time.perf_counter()
-    work()
-    seconds = time.perf_counter() - started
-    return lambda: seconds
+def now(on_gpu: bool) -> float | torch.cuda.Event:
+    """This moment, by the clock of the CPU or in the GPU's queue."""
+    if not on_gpu:
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
 
-def _cuda_timer(device: torch.device, flush: bool) -> Callable:
-    l2 = torch.cuda.get_device_properties(device).L2_cache_size
-    buffer = torch.empty(16 * l2 if flush else 0, dtype=torch.int8, device=device)
-
-    def timed(work: Callable[[], object]) -> Callable[[], float]:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        buffer.zero_()
-        start.record()
-        work()
-        end.record()
-
-        def seconds() -> float:  # asked for after the last round: nothing waits in between
-            end.synchronize()
-            return start.elapsed_time(end) / 1000
-
-        return seconds
-
-    return timed
+def between(start, end) -> float:  # seconds
+    if isinstance(start, float):
+        return end - start
+    end.synchronize()
+    return start.elapsed_time(end) / 1000
 
 
 def quartiles(samples: list[float]) -> tuple[float, float, float]:
     """First quartile, median, third quartile; the interquartile range is third minus first."""
     if len(samples) == 1:
-        return samples[0], samples[0], samples[0]
-    first, middle, third = statistics.quantiles(samples, n=4, method="inclusive")
-    return first, middle, third
+        samples = samples * 2
+    return tuple(statistics.quantiles(samples, n=4, method="inclusive"))
 
 
 @dataclass
@@ -107,12 +102,13 @@ class Ratio:
         return f"{self.median:.2f} {spread}" if self.differs else f"no difference {spread}"
 
 
-def ratio(a: list[float], b: list[float], again: list[float]) -> Ratio:
-    """a over b, pair by pair as they were taken in turn. `again` are samples of b's work taken a
-    second time in each round: the noise is the larger distance from 1 of the first and the ninth
-    decile of again over b, which leaves out single hiccups."""
+def ratio(a: list[float], b: list[float], again: list[float], of: list | None = None) -> Ratio:
+    """a over b, pair by pair as they were taken in turn. `again` are samples of b's work, or of
+    that of `of`, taken a second time in each round: the noise is the larger distance from 1 of the
+    first and the ninth decile of what they are to the first ones, which leaves out single
+    hiccups."""
     pairs = [x / y for x, y in zip(a, b, strict=True)]
-    same = [x / y for x, y in zip(again, b, strict=True)]
+    same = [x / y for x, y in zip(again, of or b, strict=True)]
     deciles = statistics.quantiles(same, n=10, method="inclusive") if len(same) > 1 else same
     noise = max(abs(deciles[0] - 1), abs(deciles[-1] - 1))
     return Ratio(statistics.median(pairs), min(pairs), max(pairs), noise)
@@ -142,7 +138,7 @@ def fingerprint(device: torch.device | str = "cpu") -> dict:
         "source": _source_hash(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": _version("triton"),
+        "triton": installed("triton", "__version__"),
         "cpu": _cpu_name(),
         "capability": _capability(),
         "cores": cores,
@@ -180,15 +176,16 @@ def _said(*command: str) -> str:
 
 def _source_hash() -> str:
     """Names the code where there is no git: SHA-256 of the Python files that are measured."""
-    files = [
-        path for part in ("kernels", "nanomed", "bench") for path in ROOT.glob(f"{part}/**/*.py")
-    ]
-    return hashlib.sha256(b"".join(p.read_bytes() for p in sorted(files))).hexdigest()[:12]
+    files = sorted(
+        p for part in ("kernels", "nanomed", "bench") for p in ROOT.glob(f"{part}/**/*.py")
+    )
+    return hashlib.sha256(b"".join(p.read_bytes() for p in files)).hexdigest()[:12]
 
 
-def _version(package: str) -> str | None:
+def installed(module: str, name: str) -> object | None:
+    """An attribute of a package that may be absent."""
     try:
-        return __import__(package).__version__
+        return getattr(__import__(module, fromlist=[name]), name)
     except ImportError:
         return None
 
@@ -203,9 +200,8 @@ def _capability() -> str:
 
 def _cpu_name() -> str:
     path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    found = re.search(r"model name\s*: (.*)", path.read_text() if path.exists() else "")
+    return found[1] if found else platform.machine()
 
 
 class Results:
@@ -259,17 +255,20 @@ def read(paths: Iterable[Path | str]) -> tuple[list[dict], dict[str, dict]]:
 def shown(line: dict) -> dict[str, object]:
     """A measurement as the cells of a table: name, sizes, time (seconds as milliseconds), facts."""
     scale, unit = (1000, "ms") if line["unit"] == "s" else (1, line["unit"])
-    low, middle, high = quartiles([scale * x for x in line["samples"]] or [float("nan")])
-    spread = {
-        f"median {unit}": middle,
-        f"min {unit}": scale * min(line["samples"], default=float("nan")),
-        f"IQR {unit}": high - low,
-    }
-    if len(line["samples"]) == 1:  # a count, or something that is done once
-        spread = {unit: middle}
-    measured = {key: None if math.isnan(x) else x for key, x in spread.items()}
+    samples = [scale * x for x in line["samples"]]
+    times = {}
+    if len(samples) == 1:  # a count, or something that is done once
+        times = {unit: samples[0]}
+    elif samples:
+        low, middle, high = quartiles(samples)
+        times = {f"median {unit}": middle, f"min {unit}": min(samples), f"IQR {unit}": high - low}
     facts = {key.replace("_", " "): value for key, value in line["facts"].items()}
-    return {"name": line["name"], **line["shapes"], "dtype": line["dtype"], **measured, **facts}
+    return {"name": line["name"], **line["shapes"], "dtype": line["dtype"], **times, **facts}
+
+
+def show(lines: list[dict], title: str = "") -> None:
+    """Prints measurements as a table at once: a run that is stopped keeps it."""
+    print(title, table([shown(line) for line in lines]), sep="\n" * bool(title), flush=True)
 
 
 def table(rows: list[dict[str, object]]) -> str:

@@ -30,8 +30,9 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return gate / (1 + (-gate).exp()) * up
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
     """One document after the other. PyTorch's kernels for float32 and float64 keep no scores."""
+    lengths = cu_seqlens.diff().tolist()
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     parts = []
     for document in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True):

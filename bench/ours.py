@@ -4,12 +4,12 @@ The step is nanomed.training.step.train_step with the loader, the sharded model 
 of a run. `Split` marks where its parts begin, without changing it.
 """
 
-import time
-from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 import torch
 
+from bench.measure import between, now
 from nanomed.batches.loader import Loader
 from nanomed.config import DPO, ModelConfig, Run
 from nanomed.distributed import World, shard
@@ -80,18 +80,11 @@ class Ours:
     """One optimizer step at each call; `tokens` has the real tokens of each."""
 
     def __init__(
-        self,
-        world: World,
-        config: ModelConfig,
-        data: Examples,
-        c: Run,
-        dtype: torch.dtype,
-        sharded: bool = True,
-        model: Aquila | None = None,
-        optimizer: torch.optim.Optimizer | None = None,
-    ):
+        self, world: World, config: ModelConfig, data: Examples, c: Run, dtype: torch.dtype,
+        model: Aquila | None = None, optimizer: torch.optim.Optimizer | None = None,
+    ):  # fmt: skip
         self.c, self.dtype, self.k, self.tokens = c, dtype, 0, []
-        self.model = model or model_of(world, config, dtype, c.recompute, sharded)
+        self.model = model or model_of(world, config, dtype, c.recompute)
         self.optimizer = optimizer or adamw(self.model, c.weight_decay)
         # A little more than a row: with none to spare, documents that fill n rows go into n + 1.
         self.loader = Loader(
@@ -102,19 +95,16 @@ class Ours:
         self.meter = Meter(config, world.size)
         self.loss = lambda scores, row: (scores.nll.sum(), {})
         if isinstance(c, DPO):
-            self.loss = self._preference_loss(world)
+            from train_dpo import preference_loss
+
+            logps = answer_logps(self.model, self.loader, world)
+            kinds = torch.zeros(len(data), dtype=torch.int64, device=world.device)
+            self.loss = preference_loss(logps, kinds, [], c)
 
     @property
     def setting(self) -> str:
         words = f"packed rows of up to {self.loader.micro_tokens:,} tokens, {casts(self.dtype)}"
         return words + ", reference computed before" * isinstance(self.c, DPO)
-
-    def _preference_loss(self, world: World) -> Callable:
-        from train_dpo import preference_loss
-
-        logps = answer_logps(self.model, self.loader, world)
-        kinds = torch.zeros(len(self.loader.data), dtype=torch.int64, device=world.device)
-        return preference_loss(logps, kinds, [], self.c)
 
     def __call__(self) -> None:
         done = step.train_step(
@@ -138,12 +128,7 @@ class Split:
         self.cuda = next(ours.model.parameters()).is_cuda
 
     def mark(self, part: str | None) -> None:
-        if self.cuda:
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-        else:
-            event = time.perf_counter()
-        self.marks.append((part, event))
+        self.marks.append((part, now(self.cuda)))
 
     def __enter__(self) -> "Split":
         ours, self.before = self.ours, (self.ours.loss, step.get_total_norm)
@@ -172,12 +157,10 @@ class Split:
 
     def seconds(self) -> dict[str, float]:
         """Of all marked steps together, by part."""
-        if self.cuda:
-            torch.cuda.synchronize()
         total = dict.fromkeys(self.PARTS, 0.0)
-        for (part, start), (_, end) in zip(self.marks, self.marks[1:], strict=False):
+        for (part, start), (_, end) in pairwise(self.marks):
             if part:
-                total[part] += start.elapsed_time(end) / 1000 if self.cuda else end - start
+                total[part] += between(start, end)
         return total
 
 

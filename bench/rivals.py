@@ -1,4 +1,4 @@
-"""What a user could pick instead of each op of kernels/: a function of the same tensors for each.
+"""What a user could pick instead of each op of kernels/: functions that take what the op takes.
 
 Liger-Kernel and flash-attn are imported here alone, and only if they are installed.
 """
@@ -14,6 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.ceilings import PAD
 from bench.counts import every_logit, every_score
+from bench.measure import installed
+from bench.setting import Setting
 from kernels import reference
 from kernels.attention_by_segment import causal_flag
 from kernels.chunk import chunk_tokens
@@ -21,90 +23,68 @@ from kernels.chunk import chunk_tokens
 Works = dict[str, Callable]
 
 
-def installed(module: str, name: str) -> Callable | None:
-    """An attribute of a package that may be absent."""
-    try:
-        return getattr(__import__(module, fromlist=[name]), name)
-    except ImportError:
-        return None
+def compiled(s: Setting, function: Callable) -> Works:
+    return {"torch.compile": torch.compile(function, dynamic=False)} if s.on_gpu else {}
 
 
-def rmsnorm(compile: bool) -> Works:
-    works = {"F.rms_norm": lambda x, w: F.rms_norm(x, (x.shape[-1],), w, 1e-5)}
-    if compile:
-        compiled = torch.compile(reference.rmsnorm, dynamic=False)
-        works["torch.compile"] = lambda x, w: compiled(x, w, 1e-5)
+def rmsnorm(s: Setting, eps: float) -> Works:
+    works = {"F.rms_norm": lambda x, w, eps: F.rms_norm(x, (x.shape[-1],), w, eps)}
+    works |= compiled(s, reference.rmsnorm)
     if liger := installed("liger_kernel.ops.rms_norm", "LigerRMSNormFunction"):
-        works["Liger"] = lambda x, w: liger.apply(x, w, 1e-5)
+        works["Liger"] = liger.apply
     return works
 
 
-def rope(
-    positions: Tensor, theta: float, head_size: int, dtype: torch.dtype, compile: bool
-) -> Works:
-    half = torch.arange(head_size // 2, dtype=torch.float32, device=positions.device)
-    angle = positions[:, None] / theta ** (2 * half / head_size)
+def rope(s: Setting, positions: Tensor, theta: float) -> Works:
+    size = s.config.head_size
+    half = torch.arange(size // 2, dtype=torch.float32, device=positions.device)
+    angle = positions[:, None] / theta ** (2 * half / size)
     angle = torch.cat((angle, angle), -1)[:, None]  # [T,1,E]
-    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    cos, sin = angle.cos().to(s.dtype), angle.sin().to(s.dtype)
 
     def turn(x: Tensor) -> Tensor:
         a, b = x.chunk(2, -1)
         return x * cos + torch.cat((-b, a), -1) * sin
 
-    def rotate_half(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """As transformers does it: tables once for all layers, then everything in q's dtype."""
-        return turn(q), turn(k)
-
-    works = {"rotate_half": rotate_half}
-    if compile:
-        compiled = torch.compile(reference.rope, dynamic=False)
-        works["torch.compile"] = lambda q, k: compiled(q, k, positions, theta)
-    return works
+    # As transformers does it: tables once for all layers, then everything in q's dtype.
+    works = {"rotate_half": lambda q, k, *_: (turn(q), turn(k))}
+    return works | compiled(s, reference.rope)
 
 
-def swiglu(compile: bool) -> Works:
+def swiglu(s: Setting) -> Works:
     works = {"sigmoid by hand": lambda gate, up: gate * torch.sigmoid(gate) * up}
-    if compile:
-        works["torch.compile"] = torch.compile(reference.swiglu, dynamic=False)
+    works |= compiled(s, reference.swiglu)
     if liger := installed("liger_kernel.ops.swiglu", "LigerSiLUMulFunction"):
         works["Liger"] = liger.apply
     return works
 
 
-def attention(cu_seqlens: Tensor, max_seqlen: int, dtype: torch.dtype, on_gpu: bool) -> Works:
+def attention(s: Setting, cu_seqlens: Tensor, max_seqlen: int) -> Works:
     """SDPA knows no documents: it takes part where the row is one. The formula with all scores is
     for short rows."""
     works = {}
-    if on_gpu and dtype in (torch.bfloat16, torch.float16):
-        works |= _varlen_attn(cu_seqlens, max_seqlen)
-    n = len(cu_seqlens) - 1
-    if n == 1 and on_gpu:
-        works["SDPA flash"] = lambda q, k, v: _sdpa(q, k, v, SDPBackend.FLASH_ATTENTION)
-        works["SDPA cuDNN"] = lambda q, k, v: _sdpa(q, k, v, SDPBackend.CUDNN_ATTENTION)
+    if s.on_gpu and s.dtype in (torch.bfloat16, torch.float16):
+        works |= _varlen_attn()
+    if len(cu_seqlens) == 2 and s.on_gpu:
+        works["SDPA flash"] = lambda q, k, v, *_: _sdpa(q, k, v, SDPBackend.FLASH_ATTENTION)
+        works["SDPA cuDNN"] = lambda q, k, v, *_: _sdpa(q, k, v, SDPBackend.CUDNN_ATTENTION)
     if int(cu_seqlens[-1]) <= 4096:
         mask = document_mask(cu_seqlens)
-        works["every score"] = lambda q, k, v: every_score(q, k, v, mask)
+        works["every score"] = lambda q, k, v, *_: every_score(q, k, v, mask)
     if flash := installed("flash_attn", "flash_attn_varlen_func"):
-        borders = dict(cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, causal=True)
-        longest = dict(max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen)
-        works["flash-attn"] = lambda q, k, v: flash(q, k, v, **borders, **longest)
+        works["flash-attn"] = lambda q, k, v, cu, n: flash(q, k, v, cu, cu, n, n, causal=True)
     return works
 
 
-def _varlen_attn(cu_seqlens: Tensor, max_seqlen: int) -> Works:
+def _varlen_attn() -> Works:
     """With grouped keys and values as they are. The definition repeats them, which some torch that
     nanomed runs on needs; there the two are the same, and this one is left out."""
     varlen = installed("torch.nn.attention.varlen", "varlen_attn")
     flags = inspect.signature(varlen).parameters if varlen else {}
     if "enable_gqa" not in flags:
         return {}
-    causal = causal_flag(flags)
-    borders, longest = (cu_seqlens, cu_seqlens), (max_seqlen, max_seqlen)
-    return {
-        "varlen_attn": lambda q, k, v: varlen(
-            q, k, v, *borders, *longest, enable_gqa=True, **causal
-        )
-    }
+    how = {"enable_gqa": True, **causal_flag(flags)}
+    return {"varlen_attn": lambda q, k, v, cu, n: varlen(q, k, v, cu, cu, n, n, **how)}
 
 
 def document_mask(cu_seqlens: Tensor) -> Tensor:  # [T,T] bool: who sees whom
@@ -121,16 +101,14 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, backend: SDPBackend) -> Tensor:
     return out[0].transpose(0, 1)
 
 
-def linear_nll(labels: Tensor, compile: bool) -> Works:
-    works = {"every logit": lambda h, w: every_logit(h, w, labels)}
-    if compile:
-        compiled = torch.compile(every_logit, dynamic=False)
-        works["torch.compile of every logit"] = lambda h, w: compiled(h, w, labels)
+def linear_nll(s: Setting, labels: Tensor) -> Works:
+    works = {"every logit": every_logit}
+    works |= {f"{name} of every logit": f for name, f in compiled(s, every_logit).items()}
     path = "liger_kernel.ops.fused_linear_cross_entropy"
     if liger := installed(path, "LigerFusedLinearCrossEntropyFunction"):
         # The mean over tokens, not one value each; weight gradients summed in the weight's dtype.
-        works["Liger (mean)"] = lambda h, w: liger.apply(h, w, labels)[0]
-    works["its matmuls alone"] = HeadMatmuls.apply
+        works["Liger (mean)"] = lambda h, w, labels: liger.apply(h, w, labels)[0]
+    works["its matmuls alone"] = lambda h, w, labels: HeadMatmuls.apply(h, w)
     return works
 
 

@@ -24,6 +24,7 @@ from nanomed.config import MODELS, SFT, ModelConfig
 from nanomed.distributed import World, from_all, pick_device, start
 from nanomed.run import checkpoint, saves
 
+FOLDER = Path("runs/bench-saves")
 SHAPES = {
     "tiny": MODELS["tiny"],
     "1GB": ModelConfig(32_000, 16, 1024, 16, 16, 2816, 4096, 1e6, 1e-5, True),  # float32 weights
@@ -56,25 +57,26 @@ class Bench:
         given = folder, self.step.model, self.step.optimizer
         self.timed(STEP, self.step)
         self.timed(BLOCKING, saves.save, *given, {"step": 2 * self.step.k})
+        alone = self.found[STEP][-1]
 
         begun, at = time.perf_counter(), {"step": 2 * self.step.k + 1}
         write = self.timed(WAITS, saves.begin, *given, at, self.host)
+        lost = self.found[WAITS][-1]
 
         def stamped() -> Path:
             saved = write()
             self.found[COMPLETE].append(time.perf_counter() - begun)
             return saved
 
-        writer, during = saves.Writer(self.step.k, stamped, self.world.device), []
+        writer = saves.Writer(self.step.k, stamped, self.world.device)
         writer.start()
         while any(from_all(writer.is_alive())):  # all ranks make the same steps
             started = time.perf_counter()
             self.step()
-            during.append(time.perf_counter() - started)
+            lost += time.perf_counter() - started - alone
         writer.join()
         assert isinstance(writer.outcome, Path), writer.outcome
-        lost = sum(seconds - self.found[STEP][-1] for seconds in during)
-        self.found[LOSES].append(self.found[WAITS][-1] + lost)
+        self.found[LOSES].append(lost)
         self.timed(RESUME, checkpoint.load, writer.outcome, *given[1:])
         if self.world.is_main:
             checkpoint.keep(folder, 1)
@@ -84,36 +86,33 @@ class Bench:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("models", nargs="*", default=list(SHAPES), metavar="MODEL")
-    parser.add_argument("--folder", type=Path, default=Path("runs/bench-saves"))
     parser.add_argument("--tokens", type=int, default=1024, help="of a step, on each rank")
     parser.add_argument("--times", type=int, default=5, help="rounds; the first is not counted")
     given = parser.parse_args()
-    device = pick_device("auto")
-    with start(device) as world:
+    with start(pick_device("auto")) as world:
         for shape in given.models:
             bench = Bench(shape, given.tokens, world)
             for _ in range(given.times + 1):
-                saved = bench.round(given.folder)
+                saved = bench.round(FOLDER)
             if world.is_main:
                 report(shape, given.tokens, bench, saved)
-                shutil.rmtree(given.folder)
+                shutil.rmtree(FOLDER)
 
 
 def report(shape: str, tokens: int, bench: Bench, saved: Path) -> None:
     """Medians of all rounds but the first, in which host memory was allocated."""
-    machine = fingerprint(bench.world.device)
+    machine, found = fingerprint(bench.world.device), bench.found
     size = sum(path.stat().st_size for path in saved.iterdir()) / 1e9
     print(
         f"{shape}: {bench.config.n_params():,} parameters, {tokens} tokens a step and rank, "
         f"{bench.world.size} x {bench.world.device}, {machine['threads']} threads each, torch "
         f"{machine['torch']}, load {machine['load']} on {machine['cores']} cores; a checkpoint has "
-        f"{size:.2f} GB; the first background save made training wait "
-        f"{bench.found[WAITS][0]:.3f} s"
+        f"{size:.2f} GB; the first background save made training wait {found[WAITS][0]:.3f} s"
     )
-    step = quartiles(bench.found[STEP][1:])[1]
+    step = quartiles(found[STEP][1:])[1]
     rows = []
     for name in (STEP, BLOCKING, WAITS, LOSES, COMPLETE, RESUME):
-        first, middle, third = quartiles(bench.found[name][1:])
+        first, middle, third = quartiles(found[name][1:])
         rows.append({"": name, "median s": middle, "IQR s": third - first, "steps": middle / step})
     print(table(rows) + "\n")
 

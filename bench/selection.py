@@ -68,7 +68,7 @@ def main() -> None:
     )  # fmt: skip
     print(f"{len(chats)} chats, {len(prompts)} prompts of {sum(map(len, prompts)):,} tokens, "
           f"{torch.get_num_threads()} threads; scores differ by at most {worst:.1e}")  # fmt: skip
-    samples, faster = against_first(sides, c.turns, 0, torch.device("cpu"), flush=False)
+    samples, faster = against_first(sides, c.turns, 0)
     for name, seconds in samples.items():
         print(f"{name}: median {len(chats) / quartiles(seconds)[1]:.2f} chats/s")
         if faster.get(name):

@@ -6,7 +6,7 @@ import sys
 import tempfile
 import time
 
-from bench.measure import ROOT, shown, table
+from bench.measure import ROOT, show
 from nanomed import arguments, store
 from nanomed.config import SFT
 from nanomed.stages import stage
@@ -23,30 +23,27 @@ def measure(b) -> None:
     """A demonstration run each time, ended after its first step."""
     c = arguments.parse(SFT, [])  # tokenised here, as the script does, so that no timed run has to
     store.chats([*c.data, *c.val_data], stage.model_and_encoder(c)[1], c.seq_len, c.allow_drop)
-    times, lines = 1 if b.given.quick else 3, []
     with tempfile.TemporaryDirectory() as folder:
         for name, command in WORKS.items():
-            runs = [first_step(command, f"{folder}/{name}-{k}") for k in range(times)]
-            lines.append(b.results.add("step", f"start: {name}", runs))
-    print("\nFrom the command to the end of the first step, data cached, a fresh tiny model:")
-    print(table([shown(line) for line in lines]), flush=True)
+            times = range(1 if b.given.quick else 3)
+            seconds = [first_step(command, f"{folder}/{name}-{k}") for k in times]
+            b.results.add("step", f"start: {name}", seconds)
+    title = "\nFrom the command to the end of the first step, data cached, a fresh tiny model:"
+    show(b.results.lines[-len(WORKS) :], title)
 
 
 def first_step(command: list[str], out: str) -> float:
     """Seconds until step 1 is on the screen."""
-    started, lines = time.perf_counter(), []
-    process = subprocess.Popen(
+    started, seen = time.perf_counter(), ""
+    with subprocess.Popen(
         [sys.executable, *command, "--steps", "1", "--log_every", "1", "--out", out],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
-    )  # fmt: skip
-    for line in process.stdout:
-        lines.append(line)
-        if line.startswith("step 1/"):
-            break
-    seconds = time.perf_counter() - started
-    process.terminate()
-    process.wait()
-    if not lines or not lines[-1].startswith("step 1/"):
-        raise SystemExit(f"no first step was seen of {' '.join(command)}: {''.join(lines)}")
-    return seconds
+    ) as process:  # fmt: skip
+        for line in process.stdout:
+            seen += line
+            if line.startswith("step 1/"):
+                seconds = time.perf_counter() - started
+                process.terminate()
+                return seconds
+    raise SystemExit(f"no first step was seen of {' '.join(command)}: {seen}")

@@ -20,12 +20,13 @@ import torch
 
 from bench import startup, step_scaling
 from bench.gate import plain_gate, trl_gate
-from bench.measure import ROOT, Results, interleaved, ratio, shown, table
+from bench.measure import ROOT, Results, interleaved, ratio, show
 from bench.ours import Examples, Ours, model_of, settings
-from nanomed import hf, store
+from bench.setting import Setting, flags
+from nanomed import store
 from nanomed.config import CPT, DPO, SFT, ModelConfig, Run
 from nanomed.distributed import World, pick_device, start
-from nanomed.model.decoder import Aquila
+from nanomed.hf.tokenizer import write_tokenizer
 from nanomed.stages.stage import bf16_takes
 from nanomed.text import template, tokenizer
 
@@ -44,44 +45,42 @@ class Bench:
     """What the comparisons share. `tokens` is about what a step has, and a packed row of TRL."""
 
     def __init__(self, given: argparse.Namespace, world: World, folder: Path):
-        self.given, self.world, self.folder = given, world, folder
+        self.given, self.world, self.device, self.folder = given, world, world.device, folder
         self.config = QUICK if given.quick else MID
         self.tokens = 512 if given.quick else 2048
-        self.rounds, self.warmup = given.rounds or (3 if given.quick else 7), 1
+        self.rounds = given.rounds or (3 if given.quick else 7)
         names = given.dtypes or ["fp32", "bf16"][: 1 + (bf16_takes() < 1)]
         known = {"fp32": ("", torch.float32), "bf16": (", bf16", torch.bfloat16)}
         self.dtypes = dict(known[name] for name in names)
         self.results = Results(given.results, world.device)
-        self.encoder = template.Encoder(
-            template.CHATML, tokenizer.load(ROOT / "samples/tokenizer.model")
-        )
+        model = tokenizer.load(ROOT / "samples/tokenizer.model")
+        self.encoder = template.Encoder(template.CHATML, model)
         self.plain = model_of(world, self.config, torch.float32, "none", sharded=False)
 
     @cached_property
     def tokenizer(self):
         from transformers import AutoTokenizer
 
-        small = ModelConfig(VOCABULARY, 1, 64, 1, 1, 64, 64, 1e6, 1e-5, True)
-        hf.export(Aquila(small), self.encoder.tokenizer, self.folder / "tokenizer")
-        return AutoTokenizer.from_pretrained(self.folder / "tokenizer")
+        folder = self.folder / "tokenizer"
+        folder.mkdir()
+        write_tokenizer(folder, self.encoder.tokenizer, template.CHATML, 1 << 20, is_qwen2=False)
+        return AutoTokenizer.from_pretrained(folder)
 
 
 def chats(b: Bench) -> Examples:
-    files = b.given.data or shared("medical_sft_sharegpt.jsonl") or ["samples/sft.jsonl"]
-    found = store.chats(files, b.encoder, b.tokens, allow_drop=1.0)
-    return _first(found, 400, b.tokens)
+    files = real("medical_sft_sharegpt.jsonl") or ["samples/sft.jsonl"]
+    return _first(store.chats(files, b.encoder, b.tokens, allow_drop=1.0), 400, b.tokens)
 
 
 def pairs(b: Bench) -> Examples:
-    files = shared("preference_sharegpt.jsonl") or ["samples/dpo.jsonl"]
+    files = real("preference_sharegpt.jsonl") or ["samples/dpo.jsonl"]
     found = store.pairs(files, b.encoder, b.tokens // 2, allow_drop=1.0)
     return _first(found, 8 if b.given.quick else 40, b.tokens)  # TRL scores them all before
 
 
 def documents(b: Bench) -> Examples:
     """Plain text: the chats' tokens without their template's structure, every token trained on."""
-    found = chats(b)
-    return Examples([[(s.ids, s.ids == s.ids) for s in found[i]] for i in range(len(found))])
+    return Examples([[(s.ids, s.ids == s.ids)] for [s] in chats(b)])
 
 
 def _first(found: store.Store, n: int, longest: int) -> Examples:
@@ -89,8 +88,8 @@ def _first(found: store.Store, n: int, longest: int) -> Examples:
     return Examples([found[i] for i in fits[:n]])
 
 
-def shared(name: str) -> list[str]:
-    """The real data beside the checkout, if they are there."""
+def real(name: str) -> list[str]:
+    """Data beside the checkout, if they are there."""
     path = ROOT.parent / "shared/data" / name
     return [str(path)] if path.exists() else []
 
@@ -100,29 +99,25 @@ def shared(name: str) -> list[str]:
 
 def compare(b: Bench, stage: str, sides: dict[str, Callable]) -> None:
     """Times the sides in turns. The first is nanomed, the second nanomed again: what is noise."""
-    first, again = list(sides)[:2]
-    seconds = interleaved(sides, b.rounds, b.warmup)
+    seconds = interleaved(sides, b.rounds, warmup=1)
     tokens = {name: side.tokens[-b.rounds :] for name, side in sides.items()}
-    per_token = {
-        name: [s / t for s, t in zip(seconds[name], tokens[name], strict=True)] for name in sides
-    }
+    first, again, *others = (
+        [s / t for s, t in zip(seconds[name], tokens[name], strict=True)] for name in sides
+    )
+    faster = ["", "", *(str(ratio(other, first, again)) for other in others)]
     lines = []
-    for name, side in sides.items():
+    for (name, side), times in zip(sides.items(), faster, strict=True):
         facts = {
             "real_tokens_per_s": round(sum(tokens[name]) / sum(seconds[name])),
             "tokens_a_step": round(sum(tokens[name]) / b.rounds),
-        }
-        if name not in (first, again):
-            facts[FASTER] = str(ratio(per_token[name], per_token[first], per_token[again]))
-        lines.append(
-            b.results.add(
-                "step", f"{stage}: {name}", seconds[name], dtype=side.dtype, convention=CONVENTION,
-                shapes={"parameters": b.config.n_params()}, **facts, setting=side.setting,
-            )
+        } | ({FASTER: times} if times else {})
+        line = b.results.add(
+            "step", f"{stage}: {name}", seconds[name], dtype=side.dtype, convention=CONVENTION,
+            shapes={"parameters": b.config.n_params()}, **facts, setting=side.setting,
         )  # fmt: skip
-    print(table([shown(line) for line in lines]), flush=True)
-    for side in sides.values():
+        lines.append(line)
         getattr(side, "close", lambda: None)()
+    show(lines)
 
 
 def nanomed(b: Bench, data: Examples, c: Run) -> dict[str, Ours]:
@@ -133,26 +128,25 @@ def nanomed(b: Bench, data: Examples, c: Run) -> dict[str, Ours]:
 
 
 def trl_sides(
-    b: Bench, build: Callable, data: Examples, c: Run, settings: dict[str, dict], dpo: bool
+    b: Bench, data: Examples, c: Run, tried: dict[str, dict]
 ) -> Iterator[tuple[str, Callable]]:
-    """A trainer for each setting and dtype, past the gate."""
+    """A trainer for each setting and dtype, past the gate; --quick tries the first and last."""
     import trl
 
-    from bench.theirs import Stepped, qwen2
-
-    tok = b.tokenizer
+    from bench import theirs
 
     def trainer(**given):
-        model = qwen2(b.config, b.plain, b.world.device)
-        return build(model, data, c, tok, b.folder, b.world.device.type, **given)
+        model = theirs.qwen2(b.config, b.plain, b.device)
+        return theirs.trl_trainer(model, data, c, b.tokenizer, b.folder, b.device.type, **given)
 
-    for name, given in settings.items():
+    names = list(tried)
+    for name in names[:: len(names) - 1] if b.given.quick else names:
         # In float32: in bf16 the reference of DPO is rounded otherwise than the policy.
-        trl_gate(b, f"TRL {name}", trainer(**given, bf16=False), dpo)
+        trl_gate(b, f"TRL {name}", trainer(**tried[name], bf16=False), c)
         for suffix, dtype in b.dtypes.items():
-            asked = given | {"bf16": dtype == torch.bfloat16}
+            asked = tried[name] | {"bf16": dtype == torch.bfloat16}
             words = ", ".join(f"{key}={value}" for key, value in asked.items())
-            side = Stepped(trainer(**asked), dtype, f"TRL {trl.__version__}: {words}")
+            side = theirs.Stepped(trainer(**asked), dtype, f"TRL {trl.__version__}: {words}")
             yield f"TRL {name}{suffix}", side
 
 
@@ -163,73 +157,61 @@ def loops(
     from bench.theirs import Plain, qwen2
 
     for suffix, dtype in b.dtypes.items():
-        model = qwen2(b.config, b.plain, b.world.device)
+        model = qwen2(b.config, b.plain, b.device)
         loop = Plain(model, data, c, dtype, order, block)
         plain_gate(b, name, model, loop.batch(0))
         yield f"{name}{suffix}", loop
 
 
-def sft(b: Bench) -> None:
-    from bench.theirs import trl_sft
+OFF = dict(gradient_checkpointing=False)
 
-    data = chats(b)
-    c = settings(SFT, 4 if b.given.quick else 8, 2 * b.tokens)
+
+def packing(b: Bench) -> dict[str, dict]:
     row = dict(packing=True, max_length=b.tokens, per_device_train_batch_size=1)
-    off = dict(gradient_checkpointing=False)
+    return {"packing": row, "packing, no checkpointing": row | OFF}
+
+
+def sft(b: Bench) -> None:
+    data, c = chats(b), settings(SFT, 4 if b.given.quick else 8, 2 * b.tokens)
     trl = {
         "as shipped": {},
-        "no checkpointing": off,
-        "no checkpointing, by length": off | dict(train_sampling_strategy="group_by_length"),
-        "packing": row,
-        "packing, no checkpointing": row | off,
+        "no checkpointing": OFF,
+        "no checkpointing, by length": OFF | dict(train_sampling_strategy="group_by_length"),
+        **packing(b),
     }
-    if b.given.quick:
-        trl = {name: trl[name] for name in ("as shipped", "packing, no checkpointing")}
     print(f"\nSFT, {c.batch_size} chats a step; the gate:")
     sides = nanomed(b, data, c)
     sides |= loops(b, "transformers loop", data, c, sides["nanomed"].loader.examples)
-    sides |= trl_sides(b, trl_sft, data, c, trl, dpo=False)
-    compare(b, "SFT", sides)
+    compare(b, "SFT", sides | dict(trl_sides(b, data, c, trl)))
 
 
 def dpo(b: Bench) -> None:
-    from bench.theirs import trl_dpo
-
     data, c = pairs(b), settings(DPO, 2, 4 * b.tokens)
-    off = dict(gradient_checkpointing=False)
     trl = {
         "as shipped": {},
-        "no checkpointing": off,
-        "no checkpointing, reference before": off | dict(precompute_ref_log_probs=True),
+        "no checkpointing": OFF,
+        "no checkpointing, reference before": OFF | dict(precompute_ref_log_probs=True),
     }
-    if b.given.quick:
-        del trl["no checkpointing"]
     print(f"\nDPO, {c.batch_size} pairs a step, nanomed's reference computed before; the gate:")
-    more = dict(trl_sides(b, trl_dpo, data, c, trl, dpo=True))
+    more = dict(trl_sides(b, data, c, trl))
     compare(b, "DPO", nanomed(b, data, c) | more)
 
 
 def cpt(b: Bench) -> None:
-    from bench.theirs import trl_sft
-
     data = documents(b)
     n = max(1, round(b.tokens / data.lengths.mean()))
     c = settings(CPT, n, 2 * b.tokens)
-    row = dict(packing=True, max_length=b.tokens, per_device_train_batch_size=1)
-    trl = {"packing, no checkpointing": row | dict(gradient_checkpointing=False)}
-    if not b.given.quick:
-        trl = {"packing": row, **trl}
     print(f"\nCPT, {n} documents a step; the gate:")
     sides = nanomed(b, data, c)
     order = sides["nanomed"].loader.examples
-    sides |= trl_sides(b, trl_sft, data, c, trl, dpo=False)
+    sides |= trl_sides(b, data, c, packing(b))
     sides |= loops(b, "transformers loop, full rows", data, c, order, block=b.tokens // 4)
     compare(b, "CPT", sides)
 
 
 def fsdp(b: Bench) -> None:
-    how = torch.float32, b.rounds, b.warmup
-    step_scaling.fsdp(b.world, b.config, b.results, b.tokens // 8, b.tokens, *how)
+    s = Setting(b.device, b.config, torch.float32, b.rounds, b.results, b.world)
+    step_scaling.fsdp(s, b.tokens // 8, b.tokens)
 
 
 PARTS = {
@@ -239,14 +221,11 @@ PARTS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="2 million parameters, few rounds")
+    parser = flags(__doc__)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="some tables")
     more = "of the rivals; default: fp32, and bf16 where this CPU is faster in it"
     parser.add_argument("--dtypes", nargs="+", choices=("fp32", "bf16"), help=more)
-    parser.add_argument("--data", nargs="+", help="chats; default: real ones beside the checkout")
     parser.add_argument("--rounds", type=int, default=0, help="samples of each; default: by table")
-    parser.add_argument("--results", default="runs/bench-step.jsonl", help="JSON lines")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, start(pick_device("cpu")) as world:
         b = Bench(given, world, Path(folder))

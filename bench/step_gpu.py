@@ -11,7 +11,6 @@ how the step grows, and what FSDP2 costs, is measured with AquilaMed cut to four
 Nothing but nanomed's core packages is needed.
 """
 
-import argparse
 import dataclasses
 import gc
 
@@ -19,16 +18,16 @@ import torch
 
 import kernels
 from bench.cases import documents
-from bench.measure import Results, shown, table
+from bench.measure import show
 from bench.ours import Examples, Ours, Split, model_of, settings
-from bench.setting import TINY
+from bench.setting import Setting, arguments, flags
 from bench.step_scaling import ROWS, fsdp, growth
 from kernels.chunk import even
-from nanomed.config import CPT, DPO, MODELS, SFT, ModelConfig, Run
-from nanomed.distributed import World, pick_device, start
-from nanomed.model.recompute import by_layer, set_recompute
-from nanomed.run.log import PEAK_FLOPS, flops_of
-from nanomed.stages import memory
+from nanomed.config import CPT, DPO, SFT, ModelConfig, Run
+from nanomed.distributed import start
+from nanomed.model.recompute import set_recompute
+from nanomed.run.log import PEAK_FLOPS
+from nanomed.stages import link, memory
 from nanomed.training.alone import split_weights
 from nanomed.training.optim import adamw
 
@@ -44,103 +43,80 @@ PARTS = ("cpt", "sft", "dpo", "scaling", "fsdp")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="few rounds")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser = flags(__doc__)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="some tables")
-    parser.add_argument("--tokens", type=int, nargs="+", help="of a packed row")
     parser.add_argument("--kernels", default="auto", choices=kernels.CHOICES)
     parser.add_argument("--optimizer", default="fsdp", choices=("fsdp", "split", "split_bf16"))
-    parser.add_argument("--results", default="runs/bench-step.jsonl", help="JSON lines")
-    given = parser.parse_args()
-    device = pick_device(given.device)
+    s, given = arguments(parser, gpu=[8192, 4096, 16_384, 32_768], cpu=[128])
+    s.dtype, s.rounds = torch.bfloat16, 2 if given.quick else 5
     kernels.use(given.kernels)
-    on_gpu = device.type == "cuda"
-    config = MODELS["aquilamed-7b"] if on_gpu else TINY
-    sizes = given.tokens or ([8192, 4096, 16_384, 32_768] if on_gpu else [128])
-    with start(device) as world:
-        results = Results(given.results, device)
-        version = kernels.in_force(device)
-        print(f"{config.n_params():,} parameters on {device}, masters in float32, ops: {version}")
+    with start(s.device) as s.world:
+        version = kernels.in_force(s.device)
+        print(f"{s.config.n_params():,} parameters on {s.device}, float32 masters, ops: {version}")
         if set(given.only) - {"scaling", "fsdp"}:
-            steps(given, world, config, sizes, results)
-        rounds = 2 if given.quick else 5
+            steps(s, given)
+        s.config = dataclasses.replace(s.config, n_layers=min(4, s.config.n_layers))
+        emptied(s)
         if "scaling" in given.only:
-            emptied(world)
-            document, shorter, rows = (4096, (256, 1024), ROWS) if on_gpu else (32, (8,), (64, 256))
-            how = dict(dtype=torch.bfloat16, rounds=rounds)
-            lines = growth(world, cut(config), results, document, rows, shorter, **how)
-            print(table([shown(line) for line in lines]), flush=True)
+            growth(s, *((4096, ROWS, (256, 1024)) if s.on_gpu else (32, (64, 256), (8,))))
+            emptied(s)
         if "fsdp" in given.only:
-            emptied(world)
-            row, document = (8192, 4096) if on_gpu else (128, 32)
-            fsdp(world, cut(config), results, document, row, torch.bfloat16, 2 * rounds, 1)
+            s.rounds *= 2
+            fsdp(s, *((4096, 8192) if s.on_gpu else (32, 128)))
 
 
-def emptied(world: World) -> None:
+def emptied(s: Setting) -> None:
     """Frees the parameters and moments of the part before, which refer to one another."""
     gc.collect()
-    if world.device.type == "cuda":
+    if s.on_gpu:
         torch.cuda.empty_cache()
 
 
-def cut(config: ModelConfig) -> ModelConfig:
-    return dataclasses.replace(config, n_layers=min(4, config.n_layers))
-
-
-def steps(given, world: World, config: ModelConfig, sizes: list[int], results: Results) -> None:
+def steps(s: Setting, given) -> None:
     """One model and one optimizer for all, so that the weights are initialised once."""
     model = optimizer = ours = None
+    sizes, longest = given.tokens, s.config.max_seq_len
     shorter = [("cpt", CPT, sizes[:1], length) for length in (1024, 256)]  # documents, same row
     for stage, cls, rows, document in (
-        ("cpt", CPT, sizes, config.max_seq_len),
+        ("cpt", CPT, sizes, longest),
         *shorter,
         ("sft", SFT, sizes, 2048),
         ("dpo", DPO, sizes, 2048),
     ):
         if stage not in given.only:
             continue
-        for c in policies(cls, config, world, rows, given.optimizer):
+        for c in policies(s, cls, rows, given.optimizer):
             c = dataclasses.replace(c, kernels=given.kernels)
             if model is None:
-                model = model_of(world, config, torch.bfloat16, "none", given.optimizer == "fsdp")
+                model = model_of(s.world, s.config, s.dtype, "none", given.optimizer == "fsdp")
                 if given.optimizer != "fsdp":
                     bf16 = given.optimizer == "split_bf16"
                     split_weights(model, torch.bfloat16 if bf16 else torch.float32)
                 optimizer = adamw(model, 0.1)
             set_recompute(model, c.recompute)
-            data = examples(stage, c.micro_tokens, config, document)
+            data = examples(stage, c.micro_tokens, s.config, document)
             try:
-                batch = dataclasses.replace(c, batch_size=len(data))
-                ours = Ours(world, config, data, batch, torch.bfloat16, True, model, optimizer)
-                line = measure(stage, ours, config, world, results, 2 if given.quick else 3)
-                print(table([shown(line)]), flush=True)  # a run that is stopped keeps it
+                c = dataclasses.replace(c, batch_size=len(data))
+                ours = Ours(s.world, s.config, data, c, s.dtype, model, optimizer)
+                show([measure(s, stage, ours, 2 if given.quick else 3)])
                 continue
             except torch.cuda.OutOfMemoryError as error:
                 print(f"{stage}, rows of {c.micro_tokens:,}, recompute {c.recompute}: {error}")
             # FSDP2 does not finish the steps that follow one broken in backward: all anew.
             model = optimizer = ours = None
-            emptied(world)
+            emptied(s)
 
 
-def policies(
-    cls: type[Run], config: ModelConfig, world: World, sizes: list[int], optimizer: str
-) -> list[Run]:
-    """For each size of a row the cheapest recompute policy that memory.py says fits: as few layers
-    in full as must be."""
+def policies(s: Setting, cls: type[Run], sizes: list[int], optimizer: str) -> list[Run]:
+    """For each size of a row the cheapest recompute policy that memory.py says fits."""
     limit = float("inf")
-    if world.device.type == "cuda":
-        limit = torch.cuda.get_device_properties(world.device).total_memory / GIB
+    if s.on_gpu:
+        limit = torch.cuda.get_device_properties(s.device).total_memory / GIB
     found = []
     for size in sizes:
-        for recompute in (
-            "none",
-            "lean",
-            *(f"full:{n}" for n in range(1, config.n_layers)),
-            "full",
-        ):
+        for recompute in link.policies(s.config):
             c = dataclasses.replace(settings(cls, 1, size, recompute), optimizer=optimizer)
-            total = sum(memory.memory(config, c, 1).values())
+            total = sum(memory.memory(s.config, c, 1).values())
             if total <= limit:
                 found.append(c)
                 break
@@ -162,15 +138,12 @@ def examples(stage: str, row: int, config: ModelConfig, longest: int) -> Example
     return Examples.of_lengths(lengths, config.vocab_size, segments)
 
 
-def measure(
-    stage: str, ours: Ours, config: ModelConfig, world: World, results: Results, rounds: int
-) -> dict:
+def measure(s: Setting, stage: str, ours: Ours, rounds: int) -> dict:
     """Some steps in their parts, after one that does not count."""
-    on_gpu, c = world.device.type == "cuda", ours.c
     packed = ours.loader.step(0)
     longest = max(len(row.tokens) for row in packed)
     ours()
-    if on_gpu:
+    if s.on_gpu:
         torch.cuda.reset_peak_memory_stats()
     seconds = []
     with Split(ours) as split:
@@ -179,36 +152,32 @@ def measure(
             seconds.append(sum(split.seconds().values()) - sum(seconds))
     parts = {f"{name}_ms": round(1000 * s / rounds, 1) for name, s in split.seconds().items()}
     lengths = [n for row in packed for n in row.cu_seqlens.diff().tolist()]
-    c = dataclasses.replace(c, micro_tokens=longest, seq_len=2)
-    counted, executed = flops(config, lengths, c)
-    name = torch.cuda.get_device_name() if on_gpu else "a CPU, no data sheet"
+    c = dataclasses.replace(ours.c, micro_tokens=longest, seq_len=2)
+    counted, executed = flops(s.config, lengths, c)
+    name = torch.cuda.get_device_name() if s.on_gpu else "a CPU, no data sheet"
     peak = next((p for gpu, p in PEAK_FLOPS.items() if gpu in name), None)
     rate = rounds / sum(seconds)
-    predicted = memory.memory(config, c, world.size)
-    return results.add(
-        "step", f"AquilaMed {stage.upper()}" if on_gpu else f"tiny {stage.upper()}", seconds,
-        dtype=torch.bfloat16,
+    predicted = memory.memory(s.config, c, s.world.size)
+    return s.results.add(
+        "step", f"{'AquilaMed' if s.on_gpu else 'tiny'} {stage.upper()}", seconds, dtype=s.dtype,
         convention=CONVENTION.format(peak=peak / 1e12, name=name) if peak else "",
         shapes={"row": longest, "rows": len(packed), "documents": len(lengths)},
-        ops=kernels.in_force(world.device), recompute=c.recompute, optimizer=c.optimizer,
+        ops=kernels.in_force(s.device), recompute=c.recompute, optimizer=c.optimizer,
         real_tokens_per_s=round(sum(lengths) * rate), **parts,
         MFU=f"{counted * rate / peak:.1%}" if peak else None,
         HFU=f"{executed * rate / peak:.1%}" if peak else None,
-        peak_GiB=round(torch.cuda.max_memory_allocated() / GIB, 2) if on_gpu else None,
+        peak_GiB=round(torch.cuda.max_memory_allocated() / GIB, 2) if s.on_gpu else None,
         predicted_GiB=round(sum(predicted.values()) - memory.RESERVE, 2),
     )  # fmt: skip
 
 
 def flops(config: ModelConfig, lengths: list[int], c: Run) -> tuple[float, float]:
     """(counted, executed) of one step over documents of these lengths."""
-    tokens, squares = sum(lengths), sum(n * n for n in lengths)
-    counted = flops_of(config, tokens, squares)
-    head = 2 * config.vocab_size * config.d_model * tokens  # the head's forward
+    step = link.Step(sum(lengths), sum(n * n for n in lengths))
+    head = 2 * config.vocab_size * config.d_model * step.tokens  # its forward
     last = even(c.micro_tokens, memory.chunk(config, c))  # tokens of the last chunk
     again = head * (1 - last / c.micro_tokens)
-    n_full = by_layer(c.recompute, config.n_layers).count("full")
-    again += n_full / config.n_layers * (counted / 3 - head)
-    return counted, counted + again
+    return step.flops(config), link.executed(config, c, step) + again
 
 
 if __name__ == "__main__":

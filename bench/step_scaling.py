@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
-from bench.measure import Results, interleaved, quartiles, ratio, shown, table
+from bench.measure import interleaved, quartiles, ratio, show
 from bench.ours import Examples, Ours, model_of, settings
+from bench.setting import Setting
 from nanomed.config import CPT, MODELS, ModelConfig
 from nanomed.distributed import World, keep_freed_memory
 from nanomed.training.optim import adamw
@@ -23,86 +24,58 @@ def side(world: World, config: ModelConfig, document: int, row: int, n_rows: int
     return Ours(world, config, data, settings(CPT, n, row), **given)
 
 
-def fsdp(
-    world: World,
-    config: ModelConfig,
-    results: Results,
-    document: int,
-    row: int,
-    dtype: torch.dtype,
-    rounds: int,
-    warmup: int,
-) -> None:
-    """Weights and computation of both in dtype: only FSDP2 casts float32 weights for bf16."""
+def fsdp(s: Setting, document: int, row: int) -> None:
+    """Weights and computation of both in s.dtype: only FSDP2 casts float32 weights for bf16."""
     sides = {}
     for name, sharded in (("FSDP2 on one process", True), ("unsharded loop", False)):
-        model = model_of(world, config, dtype, "none", sharded).to(dtype)
-        sides[name] = side(world, config, document, row, dtype=dtype, model=model)
-    sides = {**sides, "FSDP2, again": sides["FSDP2 on one process"]}
-    seconds = interleaved(sides, rounds, warmup, world.device, flush=False)
+        model = model_of(s.world, s.config, s.dtype, "none", sharded).to(s.dtype)
+        sides[name] = side(s.world, s.config, document, row, dtype=s.dtype, model=model)
+    sides |= {"again": sides["FSDP2 on one process"]}
+    seconds = interleaved(sides, s.rounds, 1, s.device, flush=False)
     first, plain, again = seconds.values()
-    cost = ratio(first, plain, _noise(first, again, plain))
-    facts = {"unsharded loop": {"FSDP2_takes": str(cost)}}
-    lines = [
-        results.add("step", f"one process: {n}", seconds[n], dtype=dtype,
-                    shapes={"parameters": config.n_params(), "tokens": row}, **facts.get(n, {}))
-        for n in sides if n != "FSDP2, again"
-    ]  # fmt: skip
-    print("\nOne process, the same loop with and without FSDP2:")
-    print(table([shown(line) for line in lines]), flush=True)
-
-
-def _noise(first: list[float], again: list[float], plain: list[float]) -> list[float]:
-    """`again` over `first`, as samples beside `plain`, which the ratio divides by."""
-    return [p * a / f for f, a, p in zip(first, again, plain, strict=True)]
+    takes = str(ratio(first, plain, again, first))
+    shapes = {"parameters": s.config.n_params(), "tokens": row}
+    for name, facts in (("FSDP2 on one process", {}), ("unsharded loop", {"FSDP2_takes": takes})):
+        s.results.add(
+            "step", f"one process: {name}", seconds[name], dtype=s.dtype, shapes=shapes, **facts
+        )
+    show(s.results.lines[-2:], "\nOne process, the same loop with and without FSDP2:")
 
 
 def rows(b) -> None:
     """On a CPU: the tiny model, because a row of 65,536 tokens is many seconds of work."""
+    config, shapes, rounds = MODELS["tiny"], (512, ROWS, (128, 2048)), 5
     if b.given.quick:
-        config, document, documents, sizes, rounds = b.config, 128, (32, 512), (512, 2048), 3
-    else:
-        config, document, documents, sizes, rounds = MODELS["tiny"], 512, (128, 2048), ROWS, 5
-    given = dict(dtype=torch.float32, rounds=b.given.rounds or rounds)
-    lines = growth(b.world, config, b.results, document, sizes, documents, **given)
-    print("\nThe step against the row's length and the documents':")
-    print(table([shown(line) for line in lines]), flush=True)
+        config, shapes, rounds = b.config, (128, (512, 2048), (32, 512)), 3
+    rounds = b.given.rounds or rounds
+    growth(Setting(b.device, config, torch.float32, rounds, b.results, b.world), *shapes)
 
 
-def growth(
-    world: World,
-    config: ModelConfig,
-    results: Results,
-    document: int,
-    sizes: Sequence[int],
-    documents: Sequence[int],
-    dtype: torch.dtype,
-    rounds: int,
-) -> list[dict]:
+def growth(s: Setting, document: int, sizes: Sequence[int], documents: Sequence[int]) -> list[dict]:
     """Rows of each of `sizes` full of documents of `document` tokens, and rows of the first size
     full of documents of each of `documents` tokens, in turns. With the documents' length fixed the
     work is proportional to the row, so the rate should be that of the shortest row."""
-    model = model_of(world, config, dtype, "none")
-    optimizer = adamw(model, 0.1)
-    shared = dict(dtype=dtype, model=model, optimizer=optimizer)
+    model = model_of(s.world, s.config, s.dtype, "none")
+    shared = dict(dtype=s.dtype, model=model, optimizer=adamw(model, 0.1))
     first, longest = (document, sizes[0]), (document, sizes[-1])
     shapes = [*((document, n) for n in sizes), *((n, sizes[0]) for n in documents)]
-    sides = {shape: side(world, config, *shape, **shared) for shape in shapes}
+    sides = {shape: side(s.world, s.config, *shape, **shared) for shape in shapes}
     sides["again"] = sides[first]
-    seconds = interleaved(sides, rounds, warmup=1, device=world.device, flush=False)
-    short, long = ([s / shape[1] for s in seconds[shape]] for shape in (first, longest))
-    again = [s / sizes[0] for s in seconds["again"]]
-    rate = ratio(short, long, _noise(short, again, long))
-    facts = {longest: {f"of_the_rate_at_{sizes[0]:,}": str(rate)}}
-    return [
-        results.add(
+    seconds = interleaved(sides, s.rounds, warmup=1, device=s.device, flush=False)
+    short, long = ([x / shape[1] for x in seconds[shape]] for shape in (first, longest))
+    again = [x / sizes[0] for x in seconds["again"]]
+    facts = {longest: {f"of_the_rate_at_{sizes[0]:,}": str(ratio(short, long, again, short))}}
+    lines = [
+        s.results.add(
             "scaling", f"rows of {shape[1]:,}, documents of {shape[0]:,}", seconds[shape],
-            dtype=dtype, shapes={"parameters": config.n_params()},
+            dtype=s.dtype, shapes={"parameters": s.config.n_params()},
             real_tokens_per_s=round(shape[1] / quartiles(seconds[shape])[1]),
             **facts.get(shape, {}),
         )
         for shape in shapes
     ]  # fmt: skip
+    show(lines, "\nThe step against the row's length and the documents':")
+    return lines
 
 
 def ranks(b) -> None:
@@ -119,17 +92,11 @@ def ranks(b) -> None:
             for size, seconds in (*found.items(), (n, again)):
                 given = (b.config, (b.tokens // 8, b.tokens, n), n // size, n_steps)
                 seconds += max(pool(size, steps, *given), key=sum)
-    facts = {1: {}, n: {SHARE: str(ratio(found[1], found[n], again))}}
-    lines = [
-        b.results.add(
-            "scaling", f"processes x threads: {size} x {n // size}", found[size],
-            dtype=torch.float32, **facts[size],
-            shapes={"parameters": b.config.n_params(), "tokens": n * b.tokens},
-        )
-        for size in found
-    ]  # fmt: skip
-    print("\nProcesses and threads on the same cores, the same step:")
-    print(table([shown(line) for line in lines]), flush=True)
+    shapes = {"parameters": b.config.n_params(), "tokens": n * b.tokens}
+    for size, facts in ((1, {}), (n, {SHARE: str(ratio(found[1], found[n], again))})):
+        name = f"processes x threads: {size} x {n // size}"
+        b.results.add("scaling", name, found[size], dtype=torch.float32, shapes=shapes, **facts)
+    show(b.results.lines[-2:], "\nProcesses and threads on the same cores, the same step:")
 
 
 def steps(world: World, config: ModelConfig, shape, threads: int, n_steps: int) -> list[float]:

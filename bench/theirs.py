@@ -4,10 +4,13 @@ They do one optimizer step at each call. transformers, TRL and datasets are impo
 
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from bench.ours import LR, Examples, casts, weights_of
 from nanomed.config import DPO, ModelConfig, Run
@@ -46,14 +49,14 @@ def qwen2(config: ModelConfig, ours: Aquila, device: torch.device):
 
 def padded(segments: list[Segment]) -> dict[str, Tensor]:
     """As every collator does: on the right, to the longest."""
-    shape = len(segments), max(len(s.ids) for s in segments)
-    ids, mask = (torch.zeros(shape, dtype=torch.int64) for _ in range(2))
-    labels = torch.full(shape, IGNORE)
-    for i, segment in enumerate(segments):
-        n, tokens = len(segment.ids), torch.as_tensor(segment.ids)
-        ids[i, :n], mask[i, :n] = tokens, 1
-        labels[i, :n] = tokens.where(torch.from_numpy(segment.trained.copy()), IGNORE)
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    pad = partial(pad_sequence, batch_first=True)
+    ids = [torch.as_tensor(s.ids) for s in segments]
+    labels = [torch.from_numpy(np.where(s.trained, s.ids, IGNORE)) for s in segments]
+    return {
+        "input_ids": pad(ids),
+        "attention_mask": pad([torch.ones_like(one) for one in ids]),
+        "labels": pad(labels, padding_value=IGNORE),
+    }
 
 
 class Plain:
@@ -155,26 +158,9 @@ class Stepped:
         self.thread.join()
 
 
-def trl_sft(model, data: Examples, c: Run, tokenizer, folder: Path, device: str, **given):
-    """TRL's SFTTrainer over the same token ids and labels."""
-    import trl
-    from datasets import Dataset
-
-    rows = [
-        {
-            "input_ids": s.ids.tolist(),
-            "labels": [int(i) if t else IGNORE for i, t in zip(s.ids, s.trained, strict=True)],
-        }
-        for [s] in data
-    ]
-    arguments = _arguments(trl.SFTConfig, c, folder, device, given)
-    return trl.SFTTrainer(
-        model, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
-    )
-
-
-def trl_dpo(model, data: Examples, c: DPO, tokenizer, folder: Path, device: str, **given):
-    """TRL's DPOTrainer over the same token ids: its tokenisation alone is left out."""
+def trl_trainer(model, data: Examples, c: Run, tokenizer, folder: Path, device: str, **given):
+    """TRL's trainer over the same token ids and labels, with its defaults but for the recipe, which
+    all sides share, and for what writes and prints. Of DPO its tokenisation alone is left out."""
     import trl
     from datasets import Dataset
 
@@ -182,29 +168,31 @@ def trl_dpo(model, data: Examples, c: DPO, tokenizer, folder: Path, device: str,
         def _prepare_dataset(self, dataset, *_, **__):
             return dataset
 
-    rows = []
-    for chosen, rejected in data:
-        n = int(chosen.trained.argmax())  # the prompt's tokens
-        parts = {"chosen_ids": chosen.ids[n:], "rejected_ids": rejected.ids[n:]}
-        parts |= {"prompt_ids": chosen.ids[:n]}
-        rows.append({name: ids.tolist() for name, ids in parts.items()})
-    model.save_pretrained(folder / "start")  # its reference is read from there
-    model = type(model).from_pretrained(folder / "start", dtype=torch.float32)
-    arguments = _arguments(trl.DPOConfig, c, folder, device, {"beta": c.beta, **given})
-    return Tokenised(
-        model, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
-    )
-
-
-def _arguments(cls: Callable, c: Run, folder: Path, device: str, given: dict):
-    """Its defaults but for the recipe, which all sides share, and for what writes and prints."""
     recipe = dict(
         per_device_train_batch_size=c.batch_size, max_length=c.micro_tokens, learning_rate=LR,
         lr_scheduler_type="constant", weight_decay=c.weight_decay, max_grad_norm=c.grad_clip,
         adam_beta1=BETAS[0], adam_beta2=BETAS[1], adam_epsilon=EPS, max_steps=100_000,
-    )  # fmt: skip
-    quiet = dict(
         output_dir=str(folder), report_to=[], save_strategy="no", disable_tqdm=True,
         logging_strategy="no", use_cpu=device == "cpu",
     )  # fmt: skip
-    return cls(**{**recipe, **quiet, **given})
+    if isinstance(c, DPO):
+        build, arguments = Tokenised, trl.DPOConfig(**recipe | {"beta": c.beta} | given)
+        rows = [_pair(*example) for example in data]
+        model.save_pretrained(folder / "start")  # its reference is read from there
+        model = type(model).from_pretrained(folder / "start", dtype=torch.float32)
+    else:
+        build, arguments = trl.SFTTrainer, trl.SFTConfig(**recipe | given)
+        labels = (np.where(s.trained, s.ids, IGNORE).tolist() for [s] in data)
+        ids = (s.ids.tolist() for [s] in data)
+        rows = [{"input_ids": i, "labels": k} for i, k in zip(ids, labels, strict=True)]
+    dataset = Dataset.from_list(rows)
+    return build(model, args=arguments, train_dataset=dataset, processing_class=tokenizer)
+
+
+def _pair(chosen: Segment, rejected: Segment) -> dict[str, list[int]]:
+    n = int(chosen.trained.argmax())  # the prompt's tokens
+    return {
+        "prompt_ids": chosen.ids[:n].tolist(),
+        "chosen_ids": chosen.ids[n:].tolist(),
+        "rejected_ids": rejected.ids[n:].tolist(),
+    }

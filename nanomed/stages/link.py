@@ -112,6 +112,11 @@ def rules(config: ModelConfig, c: Run, hw: Hardware, step: Step) -> str:
 # ---------------------------------------------------------------- advice
 
 
+def policies(config: ModelConfig) -> list[str]:
+    """Of --recompute, the fastest first: as few layers in full as must be."""
+    return ["none", "lean", *(f"full:{n}" for n in range(1, config.n_layers)), "full"]
+
+
 def advice(config: ModelConfig, c: Run, hw: Hardware, step: Step) -> Run | None:
     """The settings of speed and memory, of those that fit, with which a step takes least; of equal
     ones that with the fewest and then the shortest rows. None if nothing fits."""
@@ -122,8 +127,7 @@ def advice(config: ModelConfig, c: Run, hw: Hardware, step: Step) -> Run | None:
     found = []
     for size, share, sums in ((t, n, s) for t in sizes for n in nodes for s in ("row", "step")):
         way = dataclasses.replace(c, micro_tokens=size, nodes_share=share, sum_gradients=sums)
-        policies = ["none", "lean", *(f"full:{n}" for n in range(1, config.n_layers)), "full"]
-        ways = (dataclasses.replace(way, recompute=policy) for policy in policies)
+        ways = (dataclasses.replace(way, recompute=policy) for policy in policies(config))
         if way := next((way for way in ways if fits(config, way, hw)), None):
             found.append(way)
 

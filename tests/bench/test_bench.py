@@ -107,14 +107,14 @@ def test_counts_of_aquilamed():
     """Against figures worked out elsewhere: bytes of a token by hand, and the model's causal FLOPs
     a token (3.22 GF of attention at 4,096 tokens, forward 1 part and backward 2)."""
     t = 4096
-    per_token = {op: [c.bytes / t for c in counts.of(op, AQUILAMED, [t])] for op in counts.OPS}
+    per_token = {op: [c.bytes / t for c in of(AQUILAMED, [t])] for op, of in counts.OPS.items()}
     assert per_token["rmsnorm"] == pytest.approx([16_388, 24_580], rel=1e-3)
     assert per_token["rope"] == [20_488, 20_488]  # 40 heads of 128, read and written; a position
     assert per_token["swiglu"] == [86_016, 143_360]
     forward, backward = counts.attention(AQUILAMED, [t])
     assert 32 * 3 * forward.flops / t == pytest.approx(3.22e9, rel=1e-3)
     assert backward.flops == 2.5 * forward.flops  # scores are computed again
-    forward, backward = counts.linear_nll(AQUILAMED, t)
+    forward, backward = counts.linear_nll(AQUILAMED, [t])
     assert (forward + backward).flops == 6 * 621_981_696 * t
 
 
@@ -146,7 +146,7 @@ def test_the_docs_show_what_the_formulas_give():
     for figure in (
         f"{counts.H200.flops / counts.H200.bandwidth:.0f} operations for each byte",
         f"{2 * c.d_model * 2 + 4:,} bytes a token",
-        f"{counts.rmsnorm(c, t)[0].bytes / 1e6:.0f} MB / 4.8 TB/s = 28 µs",
+        f"{counts.rmsnorm(c, [t])[0].bytes / 1e6:.0f} MB / 4.8 TB/s = 28 µs",
         f"{counts.naive('rmsnorm', c, t)[0] / c.d_model / t:.0f} bytes for the 4",
         f"{2 * c.d_ff:,} bytes a token and layer, {2 * c.d_ff * c.n_layers * t / 1e9:.1f} GB",
         f"{t * c.n_heads * 2 / 1e3:.0f} KB",
@@ -310,7 +310,7 @@ def test_a_layer_is_judged_in_every_version_of_ours(tiny):
 def test_a_layers_operations():
     """32 layers and the head are the model's causal count, 48.83 GFLOP a token at 4,096 (of which
     scores computed again in backward are no part)."""
-    forward, backward = counts.of("layer", AQUILAMED, [4096])
+    forward, backward = counts.layer(AQUILAMED, [4096])
     again = counts.attention(AQUILAMED, [4096])[0].flops / 2
     model = 32 * ((forward + backward).flops - again) / 4096 + 6 * 621_981_696
     assert model == pytest.approx(48.83e9, rel=1e-3)

@@ -1,5 +1,8 @@
 """bench/: what the kernels are compared with, and which of their passes are timed."""
 
+from functools import partial
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -43,7 +46,8 @@ def test_a_version_that_overwrites_its_inputs_has_its_own(tiny):
 @pytest.mark.slow
 def test_a_compiled_rivals_graph_is_kept_too():
     """At this size torch.compile's backward would write into a saved tensor, and refuse."""
-    compiled = rivals.rmsnorm(True)["torch.compile"]
+    s = SimpleNamespace(on_gpu=True)
+    compiled = partial(rivals.rmsnorm(s, 1e-5)["torch.compile"], eps=1e-5)
     for what in kernels.PASSES:
         run = kernels.call(compiled, [torch.randn(64, 128), torch.randn(128)], what)
         first, again = run(), run()
@@ -53,7 +57,7 @@ def test_a_compiled_rivals_graph_is_kept_too():
 def test_torchs_varlen_attn_takes_part_in_bfloat16_on_a_gpu():
     one, bf16 = torch.tensor([0, 16], dtype=torch.int32), torch.bfloat16
     for dtype, on_gpu in ((bf16, True), (torch.float32, True), (bf16, False)):
-        found = rivals.attention(one, 16, dtype, on_gpu)
+        found = rivals.attention(SimpleNamespace(on_gpu=on_gpu, dtype=dtype), one, 16)
         assert ("varlen_attn" in found) == (dtype == bf16 and on_gpu)
 
 
@@ -61,8 +65,9 @@ def test_varlen_attn_takes_grouped_keys():
     """On the meta device, where shapes and flags are checked."""
     q, kv = (torch.empty(8, n, 64, dtype=torch.bfloat16, device="meta") for n in (4, 2))
     borders = torch.tensor([0, 3, 8], dtype=torch.int32)
-    varlen = rivals.attention(borders, 5, torch.bfloat16, True)["varlen_attn"]
-    assert varlen(q, kv, kv).shape == q.shape
+    s = SimpleNamespace(on_gpu=True, dtype=torch.bfloat16)
+    varlen = rivals.attention(s, borders, 5)["varlen_attn"]
+    assert varlen(q, kv, kv, borders, 5).shape == q.shape
 
 
 def test_the_heads_matmuls_are_linear_nlls_products(tiny, monkeypatch):
@@ -71,7 +76,7 @@ def test_the_heads_matmuls_are_linear_nlls_products(tiny, monkeypatch):
     case = cases.build(tiny, "linear_nll", [10])
     assert "its matmuls alone" not in list(case.works)[:2]  # what the gate compares
     hidden, weight = (x.requires_grad_() for x in case.inputs)
-    forward, backward = counts.of("linear_nll", tiny.model, [10], 4)
+    forward, backward = counts.linear_nll(tiny.config, [10], 4)
     with FlopCounterMode(display=False) as seen:
         out = case.works["its matmuls alone"](hidden, weight)
     assert seen.get_total_flops() == forward.flops and out.shape == (10,)

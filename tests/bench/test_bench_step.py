@@ -14,9 +14,14 @@ from bench import gate, results, step_gpu, step_scaling
 from bench import step as bench_step
 from bench.measure import Results, read
 from bench.ours import Examples, Ours, Split, model_of, settings
+from bench.setting import Setting
 from bench.theirs import Plain, padded, qwen2
 from nanomed.config import CPT, DPO, MODELS
 from nanomed.run.log import flops_of
+
+
+def setting(world, config, folder, dtype=torch.float32) -> Setting:
+    return Setting(world.device, config, dtype, 2, Results(folder / "x.jsonl"), world)
 
 
 def test_the_parts_of_a_step_are_the_whole_and_change_nothing(world, small):
@@ -95,12 +100,12 @@ def test_flops_of_the_aquilamed_step():
 
 def test_a_gpu_lines_facts_on_a_cpu(world, small, tmp_path):
     """Every stage's rows are full, and the line can be read back."""
-    results = Results(tmp_path / "x.jsonl")
+    s = setting(world, small, tmp_path, torch.bfloat16)
     for stage, cls in (("cpt", CPT), ("sft", CPT), ("dpo", DPO)):
         data = step_gpu.examples(stage, 128, small, longest=100)
         c = dataclasses.replace(settings(cls, len(data), 128), dtype="bf16")
         ours = Ours(world, small, data, c, torch.bfloat16)
-        line = step_gpu.measure(stage, ours, small, world, results, rounds=1)
+        line = step_gpu.measure(s, stage, ours, rounds=1)
         lengths = [len(s.ids) for i in range(len(data)) for s in data[i]]
         assert abs(sum(lengths) - 128 * step_gpu.N_ROWS) <= 128
         assert line["facts"]["real_tokens_per_s"] > 0 and line["facts"]["MFU"] is None
@@ -113,9 +118,7 @@ def test_a_gpu_lines_facts_on_a_cpu(world, small, tmp_path):
 def test_the_table_of_growth(world, small, tmp_path, monkeypatch):
     """Its rows are full and are of the lengths that they say; the ratio is of rates, not of times,
     and stands beside the longest row."""
-    results = Results(tmp_path / "x.jsonl")
-    given = dict(dtype=torch.float32, rounds=2)
-    seen = []
+    s, seen = setting(world, small, tmp_path), []
 
     def timed(sides, rounds, **_):
         for name, side in sides.items():
@@ -127,34 +130,37 @@ def test_the_table_of_growth(world, small, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(step_scaling, "interleaved", timed)
-        lines = step_scaling.growth(world, small, results, 32, (64, 128), (8,), **given)
+        lines = step_scaling.growth(s, 32, (64, 128), (8,))
     assert seen == [[1, 32, 32], [1, 32, 32, 32, 32], [1, *[8] * 8]]
     assert [line["facts"].get("of_the_rate_at_64") for line in lines] == [
         None, "no difference (1.00 to 1.00)", None
     ]  # fmt: skip
-    assert step_scaling.growth(world, small, results, 32, (64, 128), (8,), **given)
+    assert step_scaling.growth(s, 32, (64, 128), (8,))
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 def test_fsdp2_is_held_against_a_loop_that_takes_the_same_steps(
     world, small, tmp_path, monkeypatch, dtype
 ):
-    found, weights = Results(tmp_path / "x.jsonl"), []
+    s, weights = setting(world, small, tmp_path, dtype), []
 
     def timed(sides, rounds, *_, **__):
         for name, side in sides.items():
-            if name != "FSDP2, again":
+            if name != "again":
                 side()
                 weights.append(list(side.model.parameters()))
-        return {name: [2.0 if name.startswith("FSDP2") else 1.0] * rounds for name in sides}
+        return {name: [1.0 if "unsharded" in name else 2.0] * rounds for name in sides}
 
     monkeypatch.setattr(step_scaling, "interleaved", timed)
-    step_scaling.fsdp(world, small, found, 32, 64, dtype, 2, 0)
+    step_scaling.fsdp(s, 32, 64)
     for p, q in zip(*weights, strict=True):
         assert isinstance(p, DTensor) and not isinstance(q, DTensor)
         assert p.dtype == q.dtype == dtype
         torch.testing.assert_close(p.to_local(), q)
-    assert [line["facts"] for line in found.lines] == [{}, {"FSDP2_takes": "2.00 (2.00 to 2.00)"}]
+    assert [line["facts"] for line in s.results.lines] == [
+        {},
+        {"FSDP2_takes": "2.00 (2.00 to 2.00)"},
+    ]
 
 
 def test_rivals_run_in_the_cpus_faster_dtype_too(world, tmp_path, monkeypatch):

@@ -15,9 +15,11 @@ from tests.conftest import ROOT
 
 def test_the_page_of_results_and_readmes_figures_are_what_the_files_give():
     files = sorted(results.FOLDER.glob("*.jsonl"))
-    assert results.page(files) == results.PAGE.read_text("utf-8"), "python -m bench.results"
-    shown = re.findall(results.FIGURES, results.README.read_text("utf-8"))
-    assert shown == [results.figures(files)], "python -m bench.results"
+    for path in (results.PAGE, results.README):
+        text = path.read_text("utf-8")
+        assert results.filled(text, files) == text, "python -m bench.results"
+    blocks = [name for _, name, *_ in re.findall(results.BLOCK, results.PAGE.read_text("utf-8"))]
+    assert {*blocks} == {"waiting", *(line["kind"] for line in measure.read(files)[0])}
 
 
 def test_a_page_shows_what_was_measured_and_lists_what_waits_for_a_gpu(tmp_path):
@@ -26,43 +28,46 @@ def test_a_page_shows_what_was_measured_and_lists_what_waits_for_a_gpu(tmp_path)
     found.add("step", "CPT", [2.0], shapes={"T": 4096}, convention="MFU counts causal pairs")
     found.add("step", "start", [1.0, 2.0])
     found.add("a new kind", "x", [3], "GiB")
-    text = results.page([path])
-    step = text.split("## A training step")[1].split("##")[0]
-    assert "2,000" in step and "MFU counts causal pairs." in step
+    page = "# Title\n<!-- step -->\nold\n<!-- end of step -->\n"
+    page += "<!-- waiting -->\n<!-- end of waiting -->\n"
+    text = results.filled(page, [path])
+    step, waiting = text.split("<!-- end of step -->")
+    assert "2,000" in step and "MFU counts causal pairs." in step and "old" not in step
     assert step.count("| name ") == 2  # other sizes, another table
-    assert "python -m bench.step --results" in step and "step_gpu" not in step
-    assert "## A new kind" in text and "## Ceilings" not in text and "not measured" not in text
-    waiting = text.split("## What waits for a GPU")[1]
-    for kind in results.KINDS.values():
-        assert all(f"`{command}`" in waiting for command in kind.gpu.splitlines())
-        assert (f"- {kind.title}: " in waiting) == bool(kind.gpu)
+    assert "step_gpu" not in step and "GiB" not in step and step.startswith("# Title")
+    for title, commands in results.ON_GPU.values():
+        assert f"- {title}: {commands}\n" in waiting
+    assert results.filled(text, [path]) == text
     # Measured there: it waits no more, and the command is the GPU's.
     path.write_text(
         path.read_text().replace('"device"', '"gpu": "H200", "memory_gib": 1, "cuda": 1, "device"')
     )
-    text = results.page([path])
-    assert "bench.step_gpu --results" in text and "A training step: " not in text
+    text = results.filled(page, [path])
+    assert "by `python -m bench.step_gpu" in text and "A training step: " not in text
     path.write_text(path.read_text().replace("2.0]", "2.5]"))
-    assert results.page([path]) != text
+    assert results.filled(page, [path]) != text
 
 
 def test_check_fails_on_a_page_that_was_edited(tmp_path, monkeypatch):
     monkeypatch.setattr(results, "ROOT", tmp_path)
-    monkeypatch.setattr(results, "PAGE", tmp_path / "results.md")
-    readme = tmp_path / "README.md"
-    readme.write_text(results.README.read_text("utf-8"), "utf-8")
-    monkeypatch.setattr(results, "README", readme)
+    paths = {name: tmp_path / getattr(results, name).name for name in ("PAGE", "README")}
+    right = {name: getattr(results, name).read_text("utf-8") for name in paths}
+    for name, path in paths.items():
+        monkeypatch.setattr(results, name, path)
+        path.write_text(re.sub(results.BLOCK, r"\1\4", right[name]), "utf-8")  # empty
     monkeypatch.setattr(sys, "argv", ["x"])
     results.main()
-    assert readme.read_text("utf-8") == (ROOT / "README.md").read_text("utf-8")
+    assert {name: path.read_text("utf-8") for name, path in paths.items()} == right
     monkeypatch.setattr(sys, "argv", ["x", "--check"])
     results.main()
-    right = results.PAGE.read_text("utf-8")
-    results.PAGE.write_text(right + "10x faster\n", "utf-8")
+    paths["PAGE"].write_text(right["PAGE"].replace(" GB/s", " TB/s").replace("1.5", "15."), "utf-8")
     with pytest.raises(SystemExit, match=r"results\.md is stale"):
         results.main()
-    results.PAGE.write_text(right, "utf-8")
-    readme.write_text(re.sub(r"(\d)(\.\d+ times)", r"1\1\2", readme.read_text("utf-8")), "utf-8")
+    paths["PAGE"].write_text(right["PAGE"].replace("<!-- step -->", ""), "utf-8")
+    with pytest.raises(SystemExit, match=r"results\.md has no <!-- step -->"):
+        results.main()
+    paths["PAGE"].write_text(right["PAGE"], "utf-8")
+    paths["README"].write_text(re.sub(r"(\d)(\.\d+ times)", r"1\1\2", right["README"]), "utf-8")
     with pytest.raises(SystemExit, match=r"README\.md is stale"):
         results.main()
 
@@ -79,7 +84,7 @@ def test_readmes_figures_are_of_the_newest_run_of_the_largest_model(tmp_path):
                     "step", name + suffix, [1.0], shapes={"parameters": parameters * 10**6},
                     nanomed_is_faster_by=f"{ratio} (2.00 to 6.00)", setting="TRL 7: bf16=True",
                 )  # fmt: skip
-    text = " ".join(results.figures(paths).split())
+    text = " ".join(results.figures(*measure.read(paths)).split())
     assert text.count("4.00 times (2.00 to 6.00) as fast as") == len(results.RIVALS)
     assert text.count("2.50 times (2.00 to 6.00) as fast as it in bfloat16") == len(results.RIVALS)
     assert "SFT: 4.00 times" in text and "TRL 7 as shipped" in text
