@@ -20,12 +20,11 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread for each process, o
 
 from bench.measure import ROOT, Results, against_first, interleaved, quartiles, show
 from bench.setting import flags
-from bench.theirs import prepare
+from bench.theirs import prepare, tokenizer_of
 from nanomed import store
 from nanomed.batches.loader import Loader
 from nanomed.batches.slices import read
 from nanomed.config import CPT, MODELS
-from nanomed.hf.tokenizer import write_tokenizer
 from nanomed.run.log import PEAK_FLOPS, flops_of
 from nanomed.text.template import CHATML, Encoder
 from nanomed.text.tokenizer import load
@@ -60,13 +59,8 @@ class Work:
     """The two ways from one file to token ids, each into a folder of its own."""
 
     def __init__(self, folder: Path, file: Path, encoder: Encoder):
-        from transformers import AutoTokenizer
-
         self.folder, self.file, self.encoder = folder, file, encoder
-        exported = folder / "exported"
-        exported.mkdir()
-        write_tokenizer(exported, encoder.tokenizer, CHATML, 1 << 20, is_qwen2=False)
-        self.theirs = AutoTokenizer.from_pretrained(exported)
+        self.theirs = tokenizer_of(encoder, folder / "exported")
 
     def nanomed(self, n_processes: int) -> store.Documents:
         out = self.folder / "store"

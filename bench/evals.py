@@ -22,48 +22,19 @@ import torch
 from bench.measure import ROOT, Results, quartiles, ratio, show
 from bench.setting import flags
 from nanomed.distributed import alone_or_start
-from nanomed.evals.items import Item, Layout, load
 from nanomed.evals.requests import requests_of
 from nanomed.evals.score import bos_of, encode
 from nanomed.evals.tasks import tasks
 from nanomed.hf import pretrained
 from nanomed.model.packed import pack_linears
 from nanomed.model.scoring import Scorer, plan
+from tests.evals.downloaded import WORKER, write_downloaded
 
 TASKS = ("mmlu_anatomy", "medmcqa")  # its shots are all items' own, or drawn for each
 
 
-def write_downloaded(name: str, data: Path, out: Path, limit: int = 0) -> tuple[int, int]:
-    """A task's items and the pool of its shots, from the benchmark's own files into the layout that
-    lm-eval asks for; with a limit about as many items, evenly spread over the file. Returns their
-    number, and of all."""
-    task = tasks()[name]
-    layout = task.layouts[0]
-    folder = out / layout.place.format(subject=task.subject)
-    folder.mkdir(parents=True)
-    for split in (task.pool, task.split):
-        items = load(task.layouts[1:], data, task.subject, split).items
-        step = max(1, len(items) // limit) if limit and split == task.split else 1
-        lines = [json.dumps(_record(layout, item)) for item in items[::step]]
-        (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
-    return len(lines), len(items)
-
-
-def _record(layout: Layout, item: Item) -> dict:
-    exam = item.exam
-    number = list(exam.options).index(exam.answers)
-    if layout.reader == "pubmedqa":
-        contexts = {"CONTEXTS": exam.context.split("\n")}
-        return {"QUESTION": exam.question, **contexts, "final_decision": exam.options[exam.answers]}
-    key = exam.answers if layout.first is None else number + layout.first
-    record = {layout.question: exam.question, layout.key: key}
-    if isinstance(layout.options, str):
-        return record | {layout.options: list(exam.options.values()), "subject": ""}
-    return record | dict(zip(layout.options, exam.options.values(), strict=True))
-
-
 def work(folder: Path, data: Path) -> None:
-    """Our side's process: answers lines as bench/lm_eval_worker.py does."""
+    """Our side's process: answers lines as tests/evals/lm_eval_worker.py does."""
     device = torch.device("cpu")
     torch.set_num_threads(1)
     tokenizer = pretrained.tokenizer_of(folder, "")
@@ -141,8 +112,7 @@ def main() -> None:
         os.environ["HF_DATASETS_CACHE"] = f"{folder}/cache"
         for n in c.processes:
             ours = Side([sys.executable, "-m", "bench.evals", "--work", model, folder], n, True)
-            worker = str(ROOT / "bench/lm_eval_worker.py")
-            theirs = Side([c.python, "-P", worker, model, folder], n, False)
+            theirs = Side([c.python, WORKER, model, folder], n, False)
             for asked in ((task, size, shots) for task, size in sizes.items() for shots in (0, 3)):
                 beside(results, ours, theirs, asked, batches, rounds)
             ours.close()

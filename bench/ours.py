@@ -16,42 +16,12 @@ from nanomed.distributed import World, shard
 from nanomed.model.decoder import Aquila, init_weights
 from nanomed.model.recompute import set_recompute
 from nanomed.run.log import Meter
-from nanomed.text.segment import Segment
 from nanomed.training import step
 from nanomed.training.optim import adamw
 from nanomed.training.reference import answer_logps
+from tests.data import Examples
 
 LR = 1e-5
-
-
-class Examples:
-    """Token sequences in memory with the interface that the loader asks for; an example is a list
-    of segments, one for a chat or a document, two for a pair."""
-
-    def __init__(self, examples: list[list[tuple[np.ndarray, np.ndarray]]]):
-        self.examples = [[Segment(*part) for part in example] for example in examples]
-        self.lengths = np.array([sum(len(s.ids) for s in e) for e in self.examples])
-        labels = np.array([sum(s.trained[1:].sum() for s in e) for e in self.examples])
-        self.divisors = labels if len(examples[0]) == 1 else np.ones(len(examples), np.int64)
-
-    @classmethod
-    def of_lengths(cls, lengths: list[int], vocab_size: int, segments: int = 1) -> "Examples":
-        """Random tokens of each length; all but the first token are trained on."""
-        rng = np.random.default_rng(0)
-        draw = lambda n: (rng.integers(vocab_size, size=n), np.arange(n) > 0)  # noqa: E731
-        return cls([[draw(n) for _ in range(segments)] for n in lengths])
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, i: int) -> list[Segment]:
-        return self.examples[i]
-
-    def lengths_of(self, examples: np.ndarray) -> np.ndarray:
-        return self.lengths[examples]
-
-    def divisors_of(self, examples: np.ndarray) -> np.ndarray:
-        return self.divisors[examples]
 
 
 def settings(cls: type[Run], batch_size: int, micro_tokens: int, recompute: str = "none") -> Run:

@@ -19,10 +19,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.measure import fingerprint, quartiles, table
-from bench.ours import Examples, Ours, settings
+from bench.ours import Ours, settings
 from nanomed.config import MODELS, SFT, ModelConfig
 from nanomed.distributed import World, from_all, pick_device, start
 from nanomed.run import checkpoint, saves
+from tests.data import Examples
 
 FOLDER = Path("runs/bench-saves")
 SHAPES = {

@@ -14,6 +14,7 @@ import argparse
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -21,14 +22,14 @@ import torch
 from bench import startup, step_scaling
 from bench.gate import plain_gate, trl_gate
 from bench.measure import ROOT, Results, interleaved, ratio, show
-from bench.ours import Examples, Ours, model_of, settings
+from bench.ours import Ours, model_of, settings
 from bench.setting import Setting, flags
 from nanomed import store
 from nanomed.config import CPT, DPO, SFT, ModelConfig, Run
 from nanomed.distributed import World, pick_device, start
-from nanomed.hf.tokenizer import write_tokenizer
 from nanomed.stages.stage import bf16_takes
 from nanomed.text import template, tokenizer
+from tests.data import Examples
 
 VOCABULARY = 6144  # of samples/tokenizer.model
 MID = ModelConfig(VOCABULARY, 4, 512, 8, 2, 1408, 4096, 1e6, 1e-5, True)
@@ -59,33 +60,25 @@ class Bench:
 
     @cached_property
     def tokenizer(self):
-        from transformers import AutoTokenizer
+        from bench.theirs import tokenizer_of
 
-        folder = self.folder / "tokenizer"
-        folder.mkdir()
-        write_tokenizer(folder, self.encoder.tokenizer, template.CHATML, 1 << 20, is_qwen2=False)
-        return AutoTokenizer.from_pretrained(folder)
+        return tokenizer_of(self.encoder, self.folder / "tokenizer")
 
 
 def chats(b: Bench) -> Examples:
     files = real("medical_sft_sharegpt.jsonl") or ["samples/sft.jsonl"]
-    return _first(store.chats(files, b.encoder, b.tokens, allow_drop=1.0), 400, b.tokens)
+    return Examples([*islice(store.chats(files, b.encoder, b.tokens, allow_drop=1.0), 400)])
 
 
 def pairs(b: Bench) -> Examples:
     files = real("preference_sharegpt.jsonl") or ["samples/dpo.jsonl"]
     found = store.pairs(files, b.encoder, b.tokens // 2, allow_drop=1.0)
-    return _first(found, 8 if b.given.quick else 40, b.tokens)  # TRL scores them all before
+    return Examples([*islice(found, 8 if b.given.quick else 40)])  # TRL scores them all before
 
 
 def documents(b: Bench) -> Examples:
     """Plain text: the chats' tokens without their template's structure, every token trained on."""
     return Examples([[(s.ids, s.ids == s.ids)] for [s] in chats(b)])
-
-
-def _first(found: store.Store, n: int, longest: int) -> Examples:
-    fits = [i for i in range(len(found)) if found.lengths[i] <= longest]
-    return Examples([found[i] for i in fits[:n]])
 
 
 def real(name: str) -> list[str]:

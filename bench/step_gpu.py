@@ -19,7 +19,7 @@ import torch
 import kernels
 from bench.cases import documents
 from bench.measure import show
-from bench.ours import Examples, Ours, Split, model_of, settings
+from bench.ours import Ours, Split, model_of, settings
 from bench.setting import Setting, arguments, flags
 from bench.step_scaling import ROWS, fsdp, growth
 from kernels.chunk import even
@@ -30,6 +30,7 @@ from nanomed.run.log import PEAK_FLOPS
 from nanomed.stages import link, memory
 from nanomed.training.alone import split_weights
 from nanomed.training.optim import adamw
+from tests.data import Examples
 
 CONVENTION = (
     "MFU counts 6 FLOPs per matmul weight and token (the embedding is a lookup, the head a matmul) "

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import torch
 
 from bench.measure import interleaved, quartiles, ratio, show
-from bench.ours import Examples, Ours, model_of, settings
+from bench.ours import Ours, model_of, settings
 from bench.setting import Setting
 from nanomed.config import CPT, MODELS, ModelConfig
 from nanomed.distributed import World, keep_freed_memory
 from nanomed.training.optim import adamw
+from tests.data import Examples
 
 SHARE = "of_one_process"
 ROWS = (8192, 16_384, 32_768, 65_536)  # tokens, full of documents of the same length

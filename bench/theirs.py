@@ -12,11 +12,14 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from bench.ours import LR, Examples, casts, weights_of
+from bench.ours import LR, casts, weights_of
 from nanomed.config import DPO, ModelConfig, Run
+from nanomed.hf.tokenizer import write_tokenizer
 from nanomed.model.decoder import Aquila
 from nanomed.text.segment import IGNORE, Segment
+from nanomed.text.template import Encoder
 from nanomed.training.optim import BETAS, EPS, adamw
+from tests.data import Examples
 
 
 def prepare() -> None:
@@ -45,6 +48,15 @@ def qwen2(config: ModelConfig, ours: Aquila, device: torch.device):
     )  # fmt: skip
     theirs.load_state_dict(weights_of(ours))
     return theirs.to(device).train()
+
+
+def tokenizer_of(encoder: Encoder, folder: Path):
+    """Ours, as transformers reads it from a new folder."""
+    from transformers import AutoTokenizer
+
+    folder.mkdir()
+    write_tokenizer(folder, encoder.tokenizer, encoder.template, 1 << 20, is_qwen2=False)
+    return AutoTokenizer.from_pretrained(folder)
 
 
 def padded(segments: list[Segment]) -> dict[str, Tensor]:

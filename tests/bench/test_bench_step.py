@@ -13,11 +13,12 @@ from torch.distributed.tensor import DTensor
 from bench import gate, results, step_gpu, step_scaling
 from bench import step as bench_step
 from bench.measure import Results, read
-from bench.ours import Examples, Ours, Split, model_of, settings
+from bench.ours import Ours, Split, model_of, settings
 from bench.setting import Setting
 from bench.theirs import Plain, padded, qwen2
 from nanomed.config import CPT, DPO, MODELS
 from nanomed.run.log import flops_of
+from tests.data import Examples
 
 
 def setting(world, config, folder, dtype=torch.float32) -> Setting:

@@ -12,9 +12,8 @@ import subprocess
 import pytest
 
 import evaluate
-from bench.evals import write_downloaded
 from nanomed.evals.benchmarks import read_items
-from tests.conftest import ROOT
+from tests.evals.downloaded import WORKER, write_downloaded
 from tests.hf.test_real_model import folder  # noqa: F401
 
 pytestmark = pytest.mark.slow
@@ -33,7 +32,7 @@ def test_every_verdict_is_lm_evals(task, shots, folder, shared_data, tmp_path): 
     limit = int(os.environ.get("NANOMED_LM_EVAL_LIMIT", 0))
     n, whole = write_downloaded(task, shared_data, tmp_path / "data", limit)
     asked = {"samples": {task: list(range(n))}, "shots": shots, "batch": 1}
-    command = [python, "-P", ROOT / "bench/lm_eval_worker.py", folder, tmp_path / "data"]
+    command = [python, WORKER, folder, tmp_path / "data"]
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
     worker = subprocess.run(
         [*map(str, command)],

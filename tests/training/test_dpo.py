@@ -23,14 +23,13 @@ from nanomed.distributed import full
 from nanomed.model.decoder import Aquila, Scores, init_weights
 from nanomed.records import PreferencePair
 from nanomed.run.log import Meter, RunFolder
-from nanomed.text.segment import Segment
 from nanomed.training.losses import segment_logps
 from nanomed.training.optim import adamw
 from nanomed.training.reference import check_start, reference_logps
 from nanomed.training.step import reduced, train_step
 from nanomed.training.trainer import fit
 from tests.conftest import ROOT
-from tests.data import ListData
+from tests.data import Examples
 from tests.loss_oracle import check_learned
 from tests.training.test_exactness import Recorder, assert_same_gradients, sharded
 
@@ -40,24 +39,18 @@ C = DPO(beta=0.1, seq_len=64, micro_tokens=256, batch_size=16, lr=1e-3)
 # ---------------------------------------------------------------- pairs as rows
 
 
-class PairData(ListData):
+class PairData(Examples):
     """n pairs of random tokens: a prompt, then two answers of other lengths."""
 
     def __init__(self, n: int, vocab_size: int = 97):
         rng = np.random.default_rng(n)
-        super().__init__([([1, 2], [False, True])] * n)
-        self.pairs = []
+        pairs = []
         for _ in range(n):
             prompt = rng.integers(vocab_size, size=rng.integers(2, 20)).tolist()
             answers = [rng.integers(vocab_size, size=k).tolist() for k in rng.integers(1, 30, 2)]
-            self.pairs.append(
-                [(prompt + a, [False] * len(prompt) + [True] * len(a)) for a in answers]
-            )
-        self.lengths = np.array([sum(len(ids) for ids, _ in pair) for pair in self.pairs])
-        self.divisors = np.ones(n, int)
-
-    def __getitem__(self, i):
-        return [Segment(np.array(ids), np.array(trained)) for ids, trained in self.pairs[i]]
+            flags = [[False] * len(prompt) + [True] * len(a) for a in answers]
+            pairs.append([(prompt + a, learned) for a, learned in zip(answers, flags, strict=True)])
+        super().__init__(pairs)
 
 
 def loader_of(world, c: DPO, n: int, n_val: int = 0):

@@ -1,8 +1,7 @@
 """lm-eval 0.4.13 on local files, asked line by line; run by a Python that has it.
 
-    PYTHON -P bench/lm_eval_worker.py MODEL DATA
+    PYTHON tests/evals/lm_eval_worker.py MODEL DATA
 
--P, because bench/kernels.py would otherwise stand for a package that transformers looks for.
 DATA has PATH/NAME/SPLIT.jsonl for each data set that a task asks for; nothing else is changed. Each
 line of standard input, {"samples": {TASK: [item, ...]}, "shots": 3, "batch": 1}, is answered by a
 line: the seconds that the requests took by the clock and of the processor, and by task each item's
