@@ -21,21 +21,16 @@ PAD = 128  # elements
 def copy(s: Setting) -> float:
     """Bytes per second of a copy within the device, read plus written."""
     source = s.randn(2**30 if s.on_gpu else 2**24).bfloat16()
-    target = torch.empty_like(source)
-    samples = interleaved({"": lambda: target.copy_(source)}, s.rounds, device=s.device)[""]
-    rate = 2 * source.nbytes / quartiles(samples)[1]
-    s.results.add(
-        "ceiling", f"copy of {source.nbytes / 1e9:.2f} GB", samples, dtype=source.dtype,
-        rate=f"{rate / 1e12:.3g} TB/s, read plus written",
-    )  # fmt: skip
-    return rate
+    target, n = torch.empty_like(source), 2 * source.nbytes
+    works = {f"copy of {n / 2e9:.2f} GB": (lambda: target.copy_(source), n)}
+    return _rates(s, works, "TB/s, read plus written", source.dtype)[0]
 
 
 def matmul(s: Setting) -> float:
     """Operations per second of a large square product."""
     n = 8192 if s.on_gpu else 512
     a, b = (s.randn(n, n) for _ in range(2))
-    return _products(s, {f"matmul {n} x {n} x {n}": (lambda: a @ b, n**3)})[0]
+    return _rates(s, {f"matmul {n} x {n} x {n}": (lambda: a @ b, 2 * n**3)})[0]
 
 
 def head(s: Setting, t: int) -> None:
@@ -45,13 +40,13 @@ def head(s: Setting, t: int) -> None:
     hidden_grad, weight_grad = torch.empty_like(hidden), torch.empty_like(weight)
     works = {}
     for z in (s.randn(t, v), padded(t, v, s)):
-        rows, count = f"rows {z.stride(0):,} apart", t * v * d
+        rows, count = f"rows {z.stride(0):,} apart", 2 * t * v * d
         works |= {
             f"head, logits, {rows}": (lambda z=z: torch.mm(hidden, weight.T, out=z), count),
             f"head, dhidden, {rows}": (lambda z=z: torch.mm(z, weight, out=hidden_grad), count),
             f"head, dweight, {rows}": (lambda z=z: torch.mm(z.T, hidden, out=weight_grad), count),
         }
-    _products(s, works)
+    _rates(s, works)
 
 
 def padded(t: int, v: int, s: Setting) -> Tensor:
@@ -59,14 +54,15 @@ def padded(t: int, v: int, s: Setting) -> Tensor:
     return s.randn(t, -(-v // PAD) * PAD)[:, :v]
 
 
-def _products(s: Setting, works: dict[str, tuple[Callable, int]]) -> list[float]:
-    """Operations per second of each work, given with its number of multiplications."""
+def _rates(
+    s: Setting, works: dict[str, tuple[Callable, int]], unit: str = "TFLOP/s", dtype=None
+) -> list[float]:
+    """Bytes or operations per second of each work, given with their number."""
     samples = interleaved({n: work for n, (work, _) in works.items()}, s.rounds, device=s.device)
-    rates = []
-    for name, seconds in samples.items():
-        rates.append(2 * works[name][1] / quartiles(seconds)[1])
-        rate = f"{rates[-1] / 1e12:.3g} TFLOP/s"
-        s.results.add("ceiling", name, seconds, dtype=s.dtype, rate=rate)
+    rates = [works[name][1] / quartiles(seconds)[1] for name, seconds in samples.items()]
+    for (name, seconds), rate in zip(samples.items(), rates, strict=True):
+        said = f"{rate / 1e12:.3g} {unit}"
+        s.results.add("ceiling", name, seconds, dtype=dtype or s.dtype, rate=said)
     return rates
 
 

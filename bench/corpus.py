@@ -153,21 +153,13 @@ def one_side(name: str, path: str) -> None:
 # ---------------------------------------------------------------- the comparison
 
 
-def strings(value: object) -> list[str]:
-    """Every text of more than 100 characters in a record that holds no tags."""
-    if isinstance(value, str):
-        return [value] if len(value) > 100 and not set("<&") & set(value) else []
-    children = value.values() if isinstance(value, dict) else value
-    return [t for c in children for t in strings(c)] if isinstance(value, dict | list) else []
-
-
 def texts_of(folder: Path) -> list[str]:
-    from nanomed.records.files import read_json
+    """Those of more than 100 characters that hold no tags."""
+    from nanomed.text.tokenizer import texts_in
 
     paths = sorted([*folder.glob("*.json"), *folder.glob("*.jsonl")])
-    return [
-        text for path in paths for _, record, _ in read_json(str(path)) for text in strings(record)
-    ]
+    found = (text for path in paths for text in texts_in(str(path)))
+    return [text for text in found if len(text) > 100 and not set("<&") & set(text)]
 
 
 def measured(sides: dict[str, str], path: Path, rounds: int) -> tuple[dict, dict]:
@@ -210,7 +202,7 @@ def main() -> None:
         assert found["rules: datatrove"] == found["rules: nanomed"], "they keep other documents"
     results, source = Results(given.results), "real" if given.real else "samples"
     shapes = {"source": source, "documents": n_texts, "MB": round(n_bytes / 1e6, 1)}
-    again = {ours: seconds.pop(f"{ours} again") for ours in ("MinHash: nanomed", "rules: nanomed")}
+    again = {side: seconds.pop(f"{side} again") for side in ("MinHash: nanomed", "rules: nanomed")}
     for name, samples in seconds.items():
         middle, ours = quartiles(samples)[1], f"{name.split(':')[0]}: nanomed"
         facts = {"MB_per_s": n_bytes / 1e6 / middle, "documents_per_s": n_texts / middle}

@@ -35,7 +35,6 @@ class Count:
 class GPU:
     """Data sheet: bytes and dense bf16 operations per second."""
 
-    name: str
     bandwidth: float
     flops: float
 
@@ -44,8 +43,8 @@ class GPU:
         return max(count.bytes / self.bandwidth, count.flops / self.flops)
 
 
-H200 = GPU("H200", 4.8e12, 989e12)
-A100 = GPU("A100-40G", 1.555e12, 312e12)
+H200 = GPU(4.8e12, 989e12)
+A100 = GPU(1.555e12, 312e12)
 
 
 # ------- (forward, backward) of each op over a row of documents of these lengths
@@ -112,9 +111,7 @@ class Traffic(TorchDispatchMode):
     """Sums the bytes of every tensor that an operation reads or writes. A view moves nothing, and
     what is broadcast is read once."""
 
-    def __init__(self):
-        super().__init__()
-        self.bytes = 0
+    bytes = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))

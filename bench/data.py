@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 import tempfile
-from dataclasses import replace
 from functools import partial
 from itertools import count, cycle
 from pathlib import Path
@@ -20,7 +19,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread for each process, o
 
 from bench.measure import ROOT, Results, against_first, interleaved, quartiles, show
 from bench.setting import flags
-from bench.theirs import prepare, tokenizer_of
+from bench.theirs import datasets, tokenizer_of
 from nanomed import store
 from nanomed.batches.loader import Loader
 from nanomed.batches.slices import read
@@ -68,8 +67,6 @@ class Work:
         return store.build(out, [str(self.file)], self.encoder, n_processes=n_processes)
 
     def datasets(self, n_processes: int):
-        import datasets
-
         cache, end = self.folder / "cache", self.encoder.document_end
         shutil.rmtree(cache, ignore_errors=True)
 
@@ -109,10 +106,10 @@ def tokenising(work: Work, n_bytes: int, name: str, rounds: int, results: Result
 
 def loading(folder: Path, encoder: Encoder, n_steps: int, results: Results) -> dict:
     """Rows of one process from the store, as one of a node's eight would build them."""
-    c = replace(CPT(), data=[str(folder)], seq_len=SEQ_LEN, val_fraction=0.0)
-    data = read(c, encoder)
     how = dict(batch_size=64, micro_tokens=MICRO_TOKENS, epochs=1_000)
-    loader = Loader(data, data.train, data.val, **how)
+    c = CPT(data=[str(folder)], seq_len=SEQ_LEN, val_fraction=0.0, **how)
+    data = read(c, encoder)
+    loader = Loader(c, data, data.train, data.val)
     steps = count()
 
     def step() -> int:
@@ -136,7 +133,6 @@ def main() -> None:
     parser = flags(__doc__)
     parser.add_argument("--real", type=Path, nargs="*", help="JSON lines with a field `text`")
     given = parser.parse_args()
-    prepare()
     n_bytes, rounds, n_steps = (2_000_000, 3, 20) if given.quick else (10_000_000, 5, 100)
     results = Results(given.results)
     encoder = Encoder(CHATML, load(ROOT / "samples/tokenizer.model"))

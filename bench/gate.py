@@ -1,28 +1,26 @@
 """What a rival of bench/step.py must pass before it is timed.
 
 In float32, from the same weights, the loss of the same segments and all its gradients are ours.
-
-`b` is bench.step.Bench; of it the unsharded float32 model `plain` is used."""
+`plain` is our model, unsharded and in float32."""
 
 import torch
 
 from nanomed.batches.packing import row_from
 from nanomed.config import DPO, Run
+from nanomed.model.decoder import Aquila
 from nanomed.text.segment import IGNORE, Segment
 from nanomed.training.losses import segment_logps
 
 
-def gate(b, name: str, theirs, loss: torch.Tensor, ours: torch.Tensor) -> None:
+def gate(plain: Aquila, name: str, theirs, loss: torch.Tensor, ours: torch.Tensor) -> None:
     """Both losses of the same segments from the same float32 weights, and all their gradients.
     Raises SystemExit before any time is taken if they differ."""
-    theirs.zero_grad()
-    b.plain.zero_grad()
     loss.backward()
     ours.backward()
     grads = {n.removeprefix("model."): p.grad for n, p in theirs.named_parameters()}
     apart = {
         n: ((grads[n] - p.grad).norm() / p.grad.norm()).item()
-        for n, p in b.plain.named_parameters()
+        for n, p in plain.named_parameters()
         if "k_proj.bias" not in n  # 0 but for rounding: softmax ignores a common shift
     }
     worst = max(apart, key=apart.get)
@@ -31,7 +29,7 @@ def gate(b, name: str, theirs, loss: torch.Tensor, ours: torch.Tensor) -> None:
     if not (off < 1e-5 and apart[worst] < 1e-4):
         raise SystemExit(f"{name} computes something else than nanomed: no speed is measured")
     theirs.zero_grad()
-    b.plain.zero_grad()
+    plain.zero_grad()
 
 
 def segments_of(batch: dict[str, torch.Tensor]) -> list[Segment]:
@@ -49,33 +47,33 @@ def segments_of(batch: dict[str, torch.Tensor]) -> list[Segment]:
     return found
 
 
-def next_token_loss(b, segments: list[Segment]) -> torch.Tensor:
+def next_token_loss(plain: Aquila, segments: list[Segment]) -> torch.Tensor:
     row = row_from(*zip(*segments, strict=True))
-    return b.plain(row).nll.sum() / (row.labels >= 0).sum()
+    return plain(row).nll.sum() / (row.labels >= 0).sum()
 
 
-def plain_gate(b, name: str, model, batch: dict[str, torch.Tensor]) -> None:
+def plain_gate(plain: Aquila, name: str, model, batch: dict[str, torch.Tensor]) -> None:
     """Of a transformers model with its own mean over the batch's trained tokens."""
-    ours = next_token_loss(b, segments_of(batch))
+    ours = next_token_loss(plain, segments_of(batch))
     batch = {key: value.to(model.device) for key, value in batch.items()}
-    gate(b, name, model, model(**batch, use_cache=False).loss, ours)
+    gate(plain, name, model, model(**batch, use_cache=False).loss, ours)
 
 
-def trl_gate(b, name: str, trainer, c: Run) -> None:
+def trl_gate(plain: Aquila, name: str, trainer, c: Run) -> None:
     batch = next(iter(trainer.get_train_dataloader()))
     trainer.model.train()
     if isinstance(c, DPO):
         answers = batch["input_ids"].where(batch["completion_mask"].bool(), IGNORE)
         segments = segments_of({**batch, "labels": answers})
-        ours, given = _preference_loss(b, segments, c), {}
+        ours, given = _preference_loss(plain, segments, c), {}
     else:
         segments = segments_of(batch)
-        ours = next_token_loss(b, segments)
+        ours = next_token_loss(plain, segments)
         given = {"num_items_in_batch": sum(int(s.trained[1:].sum()) for s in segments)}
-    gate(b, name, trainer.model, trainer.compute_loss(trainer.model, batch, **given), ours)
+    gate(plain, name, trainer.model, trainer.compute_loss(trainer.model, batch, **given), ours)
 
 
-def _preference_loss(b, segments: list[Segment], c: DPO) -> torch.Tensor:
+def _preference_loss(plain: Aquila, segments: list[Segment], c: DPO) -> torch.Tensor:
     """Of all chosen answers, then all rejected ones, as a run starts: the reference is the model
     itself."""
     from train_dpo import preference_loss
@@ -83,6 +81,6 @@ def _preference_loss(b, segments: list[Segment], c: DPO) -> torch.Tensor:
     n = len(segments) // 2
     pairs = [s for pair in zip(segments[:n], segments[n:], strict=True) for s in pair]
     row = row_from(*zip(*pairs, strict=True), examples=[i // 2 for i in range(2 * n)])
-    scores = b.plain(row)
+    scores = plain(row)
     reference = segment_logps(scores.nll.detach(), row).view(-1, 2)
     return preference_loss(reference, torch.empty(0), [], c)(scores, row)[0] / n

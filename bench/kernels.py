@@ -20,11 +20,11 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
 from torch import Tensor
+from torch._functorch import config
 
 from bench import ceilings, counts
 from bench.cases import Case, build, documents
@@ -70,7 +70,9 @@ def gate(s: Setting, case: Case) -> bool:
     truth = results_of(case.oracle, [x.to(high) for x in case.inputs], [d.to(high) for d in douts])
     theirs, found = case.held_against, {}
     for name in {*case.ours, theirs}:
-        _poison(truth, s.dtype)
+        # The memory that the next outputs get holds NaN, so that an unwritten element shows.
+        held = [torch.full_like(x, torch.nan, dtype=s.dtype) for x in truth for _ in range(2)]
+        del held
         mine = results_of(case.works[name], case.inputs, douts)
         found[name] = [distance(a, b) for a, b in zip(mine, truth, strict=True)]
     least = torch.finfo(s.dtype).eps / 4
@@ -91,12 +93,6 @@ def gate(s: Setting, case: Case) -> bool:
         )  # fmt: skip
         passed &= worst <= 2
     return passed
-
-
-def _poison(like: list[Tensor], dtype: torch.dtype) -> None:
-    """Leaves NaN in the memory that the next outputs get, so that an unwritten element shows."""
-    held = [torch.full_like(x, torch.nan, dtype=dtype) for x in like for _ in range(2)]
-    del held
 
 
 # ---------------------------------------------------------------- then fast
@@ -135,9 +131,14 @@ def call(work: Callable, inputs: list[Tensor], what: str) -> Callable[[], object
     """A pass of the work as a call without arguments. Its forward is run once: what compiles,
     compiles now. `backward` keeps the graph of that one forward. Inputs are copied, since some
     rivals' backward overwrites them (Liger's SwiGLU)."""
-    train = what != "forward"
+    train, kept = what != "forward", {}
+    if what == "backward":
+        # torch.compile's backward writes into what its forward saved, and refuses a kept graph.
+        # Here it compiles again without that.
+        torch.compiler.reset()
+        kept = {"donated_buffer": False}
     leaves = [x.detach().clone().requires_grad_(train) for x in inputs]
-    with torch.set_grad_enabled(train), _saved_tensors_kept(what == "backward"):
+    with torch.set_grad_enabled(train), config.patch(kept):
         outs = _tuple(work(*leaves))
     douts = [torch.randn_like(x) for x in outs]
     if what == "forward":
@@ -145,17 +146,6 @@ def call(work: Callable, inputs: list[Tensor], what: str) -> Callable[[], object
     if what == "backward":
         return partial(torch.autograd.grad, outs, leaves, douts, retain_graph=True)
     return lambda: torch.autograd.grad(_tuple(work(*leaves)), leaves, douts)
-
-
-def _saved_tensors_kept(kept: bool) -> AbstractContextManager:
-    """torch.compile's backward writes into what its forward saved, and refuses a kept graph. Here
-    it compiles again without that."""
-    if not kept:
-        return nullcontext()
-    from torch._functorch import config
-
-    torch.compiler.reset()
-    return config.patch(donated_buffer=False)
 
 
 def peak_gib(s: Setting, run: Callable[[], object]) -> float | None:

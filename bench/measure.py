@@ -24,7 +24,6 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-AGAIN = "again"
 
 
 def interleaved(
@@ -120,8 +119,8 @@ def against_first(
     """(samples, how many times faster the first work is than each other one). The first is timed
     twice in each round: the noise is what it is to itself. `how` goes to interleaved."""
     first = next(iter(works))
-    samples = interleaved({first: works[first], AGAIN: works[first], **works}, *how, **named)
-    again = samples.pop(AGAIN)
+    samples = interleaved({first: works[first], "again": works[first], **works}, *how, **named)
+    again = samples.pop("again")
     faster = {n: str(ratio(samples[n], samples[first], again)) for n in works if n != first}
     return samples, {first: "", **faster}
 
@@ -278,7 +277,7 @@ def table(rows: list[dict[str, object]]) -> str:
     cells = [[_cell(row.get(head)) for head in heads] for row in rows]
     # A rule of one character, ":", would be no rule.
     widths = [max(2, *map(len, column)) for column in zip(heads, *cells, strict=True)]
-    right = [all(_is_number(row.get(head)) for row in rows) for head in heads]
+    right = [all(isinstance(row.get(head), int | float | None) for row in rows) for head in heads]
 
     def line(texts: list[str]) -> str:
         both = zip(texts, widths, right, strict=True)
@@ -294,10 +293,6 @@ def _cell(value: object) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
     return "" if value is None else str(value)
-
-
-def _is_number(value: object) -> bool:
-    return value is None or isinstance(value, int | float)
 
 
 if __name__ == "__main__":

@@ -27,23 +27,15 @@ RIVALS = {
     "DPO: TRL as shipped": "TRL as shipped",
     "CPT: transformers loop, full rows": "a plain transformers loop over full rows of text",
 }
-ON_GPU = {  # by kind: its heading, and the commands that measure it there
-    "ceiling": ("Ceilings", "`python -m bench.ceilings`"),
+ON_GPU = {  # by kind: its heading, and which parts of bench/ measure it there
+    "ceiling": ("Ceilings", "ceilings"),
     "parity": (
         "Correct first",
-        "`python -m bench.kernels --parity --ops rmsnorm rope swiglu attention linear_nll layer`",
+        "kernels --parity --ops rmsnorm rope swiglu attention linear_nll layer",
     ),
-    "kernel": (
-        "Kernels",
-        "`python -m bench.kernels --tokens 4096 8192 16384 32768` and "
-        "`python -m bench.kernels --ops layer`",
-    ),
-    "step": (
-        "A training step",
-        "`python -m bench.step_gpu --only cpt sft --optimizer split` and "
-        "`python -m bench.step_gpu`",
-    ),
-    "scaling": ("How a step grows", "`python -m bench.step_gpu --only scaling fsdp`"),
+    "kernel": ("Kernels", "kernels --tokens 4096 8192 16384 32768", "kernels --ops layer"),
+    "step": ("A training step", "step_gpu --only cpt sft --optimizer split", "step_gpu"),
+    "scaling": ("How a step grows", "step_gpu --only scaling fsdp"),
 }
 
 Lines, Runs = list[dict], dict[str, dict]  # measurements; where each was taken
@@ -64,7 +56,7 @@ def tables(kind: str, lines: Lines, runs: Runs) -> str:
     parts = []
     for run in dict.fromkeys(line["run"] for line in lines if line["kind"] == kind):
         its = [line for line in lines if (line["kind"], line["run"]) == (kind, run)]
-        by = f", by {ON_GPU[kind][1]}" if "gpu" in runs[run] else ""
+        by = f", by {commands(kind)}" if "gpu" in runs[run] else ""
         parts.append(f"{machine(runs[run])}{by}:\n")
         for sizes in dict.fromkeys(tuple(line["shapes"]) for line in its):
             alike = [shown(line) for line in its if tuple(line["shapes"]) == sizes]
@@ -74,10 +66,13 @@ def tables(kind: str, lines: Lines, runs: Runs) -> str:
     return "\n".join(parts)
 
 
+def commands(kind: str) -> str:
+    return " and ".join(f"`python -m bench.{part}`" for part in ON_GPU[kind][1:])
+
+
 def waiting(lines: Lines, runs: Runs) -> str:
-    measured = {line["kind"] for line in lines if "gpu" in runs[line["run"]]}
-    wait = [f"- {title}: {by}\n" for kind, (title, by) in ON_GPU.items() if kind not in measured]
-    return "".join(wait)
+    kinds = ON_GPU.keys() - {line["kind"] for line in lines if "gpu" in runs[line["run"]]}
+    return "".join(f"- {ON_GPU[k][0]}: {commands(k)}\n" for k in ON_GPU if k in kinds)
 
 
 def fastest(lines: list[dict]) -> list[str]:
@@ -92,17 +87,14 @@ def fastest(lines: list[dict]) -> list[str]:
     for stage, settings in tried.items():
         faster = {name: facts["nanomed_is_faster_by"] for name, facts in settings.items()}
         best = max(settings, key=lambda name: settings[name]["real_tokens_per_s"])
-        least = min(faster, key=lambda name: _median(faster[name]))
+        medians = {n: x.split(" (")[0].replace("no difference", "1") for n, x in faster.items()}
+        least = min(medians, key=lambda name: float(medians[name]))
         text = f"{stage}: of the {len(settings)} settings of TRL, *{best}* is the fastest by real "
         text += f"tokens per second; nanomed is {_times(faster[best])} it"
         if least != best:
             text += f". Turn by turn the ratio is smallest beside *{least}*: {faster[least]}"
         found.append(f"{text}.\n")
     return found
-
-
-def _median(ratio: str) -> float:
-    return 1.0 if ratio.startswith("no difference") else float(ratio.split(" (")[0])
 
 
 def machine(run: dict) -> str:

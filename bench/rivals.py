@@ -63,8 +63,13 @@ def attention(s: Setting, cu_seqlens: Tensor, max_seqlen: int) -> Works:
     """SDPA knows no documents: it takes part where the row is one. The formula with all scores is
     for short rows."""
     works = {}
-    if s.on_gpu and s.dtype in (torch.bfloat16, torch.float16):
-        works |= _varlen_attn()
+    varlen = installed("torch.nn.attention.varlen", "varlen_attn")
+    flags = inspect.signature(varlen).parameters if varlen else {}
+    # With grouped keys and values as they are. The definition repeats them, which some torch that
+    # nanomed runs on needs; there the two are the same, and this one is left out.
+    if s.on_gpu and s.dtype in (torch.bfloat16, torch.float16) and "enable_gqa" in flags:
+        how = {"enable_gqa": True, **causal_flag(flags)}
+        works["varlen_attn"] = lambda q, k, v, cu, n: varlen(q, k, v, cu, cu, n, n, **how)
     if len(cu_seqlens) == 2 and s.on_gpu:
         works["SDPA flash"] = lambda q, k, v, *_: _sdpa(q, k, v, SDPBackend.FLASH_ATTENTION)
         works["SDPA cuDNN"] = lambda q, k, v, *_: _sdpa(q, k, v, SDPBackend.CUDNN_ATTENTION)
@@ -74,17 +79,6 @@ def attention(s: Setting, cu_seqlens: Tensor, max_seqlen: int) -> Works:
     if flash := installed("flash_attn", "flash_attn_varlen_func"):
         works["flash-attn"] = lambda q, k, v, cu, n: flash(q, k, v, cu, cu, n, n, causal=True)
     return works
-
-
-def _varlen_attn() -> Works:
-    """With grouped keys and values as they are. The definition repeats them, which some torch that
-    nanomed runs on needs; there the two are the same, and this one is left out."""
-    varlen = installed("torch.nn.attention.varlen", "varlen_attn")
-    flags = inspect.signature(varlen).parameters if varlen else {}
-    if "enable_gqa" not in flags:
-        return {}
-    how = {"enable_gqa": True, **causal_flag(flags)}
-    return {"varlen_attn": lambda q, k, v, cu, n: varlen(q, k, v, cu, cu, n, n, **how)}
 
 
 def document_mask(cu_seqlens: Tensor) -> Tensor:  # [T,T] bool: who sees whom

@@ -1,7 +1,7 @@
 """What a checkpoint costs: a blocking save, a background save and a resume, beside a step.
 
-    torchrun --standalone --nproc_per_node 1 bench/saves.py          both models
-    torchrun --standalone --nproc_per_node 2 bench/saves.py tiny
+    torchrun --standalone --nproc_per_node 1 -m bench.saves          both models
+    torchrun --standalone --nproc_per_node 2 -m bench.saves tiny
 
 In every round: a step alone, a blocking save, a background save with steps until it is complete, a
 resume. So what slows the machine slows all of them.
@@ -9,14 +9,11 @@ resume. So what slows the machine slows all of them.
 
 import argparse
 import shutil
-import sys
 import time
 from collections import defaultdict
 from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.measure import fingerprint, quartiles, table
 from bench.ours import Ours, settings

@@ -1,6 +1,6 @@
 """Chats scored per second, complexity and quality, beside Deita's way: one by one in transformers.
 
-    python -m bench.selection MODEL [FILE] [-n 24] [--turns 5]
+    python -m bench.selection MODEL [-n 24] [--turns 5]
 
 Both sides ask the same prompts of the same model in float32 on a CPU. `released` is what Deita's
 code does, `generate` of two tokens for each prompt; `forward` is the least that one by one can be,
@@ -8,33 +8,27 @@ a single forward. Sides take turns, and a ratio is of one turn.
 """
 
 import argparse
-from pathlib import Path
 
 import torch
 
 from bench.measure import against_first, quartiles
-from bench.theirs import prepare
+from bench.theirs import transformers
 from nanomed.build import deita, scores
 from nanomed.distributed import World
 from nanomed.hf import pretrained
 from nanomed.model.packed import pack_linears
 from nanomed.model.scoring import Scorer
 
-SAMPLES = Path(__file__).parents[1] / "samples/sft.jsonl"
-
 
 def main() -> None:
-    prepare()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", help="Hugging Face folder")
-    parser.add_argument("file", nargs="?", default=str(SAMPLES), help="chats; default: samples/")
     parser.add_argument("-n", type=int, default=24, help="chats")
     parser.add_argument("--turns", type=int, default=5, help="of each side")
     c = parser.parse_args()
-    from transformers import AutoModelForCausalLM
-
     _, encoder = pretrained.describe(c.model)
-    chats = [item.chat for item in scores.read([c.file], []) if not item.chat.dropped][: c.n]
+    found = [item.chat for item in scores.read(["samples/sft.jsonl"], [])]
+    chats = [chat for chat in found if not chat.dropped][: c.n]
     asker = deita.Asker(encoder, pretrained.config_of(c.model).max_seq_len)
     prompts = [
         list(asker.encode(kind, *texts)[1].inputs[0])
@@ -44,7 +38,7 @@ def main() -> None:
     pack_linears(model)
     scorer = Scorer(model, World(0, 1, torch.device("cpu")))
     measure = scores.Measure(scorer, encoder, "turn", ("digits",), 4096)
-    theirs = AutoModelForCausalLM.from_pretrained(c.model, dtype=torch.float32).eval()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(c.model, dtype=torch.float32).eval()
     digits = torch.tensor(asker.digits)
 
     def ours() -> list[float]:

@@ -13,7 +13,6 @@ else gets no time. Tokens are real ones; padding is not counted. bench/step_gpu.
 import argparse
 import tempfile
 from collections.abc import Callable, Iterator
-from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
@@ -35,43 +34,36 @@ VOCABULARY = 6144  # of samples/tokenizer.model
 MID = ModelConfig(VOCABULARY, 4, 512, 8, 2, 1408, 4096, 1e6, 1e-5, True)
 # Overhead is most of a step of it: its ratios say whether all runs, not how a model of use does.
 QUICK = ModelConfig(VOCABULARY, 2, 128, 4, 2, 352, 4096, 1e6, 1e-5, True)
-FASTER = "nanomed_is_faster_by"
 CONVENTION = (
     "Ratios are of the time per real token. TRL has its defaults but for what `setting` names, "
     "the batch, the length and AdamW's constants"
 )
 
 
-class Bench:
+class Bench(Setting):
     """What the comparisons share. `tokens` is about what a step has, and a packed row of TRL."""
 
     def __init__(self, given: argparse.Namespace, world: World, folder: Path):
-        self.given, self.world, self.device, self.folder = given, world, world.device, folder
-        self.config = QUICK if given.quick else MID
-        self.tokens = 512 if given.quick else 2048
-        self.rounds = given.rounds or (3 if given.quick else 7)
+        config, self.tokens, rounds = (QUICK, 512, 3) if given.quick else (MID, 2048, 7)
+        results = Results(given.results, world.device)
+        how = world.device, config, torch.float32, given.rounds or rounds, results, world
+        super().__init__(*how)
+        self.given, self.folder = given, folder
         names = given.dtypes or ["fp32", "bf16"][: 1 + (bf16_takes() < 1)]
         known = {"fp32": ("", torch.float32), "bf16": (", bf16", torch.bfloat16)}
         self.dtypes = dict(known[name] for name in names)
-        self.results = Results(given.results, world.device)
         model = tokenizer.load(ROOT / "samples/tokenizer.model")
         self.encoder = template.Encoder(template.CHATML, model)
-        self.plain = model_of(world, self.config, torch.float32, "none", sharded=False)
-
-    @cached_property
-    def tokenizer(self):
-        from bench.theirs import tokenizer_of
-
-        return tokenizer_of(self.encoder, self.folder / "tokenizer")
+        self.plain = model_of(world, self.config, torch.float32, sharded=False)
 
 
 def chats(b: Bench) -> Examples:
-    files = real("medical_sft_sharegpt.jsonl") or ["samples/sft.jsonl"]
+    files = [real("medical_sft_sharegpt.jsonl", "samples/sft.jsonl")]
     return Examples([*islice(store.chats(files, b.encoder, b.tokens, allow_drop=1.0), 400)])
 
 
 def pairs(b: Bench) -> Examples:
-    files = real("preference_sharegpt.jsonl") or ["samples/dpo.jsonl"]
+    files = [real("preference_sharegpt.jsonl", "samples/dpo.jsonl")]
     found = store.pairs(files, b.encoder, b.tokens // 2, allow_drop=1.0)
     return Examples([*islice(found, 8 if b.given.quick else 40)])  # TRL scores them all before
 
@@ -81,10 +73,10 @@ def documents(b: Bench) -> Examples:
     return Examples([[(s.ids, s.ids == s.ids)] for [s] in chats(b)])
 
 
-def real(name: str) -> list[str]:
+def real(name: str, otherwise: str) -> str:
     """Data beside the checkout, if they are there."""
     path = ROOT.parent / "shared/data" / name
-    return [str(path)] if path.exists() else []
+    return str(path) if path.exists() else otherwise
 
 
 # ---------------------------------------------------------------- the comparison
@@ -103,7 +95,7 @@ def compare(b: Bench, stage: str, sides: dict[str, Callable]) -> None:
         facts = {
             "real_tokens_per_s": round(sum(tokens[name]) / sum(seconds[name])),
             "tokens_a_step": round(sum(tokens[name]) / b.rounds),
-        } | ({FASTER: times} if times else {})
+        } | ({"nanomed_is_faster_by": times} if times else {})
         line = b.results.add(
             "step", f"{stage}: {name}", seconds[name], dtype=side.dtype, convention=CONVENTION,
             shapes={"parameters": b.config.n_params()}, **facts, setting=side.setting,
@@ -124,22 +116,22 @@ def trl_sides(
     b: Bench, data: Examples, c: Run, tried: dict[str, dict]
 ) -> Iterator[tuple[str, Callable]]:
     """A trainer for each setting and dtype, past the gate; --quick tries the first and last."""
-    import trl
-
     from bench import theirs
+
+    tok = theirs.tokenizer_of(b.encoder, b.folder / "tokenizer")
 
     def trainer(**given):
         model = theirs.qwen2(b.config, b.plain, b.device)
-        return theirs.trl_trainer(model, data, c, b.tokenizer, b.folder, b.device.type, **given)
+        return theirs.trl_trainer(model, data, c, tok, b.folder, b.device.type, **given)
 
     names = list(tried)
     for name in names[:: len(names) - 1] if b.given.quick else names:
         # In float32: in bf16 the reference of DPO is rounded otherwise than the policy.
-        trl_gate(b, f"TRL {name}", trainer(**tried[name], bf16=False), c)
+        trl_gate(b.plain, f"TRL {name}", trainer(**tried[name], bf16=False), c)
         for suffix, dtype in b.dtypes.items():
             asked = tried[name] | {"bf16": dtype == torch.bfloat16}
             words = ", ".join(f"{key}={value}" for key, value in asked.items())
-            side = theirs.Stepped(trainer(**asked), dtype, f"TRL {trl.__version__}: {words}")
+            side = theirs.Stepped(trainer(**asked), dtype, f"TRL {theirs.trl.__version__}: {words}")
             yield f"TRL {name}{suffix}", side
 
 
@@ -152,7 +144,7 @@ def loops(
     for suffix, dtype in b.dtypes.items():
         model = qwen2(b.config, b.plain, b.device)
         loop = Plain(model, data, c, dtype, order, block)
-        plain_gate(b, name, model, loop.batch(0))
+        plain_gate(b.plain, name, model, loop.batch(0))
         yield f"{name}{suffix}", loop
 
 
@@ -202,31 +194,22 @@ def cpt(b: Bench) -> None:
     compare(b, "CPT", sides)
 
 
-def fsdp(b: Bench) -> None:
-    s = Setting(b.device, b.config, torch.float32, b.rounds, b.results, b.world)
-    step_scaling.fsdp(s, b.tokens // 8, b.tokens)
-
-
 PARTS = {
-    "sft": sft, "dpo": dpo, "cpt": cpt, "fsdp": fsdp, "scaling": step_scaling.rows,
-    "ranks": step_scaling.ranks, "startup": startup.measure,
+    "sft": sft, "dpo": dpo, "cpt": cpt,
+    "fsdp": lambda b: step_scaling.fsdp(b, b.tokens // 8, b.tokens),
+    "scaling": step_scaling.rows, "ranks": step_scaling.ranks, "startup": startup.measure,
 }  # fmt: skip
 
 
 def main() -> None:
     parser = flags(__doc__)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="some tables")
-    more = "of the rivals; default: fp32, and bf16 where this CPU is faster in it"
-    parser.add_argument("--dtypes", nargs="+", choices=("fp32", "bf16"), help=more)
+    parser.add_argument("--dtypes", nargs="+", choices=("fp32", "bf16"), help="of the rivals")
     parser.add_argument("--rounds", type=int, default=0, help="samples of each; default: by table")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, start(pick_device("cpu")) as world:
         b = Bench(given, world, Path(folder))
         print(f"{b.config.n_params():,} parameters, {torch.get_num_threads()} threads")
-        if {"sft", "dpo", "cpt"} & set(given.only):
-            from bench.theirs import prepare
-
-            prepare()
         for name in given.only:
             PARTS[name](b)
 

@@ -19,7 +19,7 @@ import torch
 import kernels
 from bench.cases import documents
 from bench.measure import show
-from bench.ours import Ours, Split, model_of, settings
+from bench.ours import PARTS, Ours, in_parts, model_of, settings
 from bench.setting import Setting, arguments, flags
 from bench.step_scaling import ROWS, fsdp, growth
 from kernels.chunk import even
@@ -40,12 +40,12 @@ CONVENTION = (
 )
 GIB, N_ROWS = memory.GIB, 4  # rows of a step: gradients are accumulated, as in a run
 
-PARTS = ("cpt", "sft", "dpo", "scaling", "fsdp")
+TABLES = ("cpt", "sft", "dpo", "scaling", "fsdp")
 
 
 def main() -> None:
     parser = flags(__doc__)
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="some tables")
+    parser.add_argument("--only", nargs="+", choices=TABLES, default=TABLES, help="some tables")
     parser.add_argument("--kernels", default="auto", choices=kernels.CHOICES)
     parser.add_argument("--optimizer", default="fsdp", choices=("fsdp", "split", "split_bf16"))
     s, given = arguments(parser, gpu=[8192, 4096, 16_384, 32_768], cpu=[128])
@@ -77,19 +77,15 @@ def steps(s: Setting, given) -> None:
     """One model and one optimizer for all, so that the weights are initialised once."""
     model = optimizer = ours = None
     sizes, longest = given.tokens, s.config.max_seq_len
-    shorter = [("cpt", CPT, sizes[:1], length) for length in (1024, 256)]  # documents, same row
-    for stage, cls, rows, document in (
-        ("cpt", CPT, sizes, longest),
-        *shorter,
-        ("sft", SFT, sizes, 2048),
-        ("dpo", DPO, sizes, 2048),
-    ):
+    plan = [("cpt", CPT, sizes, longest)]
+    plan += [("cpt", CPT, sizes[:1], length) for length in (1024, 256)]  # documents, same row
+    plan += [("sft", SFT, sizes, 2048), ("dpo", DPO, sizes, 2048)]
+    for stage, cls, rows, document in plan:
         if stage not in given.only:
             continue
-        for c in policies(s, cls, rows, given.optimizer):
-            c = dataclasses.replace(c, kernels=given.kernels)
+        for c in policies(s, cls, rows, given):
             if model is None:
-                model = model_of(s.world, s.config, s.dtype, "none", given.optimizer == "fsdp")
+                model = model_of(s.world, s.config, s.dtype, given.optimizer == "fsdp")
                 if given.optimizer != "fsdp":
                     bf16 = given.optimizer == "split_bf16"
                     split_weights(model, torch.bfloat16 if bf16 else torch.float32)
@@ -108,7 +104,7 @@ def steps(s: Setting, given) -> None:
             emptied(s)
 
 
-def policies(s: Setting, cls: type[Run], sizes: list[int], optimizer: str) -> list[Run]:
+def policies(s: Setting, cls: type[Run], sizes: list[int], given) -> list[Run]:
     """For each size of a row the cheapest recompute policy that memory.py says fits."""
     limit = float("inf")
     if s.on_gpu:
@@ -116,7 +112,8 @@ def policies(s: Setting, cls: type[Run], sizes: list[int], optimizer: str) -> li
     found = []
     for size in sizes:
         for recompute in link.policies(s.config):
-            c = dataclasses.replace(settings(cls, 1, size, recompute), optimizer=optimizer)
+            c = settings(cls, 1, size, recompute)
+            c = dataclasses.replace(c, optimizer=given.optimizer, kernels=given.kernels)
             total = sum(memory.memory(s.config, c, 1).values())
             if total <= limit:
                 found.append(c)
@@ -146,12 +143,9 @@ def measure(s: Setting, stage: str, ours: Ours, rounds: int) -> dict:
     ours()
     if s.on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    seconds = []
-    with Split(ours) as split:
-        for _ in range(rounds):
-            split()
-            seconds.append(sum(split.seconds().values()) - sum(seconds))
-    parts = {f"{name}_ms": round(1000 * s / rounds, 1) for name, s in split.seconds().items()}
+    taken = [in_parts(ours) for _ in range(rounds)]
+    seconds = [sum(parts.values()) for parts in taken]
+    parts = {f"{p}_ms": round(1000 * sum(t[p] for t in taken) / rounds, 1) for p in PARTS}
     lengths = [n for row in packed for n in row.cu_seqlens.diff().tolist()]
     c = dataclasses.replace(ours.c, micro_tokens=longest, seq_len=2)
     counted, executed = flops(s.config, lengths, c)

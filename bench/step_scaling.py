@@ -14,7 +14,6 @@ from nanomed.distributed import World, keep_freed_memory
 from nanomed.training.optim import adamw
 from tests.data import Examples
 
-SHARE = "of_one_process"
 ROWS = (8192, 16_384, 32_768, 65_536)  # tokens, full of documents of the same length
 
 
@@ -29,7 +28,7 @@ def fsdp(s: Setting, document: int, row: int) -> None:
     """Weights and computation of both in s.dtype: only FSDP2 casts float32 weights for bf16."""
     sides = {}
     for name, sharded in (("FSDP2 on one process", True), ("unsharded loop", False)):
-        model = model_of(s.world, s.config, s.dtype, "none", sharded).to(s.dtype)
+        model = model_of(s.world, s.config, s.dtype, sharded).to(s.dtype)
         sides[name] = side(s.world, s.config, document, row, dtype=s.dtype, model=model)
     sides |= {"again": sides["FSDP2 on one process"]}
     seconds = interleaved(sides, s.rounds, 1, s.device, flush=False)
@@ -45,10 +44,9 @@ def fsdp(s: Setting, document: int, row: int) -> None:
 
 def rows(b) -> None:
     """On a CPU: the tiny model, because a row of 65,536 tokens is many seconds of work."""
-    config, shapes, rounds = MODELS["tiny"], (512, ROWS, (128, 2048)), 5
+    config, shapes, rounds = MODELS["tiny"], (512, ROWS, (128, 2048)), b.given.rounds or 5
     if b.given.quick:
-        config, shapes, rounds = b.config, (128, (512, 2048), (32, 512)), 3
-    rounds = b.given.rounds or rounds
+        config, shapes = b.config, (128, (512, 2048), (32, 512))
     growth(Setting(b.device, config, torch.float32, rounds, b.results, b.world), *shapes)
 
 
@@ -56,7 +54,7 @@ def growth(s: Setting, document: int, sizes: Sequence[int], documents: Sequence[
     """Rows of each of `sizes` full of documents of `document` tokens, and rows of the first size
     full of documents of each of `documents` tokens, in turns. With the documents' length fixed the
     work is proportional to the row, so the rate should be that of the shortest row."""
-    model = model_of(s.world, s.config, s.dtype, "none")
+    model = model_of(s.world, s.config, s.dtype)
     shared = dict(dtype=s.dtype, model=model, optimizer=adamw(model, 0.1))
     first, longest = (document, sizes[0]), (document, sizes[-1])
     shapes = [*((document, n) for n in sizes), *((n, sizes[0]) for n in documents)]
@@ -86,15 +84,14 @@ def ranks(b) -> None:
 
     n = max(2, torch.get_num_threads())
     rounds, n_steps = (2, 2) if b.given.quick else (4, 4)
-    found: dict[int, list[float]] = {1: [], n: []}
-    again: list[float] = []
+    found, again = {1: [], n: []}, []  # seconds by number of processes
     with Pool(n) as pool:
         for _ in range(rounds):
             for size, seconds in (*found.items(), (n, again)):
                 given = (b.config, (b.tokens // 8, b.tokens, n), n // size, n_steps)
                 seconds += max(pool(size, steps, *given), key=sum)
     shapes = {"parameters": b.config.n_params(), "tokens": n * b.tokens}
-    for size, facts in ((1, {}), (n, {SHARE: str(ratio(found[1], found[n], again))})):
+    for size, facts in ((1, {}), (n, {"of_one_process": str(ratio(found[1], found[n], again))})):
         name = f"processes x threads: {size} x {n // size}"
         b.results.add("scaling", name, found[size], dtype=torch.float32, shapes=shapes, **facts)
     show(b.results.lines[-2:], "\nProcesses and threads on the same cores, the same step:")

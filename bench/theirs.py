@@ -7,13 +7,17 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import datasets
 import numpy as np
 import torch
+import transformers
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from transformers import utils
 
-from bench.ours import LR, casts, weights_of
+from bench.ours import LR, casts
 from nanomed.config import DPO, ModelConfig, Run
+from nanomed.hf.reading import hf_name
 from nanomed.hf.tokenizer import write_tokenizer
 from nanomed.model.decoder import Aquila
 from nanomed.text.segment import IGNORE, Segment
@@ -21,24 +25,18 @@ from nanomed.text.template import Encoder
 from nanomed.training.optim import BETAS, EPS, adamw
 from tests.data import Examples
 
+# Else transformers takes our folder kernels/ for the published package of that name.
+utils.is_kernels_available = utils.import_utils.is_kernels_available = lambda *a, **k: False
+utils.logging.set_verbosity_error()
+datasets.disable_progress_bars()  # they would be drawn into our tables
 
-def prepare() -> None:
-    """Keeps transformers from taking our folder kernels/ for the published package of that name,
-    and all three from drawing progress bars into our tables."""
-    import datasets
-    from transformers import utils
-
-    utils.is_kernels_available = utils.import_utils.is_kernels_available = lambda *a, **k: False
-    utils.logging.set_verbosity_error()
-    datasets.disable_progress_bars()
+import trl  # noqa: E402
 
 
 def qwen2(config: ModelConfig, ours: Aquila, device: torch.device):
     """transformers' model of the same shape with the same weights, float32, SDPA."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    theirs = Qwen2ForCausalLM(
-        Qwen2Config(
+    theirs = transformers.Qwen2ForCausalLM(
+        transformers.Qwen2Config(
             vocab_size=config.vocab_size, hidden_size=config.d_model, intermediate_size=config.d_ff,
             num_hidden_layers=config.n_layers, num_attention_heads=config.n_heads,
             num_key_value_heads=config.n_kv_heads, max_position_embeddings=config.max_seq_len,
@@ -46,17 +44,15 @@ def qwen2(config: ModelConfig, ours: Aquila, device: torch.device):
             rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
         )
     )  # fmt: skip
-    theirs.load_state_dict(weights_of(ours))
+    theirs.load_state_dict({hf_name(n): p.detach() for n, p in ours.named_parameters()})
     return theirs.to(device).train()
 
 
 def tokenizer_of(encoder: Encoder, folder: Path):
-    """Ours, as transformers reads it from a new folder."""
-    from transformers import AutoTokenizer
-
-    folder.mkdir()
+    """Ours, as transformers reads it from a folder."""
+    folder.mkdir(exist_ok=True)
     write_tokenizer(folder, encoder.tokenizer, encoder.template, 1 << 20, is_qwen2=False)
-    return AutoTokenizer.from_pretrained(folder)
+    return transformers.AutoTokenizer.from_pretrained(folder)
 
 
 def padded(segments: list[Segment]) -> dict[str, Tensor]:
@@ -76,9 +72,7 @@ class Plain:
     `block` tokens: documents one after another in rows without padding, as run_clm.py does, which
     lets a document see the one before it."""
 
-    def __init__(
-        self, model, data: Examples, c: Run, dtype: torch.dtype, order: Callable, block: int = 0
-    ):
+    def __init__(self, model, data: Examples, c: Run, dtype, order: Callable, block: int = 0):
         """order(k) has the examples of step k."""
         self.model, self.data, self.c, self.dtype = model, data, c, dtype
         self.order, self.block, self.k, self.tokens = order, block, 0, []
@@ -86,8 +80,6 @@ class Plain:
 
     @property
     def setting(self) -> str:
-        import transformers
-
         rows = "padded to the longest of the batch"
         if self.block:
             rows = f"full rows of {self.block:,} tokens, documents see the one before them"
@@ -118,21 +110,11 @@ class Plain:
         self.tokens.append(int(batch["attention_mask"].sum()))
 
 
-class Stepped:
+class Stepped(transformers.TrainerCallback):
     """A Trainer that runs its own train() in a thread, from the end of one optimizer step to the
     end of the next at each call: its loop, its data loader and its logging are all in the time."""
 
-    def __init__(self, trainer, dtype: torch.dtype, setting: str):
-        from transformers import PrinterCallback, TrainerCallback
-
-        stepped = self
-
-        class Gate(TrainerCallback):
-            def on_step_end(self, args, state, control, **_):
-                stepped.done.release()
-                stepped.go.acquire()
-                control.should_training_stop = stepped.over
-
+    def __init__(self, trainer: transformers.Trainer, dtype: torch.dtype, setting: str):
         self.trainer, self.dtype, self.setting = trainer, dtype, setting
         self.tokens, self.error, self.over = [], None, False
         self.go, self.done = threading.Semaphore(0), threading.Semaphore(0)
@@ -145,8 +127,13 @@ class Stepped:
             return training_step(model, inputs, *rest)
 
         trainer.training_step = counted
-        trainer.add_callback(Gate())
-        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(self)
+        trainer.remove_callback(transformers.PrinterCallback)
+
+    def on_step_end(self, args, state, control, **_) -> None:
+        self.done.release()
+        self.go.acquire()
+        control.should_training_stop = self.over
 
     def _train(self) -> None:
         try:
@@ -173,13 +160,6 @@ class Stepped:
 def trl_trainer(model, data: Examples, c: Run, tokenizer, folder: Path, device: str, **given):
     """TRL's trainer over the same token ids and labels, with its defaults but for the recipe, which
     all sides share, and for what writes and prints. Of DPO its tokenisation alone is left out."""
-    import trl
-    from datasets import Dataset
-
-    class Tokenised(trl.DPOTrainer):
-        def _prepare_dataset(self, dataset, *_, **__):
-            return dataset
-
     recipe = dict(
         per_device_train_batch_size=c.batch_size, max_length=c.micro_tokens, learning_rate=LR,
         lr_scheduler_type="constant", weight_decay=c.weight_decay, max_grad_norm=c.grad_clip,
@@ -197,8 +177,13 @@ def trl_trainer(model, data: Examples, c: Run, tokenizer, folder: Path, device: 
         labels = (np.where(s.trained, s.ids, IGNORE).tolist() for [s] in data)
         ids = (s.ids.tolist() for [s] in data)
         rows = [{"input_ids": i, "labels": k} for i, k in zip(ids, labels, strict=True)]
-    dataset = Dataset.from_list(rows)
-    return build(model, args=arguments, train_dataset=dataset, processing_class=tokenizer)
+    data = datasets.Dataset.from_list(rows)
+    return build(model, args=arguments, train_dataset=data, processing_class=tokenizer)
+
+
+class Tokenised(trl.DPOTrainer):
+    def _prepare_dataset(self, dataset, *_, **__):
+        return dataset
 
 
 def _pair(chosen: Segment, rejected: Segment) -> dict[str, list[int]]:

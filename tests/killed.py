@@ -1,6 +1,7 @@
 """The training that the kill matrix kills: 12 steps with dropout, a checkpoint every second step,
 a validation every fourth, where an epoch ends. A new stage is a function in STAGES."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -46,10 +47,8 @@ def loader_of(world, c: SFT) -> Loader:
     """64 chats of different lengths to train on, and 7 held out."""
     lengths = random.Random(5)
     data = ListData.of_lengths([lengths.randrange(3, 60) for _ in range(71)])
-    return Loader(
-        data, np.arange(64), np.arange(64, 71), batch_size=16, micro_tokens=ROWS // world.size,
-        epochs=c.epochs, rank=world.rank, world_size=world.size,
-    )  # fmt: skip
+    c = dataclasses.replace(c, micro_tokens=ROWS // world.size)
+    return Loader(c, data, np.arange(64), np.arange(64, 71), world.rank, world.size)
 
 
 def _sft(world, given: dict):

@@ -48,10 +48,8 @@ Formula = Callable[[int, list[Answer]], tuple[Tensor, dict]]
 
 
 def loader_of(world: World, data, micro_tokens: int) -> Loader:
-    return Loader(
-        data, np.arange(len(data)), np.arange(0), batch_size=BATCH, micro_tokens=micro_tokens,
-        epochs=1, max_steps=0, seed=0, rank=world.rank, world_size=world.size,
-    )  # fmt: skip
+    c = SFT(batch_size=BATCH, micro_tokens=micro_tokens, seq_len=2, epochs=1)
+    return Loader(c, data, np.arange(len(data)), np.arange(0), world.rank, world.size)
 
 
 def packed_step(world, config, data, make_loss, micro_tokens: int, sharing: Sharing, step: int):

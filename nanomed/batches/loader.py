@@ -93,43 +93,28 @@ class Loader:
         parts: tuple[Indices, Indices] | None = None,
         mixture: Mixture | None = None,
     ) -> "Loader":
-        """As the settings say; the files of c.val_data come last in data. `parts` (to train on,
-        held out) takes the place of split()'s."""
-        return cls(
-            data,
-            *(parts or split(data, c.val_fraction, len(c.data) if c.val_data else None)),
-            batch_size=c.batch_size,
-            micro_tokens=c.micro_tokens,
-            epochs=c.epochs,
-            max_steps=c.steps,
-            seed=c.seed,
-            rank=rank,
-            world_size=world_size,
-            mixture=mixture,
-        )
+        """The files of c.val_data come last in data. `parts` (to train on, held out) takes the
+        place of split()'s."""
+        parts = parts or split(data, c.val_fraction, len(c.data) if c.val_data else None)
+        return cls(c, data, *parts, rank, world_size, mixture)
 
     def __init__(
         self,
+        c: Run,
         data: DataSet,
         train: Indices,
         val: Indices,
-        *,
-        batch_size: int,
-        micro_tokens: int,
-        epochs: int,
-        max_steps: int = 0,
-        seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
         mixture: Mixture | None = None,
     ):
         self.data, self.train, self.val, self.mixture = data, train, val, mixture
-        self.batch_size, self.micro_tokens, self.seed = batch_size, micro_tokens, seed
+        self.batch_size, self.micro_tokens, self.seed = c.batch_size, c.micro_tokens, c.seed
         self.rank, self.world_size = rank, world_size
-        self.steps_per_epoch = -(-len(train) // batch_size)  # the last one may be short
-        self.n_steps = max_steps or self.steps_per_epoch * epochs
+        self.steps_per_epoch = -(-len(train) // c.batch_size)  # the last one may be short
+        self.n_steps = c.steps or self.steps_per_epoch * c.epochs
         if mixture:
-            mixture.check(self.n_steps, batch_size)
+            mixture.check(self.n_steps, c.batch_size)
         self._background = ThreadPoolExecutor(1, "next rows")
         self._prepared: dict[int, Future[list[Row]]] = {}  # by step
 

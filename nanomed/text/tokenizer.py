@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Protocol
 
 from nanomed.config import InputError
+from nanomed.records.files import kind_of, read_json, read_lines
 from nanomed.text.tokenizer_files import (
     DOCUMENT_END,
     QWEN_PATTERN,
@@ -298,12 +299,10 @@ def common_characters() -> str:
     return b"".join(map(bytes, codes)).decode("gb2312", "ignore")
 
 
-def _texts(path: str) -> list[str]:
-    """Every string in a JSONL file, or the lines of a text file."""
-    with open(path, encoding="utf-8") as file:
-        lines = [line for line in file if line.strip()]  # splitlines() would cut at U+2028, too
-    if not path.endswith(".jsonl"):
-        return [line.rstrip("\n") for line in lines]
+def texts_in(path: str) -> list[str]:
+    """Every string in a file of JSON, or the lines of a text file."""
+    if kind_of(path) not in (".json", ".jsonl"):
+        return [line for _, line, _ in read_lines(path)]
 
     def strings(value: object) -> list[str]:
         if isinstance(value, str):
@@ -311,7 +310,7 @@ def _texts(path: str) -> list[str]:
         children = value.values() if isinstance(value, dict) else value
         return [s for x in children for s in strings(x)] if isinstance(value, dict | list) else []
 
-    return [s for line in lines for s in strings(json.loads(line))]
+    return [s for _, record, _ in read_json(path) for s in strings(record)]
 
 
 def main() -> None:
@@ -322,7 +321,7 @@ def main() -> None:
     command.add_argument("--out", required=True, type=Path)
     command.add_argument("--vocab_size", type=int, default=6144)
     arguments = parser.parse_args()
-    texts = [text for path in arguments.files for text in _texts(path)]
+    texts = [text for path in arguments.files for text in texts_in(path)]
     train(texts, arguments.out, arguments.vocab_size)
     print(f"{arguments.out}: {load(arguments.out).vocab_size} pieces")
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from nanomed.batches.loader import Loader, is_held_out, split
-from nanomed.config import InputError
+from nanomed.config import SFT, InputError
 from nanomed.store import group_key
 from tests.data import ListData
 
@@ -11,11 +11,9 @@ def loaders(n: int, world_size: int, **settings) -> list[Loader]:
     """One loader per rank, over n examples of different lengths."""
     data = ListData.of_lengths(np.random.default_rng(n).integers(5, 60, n).tolist())
     train, val = split(data, 0.25)
-    defaults = dict(batch_size=8, micro_tokens=128, epochs=2, seed=3)
-    return [
-        Loader(data, train, val, rank=r, world_size=world_size, **{**defaults, **settings})
-        for r in range(world_size)
-    ]
+    fixed = dict(batch_size=8, micro_tokens=128, seq_len=64, epochs=2, seed=3)
+    c = SFT(**fixed | settings)
+    return [Loader(c, data, train, val, rank, world_size) for rank in range(world_size)]
 
 
 def ids_of(rows) -> list[int]:
@@ -69,8 +67,8 @@ def test_a_step_is_the_same_whenever_it_is_asked_for():
 
 
 def test_steps_win_over_epochs():
-    assert loaders(40, 1, max_steps=3)[0].n_steps == 3
-    (long,) = loaders(40, 1, max_steps=300)  # as many epochs as it takes
+    assert loaders(40, 1, steps=3)[0].n_steps == 3
+    (long,) = loaders(40, 1, steps=300)  # as many epochs as it takes
     assert long.n_steps == 300 and len(long.examples(299)) > 0
 
 

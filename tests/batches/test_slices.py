@@ -17,21 +17,16 @@ from hypothesis import strategies as st
 from nanomed.batches.loader import Loader
 from nanomed.batches.packing import row_from
 from nanomed.batches.slices import Slices, names_of, report, seen
-from nanomed.config import InputError
+from nanomed.config import CPT, InputError
 from nanomed.model.decoder import Aquila, init_weights
 from tests.documents import random_documents, slices_of
 
 
 def loaders(data: Slices, world_size: int = 1, **changes) -> list[Loader]:
     """One for each rank."""
-    fixed = dict(batch_size=4, micro_tokens=2 * data.seq_len, epochs=1, seed=3)
-    return [
-        Loader(
-            data, data.train, data.val, rank=rank, world_size=world_size, mixture=data.mixture,
-            **{**fixed, **changes},
-        )
-        for rank in range(world_size)
-    ]  # fmt: skip
+    fixed = dict(batch_size=4, micro_tokens=2 * data.seq_len, seq_len=2, epochs=1, seed=3)
+    c, parts = CPT(**fixed | changes), (data.train, data.val)
+    return [Loader(c, data, *parts, r, world_size, data.mixture) for r in range(world_size)]
 
 
 def numbered(lengths: list[list[int]]) -> list[list[list[int]]]:
@@ -223,9 +218,9 @@ def test_how_often_each_source_is_seen():
     sources = [[[1] * 100], [[2] * 50]]  # 10 and 5 slices
     plain = loaders(slices_of(sources, 10), epochs=2)[0]
     assert seen(plain) == [2.0, 2.0]
-    assert seen(loaders(slices_of(sources, 10), max_steps=1)[0]) == pytest.approx([4 / 15] * 2)
+    assert seen(loaders(slices_of(sources, 10), steps=1)[0]) == pytest.approx([4 / 15] * 2)
     weights = [Fraction(1), Fraction(1)]
-    mixed = loaders(slices_of(sources, 10, weights, passes=0), max_steps=10)[0]
+    mixed = loaders(slices_of(sources, 10, weights, passes=0), steps=10)[0]
     assert seen(mixed) == [2.0, 4.0]
     told = report(mixed)["sources"]["source1"]
     assert (told["weight"], told["seen"], told["train"]["slices"]) == (0.5, 4.0, 5)

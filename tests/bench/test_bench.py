@@ -124,7 +124,7 @@ def test_attention_pays_for_documents_not_for_the_row():
 
 
 def test_the_floor_is_the_slower_of_memory_and_arithmetic():
-    gpu = counts.GPU("x", bandwidth=100, flops=1000)
+    gpu = counts.GPU(bandwidth=100, flops=1000)
     assert gpu.floor(Count(200, 1000)) == 2 and gpu.floor(Count(200, 3000)) == 3
 
 

@@ -35,8 +35,8 @@ def test_a_page_shows_what_was_measured_and_lists_what_waits_for_a_gpu(tmp_path)
     assert "2,000" in step and "MFU counts causal pairs." in step and "old" not in step
     assert step.count("| name ") == 2  # other sizes, another table
     assert "step_gpu" not in step and "GiB" not in step and step.startswith("# Title")
-    for title, commands in results.ON_GPU.values():
-        assert f"- {title}: {commands}\n" in waiting
+    for kind, (title, *_) in results.ON_GPU.items():
+        assert f"- {title}: {results.commands(kind)}\n" in waiting
     assert results.filled(text, [path]) == text
     # Measured there: it waits no more, and the command is the GPU's.
     path.write_text(

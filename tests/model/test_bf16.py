@@ -19,7 +19,7 @@ STEPS = 6
 
 def losses(world, config, dtype: str) -> tuple[list[float], set[torch.dtype]]:
     """Of a few steps on the same chats, and the dtypes of weights, gradients and moments."""
-    c = SFT(dtype=dtype, dropout=0.0, batch_size=8, seq_len=64, micro_tokens=128)
+    c = SFT(dtype=dtype, dropout=0.0, batch_size=8, seq_len=64, micro_tokens=128, epochs=STEPS)
     with torch.device("meta"):
         model = Aquila(config)
     shard(model, world, compute_dtype(c, world.device))
@@ -38,10 +38,8 @@ def losses(world, config, dtype: str) -> tuple[list[float], set[torch.dtype]]:
             grads = [p.grad for p in model.parameters()]
             kinds.update(x.dtype for x in [*model.parameters(), *grads, *moments])
 
-    loader = Loader(
-        ListData.of_lengths([20, 41, 9, 33, 17, 50, 28, 60]), np.arange(8), np.arange(0),
-        batch_size=8, micro_tokens=128, epochs=STEPS, rank=world.rank, world_size=world.size,
-    )  # fmt: skip
+    data = ListData.of_lengths([20, 41, 9, 33, 17, 50, 28, 60])
+    loader = Loader(c, data, np.arange(8), np.arange(0), world.rank, world.size)
     loss = lambda scores, row: (scores.nll.sum(), {})  # noqa: E731
     for k in range(STEPS):
         found.append(train_step(c, model, Seen(), loader, loss, k, 1e-2, meter).loss)

@@ -8,6 +8,7 @@ import pytest
 
 from nanomed import store
 from nanomed.batches.loader import Loader, split
+from nanomed.config import SFT
 from nanomed.records import Chat, read_chats
 from nanomed.run.log import RunFolder
 from nanomed.stages import answers, exam
@@ -51,7 +52,7 @@ def test_shares_stand_beside_chance(encoder, monkeypatch, tmp_path):
     lines = [json.dumps(record) for record in records]
     (tmp_path / "exam.jsonl").write_text("\n".join(lines))
     data = store.chats([str(tmp_path / "exam.jsonl")], encoder, 512, 0.0)
-    loader = Loader(data, *split(data, 0.6), batch_size=2, micro_tokens=512, epochs=1)
+    loader = Loader(SFT(), data, *split(data, 0.6))
 
     def always_b(model, prompts, stop, max_new):
         assert max_new == 1 and all("assistant\n" in encoder.tokenizer.decode(p) for p in prompts)
@@ -69,7 +70,7 @@ def test_a_run_shows_one_example_with_its_mask(encoder, monkeypatch):
     """Each run prints one sample with its targets marked."""
     monkeypatch.chdir(ROOT)
     data = store.chats(["samples/sft.jsonl"], encoder, 512, 0.0)
-    loader = Loader(data, np.arange(5, 9), np.arange(3), batch_size=2, micro_tokens=512, epochs=1)
+    loader = Loader(SFT(), data, np.arange(5, 9), np.arange(3))
     screen = Screen()
     answers.show_example(encoder, loader, screen)
     ((_, chat, _),) = islice(read_chats("samples/sft.jsonl"), 5, 6)
@@ -84,7 +85,7 @@ def test_answers_are_kept_for_the_report(encoder, monkeypatch, tmp_path):
     """Beside those of another model, word for word."""
     monkeypatch.chdir(ROOT)
     data = store.chats(["samples/sft.jsonl"], encoder, 512, 0.0)
-    loader = Loader(data, np.arange(5, 9), np.arange(3), batch_size=2, micro_tokens=512, epochs=1)
+    loader = Loader(SFT(), data, np.arange(5, 9), np.arange(3))
 
     def parrot(model, prompts, stop, max_new):
         return [encoder.tokenizer.encode(f"回答{i}") for i in range(len(prompts))]

@@ -304,5 +304,5 @@ def test_the_texts_that_a_tokenizer_is_trained_on(tmp_path):
     lines = "\n\n".join(json.dumps(r, ensure_ascii=False) for r in records)
     (tmp_path / "a.jsonl").write_text(lines, "utf-8")
     (tmp_path / "a.txt").write_text("one\n\ntwo", "utf-8")
-    assert tokenizer._texts(str(tmp_path / "a.jsonl")) == ["糖", "x\u2028y", "z"]
-    assert tokenizer._texts(str(tmp_path / "a.txt")) == ["one", "two"]
+    assert tokenizer.texts_in(str(tmp_path / "a.jsonl")) == ["糖", "x\u2028y", "z"]
+    assert tokenizer.texts_in(str(tmp_path / "a.txt")) == ["one", "two"]

@@ -154,7 +154,7 @@ def train(world, model_config, out, weighted: bool, stops_at=0, dropout=0.0, **c
     held_out = [random_documents(5, 2, longest=150), random_documents(5, 3)]
     data = slices_of(sources, c.seq_len, WEIGHTS[1] if weighted else None, held_out, passes=0)
     loader = loaders(
-        data, world.size, batch_size=c.batch_size, epochs=c.epochs, max_steps=c.steps, seed=c.seed
+        data, world.size, batch_size=c.batch_size, epochs=c.epochs, steps=c.steps, seed=c.seed
     )[world.rank]
     model, run = sharded(world, model_config, dropout=c.dropout), RunFolder(c, world)
     if stops_at:

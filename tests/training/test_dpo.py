@@ -56,18 +56,8 @@ class PairData(Examples):
 def loader_of(world, c: DPO, n: int, n_val: int = 0):
     from nanomed.batches.loader import Loader
 
-    return Loader(
-        PairData(n + n_val),
-        np.arange(n),
-        np.arange(n, n + n_val),
-        batch_size=c.batch_size,
-        micro_tokens=c.micro_tokens,
-        epochs=c.epochs,
-        max_steps=c.steps,
-        seed=c.seed,
-        rank=world.rank,
-        world_size=world.size,
-    )
+    parts = np.arange(n), np.arange(n, n + n_val)
+    return Loader(c, PairData(n + n_val), *parts, world.rank, world.size)
 
 
 def loss_of(reference: Tensor, c: DPO):

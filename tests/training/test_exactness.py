@@ -57,18 +57,9 @@ def chats_of(n: int) -> ListData:
 
 
 def loader_of(world: World, n: int, c: SFT, max_steps=0) -> Loader:
-    return Loader(
-        chats_of(n),
-        np.arange(n),
-        np.arange(n, n + 7),
-        batch_size=c.batch_size,
-        micro_tokens=c.micro_tokens,
-        epochs=c.epochs,
-        max_steps=max_steps,
-        seed=c.seed,
-        rank=world.rank,
-        world_size=world.size,
-    )
+    c = dataclasses.replace(c, steps=max_steps)
+    parts = np.arange(n), np.arange(n, n + 7)
+    return Loader(c, chats_of(n), *parts, world.rank, world.size)
 
 
 class Recorder:
