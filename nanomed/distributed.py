@@ -268,14 +268,13 @@ def mesh_of(device_type: str, sharing: Sharing) -> DeviceMesh:
 def fill(param: Tensor, full: Tensor) -> None:
     """Copies this rank's rows of the whole tensor `full` into a parameter, sharded or not."""
     with torch.no_grad():
-        if isinstance(param, DTensor):
-            param.to_local().copy_(full[local_rows(param)])
-        else:
-            param.copy_(full)
+        local(param).copy_(full[local_rows(param)])
 
 
-def local_rows(param: DTensor) -> slice:
-    """The rows (of dimension 0) of a sharded parameter that this rank holds."""
+def local_rows(param: Tensor) -> slice:
+    """The rows (of dimension 0) of a parameter, sharded or not, that this rank holds."""
+    if not isinstance(param, DTensor):
+        return slice(0, len(param))
     shape, offset = compute_local_shape_and_global_offset(
         param.shape, param.device_mesh, param.placements
     )
@@ -308,7 +307,7 @@ def from_main(value):
 
 def from_all(value, group: dist.ProcessGroup | None = None) -> list:
     """Every rank's value, by rank; any picklable object. Without processes there is one. `group`
-    is another way between the same ranks: see host_mesh()."""
+    is another way between the same ranks: see host_group()."""
     if not dist.is_initialized():
         return [value]
     values = [None] * dist.get_world_size()

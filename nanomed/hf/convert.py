@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nanomed.config import InputError
-from nanomed.hf.tensors import DTYPE_NAMES, Spec, index_of, write_file, write_index
+from nanomed.hf.tensors import DTYPE_NAMES, Spec, file_names, index_of, write_file, write_index
 
 # What a folder needs beside its weights; custom code is not among it.
 BESIDE = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.md", "LICENSE*", "*.pdf")
@@ -28,9 +28,7 @@ def convert(source: Path, folder: Path) -> None:
     unfinished.mkdir(parents=True)
     try:
         shards = []
-        for number, path in enumerate(files, 1):
-            name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
-            name = name if len(files) > 1 else "model.safetensors"
+        for path, name in zip(files, file_names(len(files)), strict=True):
             shards.append((name, _convert_file(path, unfinished / name)))
         _check_names(source, named, shards)
         if len(shards) > 1:

@@ -4,13 +4,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from nanomed.config import InputError, ModelConfig
-from nanomed.distributed import local_rows
+from nanomed.distributed import from_all, local, local_rows
 from nanomed.hf.config import parse
 from nanomed.hf.tensors import Spec, some, stored
 from nanomed.model.decoder import Aquila
@@ -68,12 +66,8 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
                 bar.update()
     except InputError as error:
         problem = str(error)
-    if dist.is_initialized():
-        problems = [""] * dist.get_world_size()
-        dist.all_gather_object(problems, problem)
-        problem = next(filter(None, problems), "")
-    if problem:
-        raise InputError(problem)
+    for words in filter(None, from_all(problem)):
+        raise InputError(words)
 
 
 def _slices(model: nn.Module, folder: str | Path) -> Iterator[tuple[str, Tensor, Path, object]]:
@@ -90,15 +84,14 @@ def _slices(model: nn.Module, folder: str | Path) -> Iterator[tuple[str, Tensor,
 
 
 def _fill(name: str, param: Tensor, path: Path, stored_slice) -> None:
-    rows = local_rows(param) if isinstance(param, DTensor) else slice(0, len(param))
+    rows = local_rows(param)
     if rows.start >= rows.stop:  # more ranks than rows
         return
-    local = param.to_local() if isinstance(param, DTensor) else param
     values = stored_slice[rows]
     if not values.isfinite().all():
         raise InputError(f"{path}: {name} holds numbers that are NaN or infinite")
     with torch.no_grad():
-        local.copy_(values)
+        local(param).copy_(values)
 
 
 def _is_tied(folder: str | Path) -> bool:

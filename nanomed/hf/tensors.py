@@ -127,12 +127,14 @@ def plan(specs: Iterable[Spec]) -> list[tuple[str, list[Spec]]]:
         if shards[-1] and sum(s.n_bytes for s in shards[-1]) + spec.n_bytes > SHARD_BYTES:
             shards.append([])
         shards[-1].append(spec)
-    n = len(shards)
-    names = [f"model-{i:05d}-of-{n:05d}.safetensors" for i in range(1, n + 1)]
-    return [
-        (name if n > 1 else "model.safetensors", sorted(shard, key=lambda spec: spec.name))
-        for name, shard in zip(names, shards, strict=True)
-    ]
+    by_name = [sorted(shard, key=lambda spec: spec.name) for shard in shards]
+    return list(zip(file_names(len(shards)), by_name, strict=True))
+
+
+def file_names(n: int) -> list[str]:
+    if n == 1:
+        return ["model.safetensors"]
+    return [f"model-{i:05d}-of-{n:05d}.safetensors" for i in range(1, n + 1)]
 
 
 def write_file(path: Path, specs: list[Spec], pieces: Iterable[tuple[Spec, Tensor]]) -> None:

@@ -160,14 +160,8 @@ _WORDS = _Words()
 
 
 def source_of(record: dict) -> str:
-    return next(
-        (
-            str(v)
-            for n in ("source", "kind")
-            if isinstance(v := record.get(n), str | int) and v != ""
-        ),
-        "",
-    )
+    named = (record.get(name) for name in ("source", "kind"))
+    return next((str(v) for v in named if isinstance(v, str | int) and v != ""), "")
 
 
 _CHINESE, _LATIN = re.compile("[\u4e00-\u9fff]"), re.compile("[A-Za-z]+")

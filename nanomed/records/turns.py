@@ -8,35 +8,19 @@ from nanomed.records.fields import filled, given, unread
 from nanomed.records.shapes import BadField, Chat, excerpt, json_of, text_of, texts_of
 
 # A tool's result is read by the model like a user's turn; calling the tool is the model's turn.
-ROLES = {
-    "user": "user",
-    "human": "user",
-    "observation": "user",
-    "tool": "user",
-    "function": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-    "function_call": "assistant",
-    "system": "system",
-    "developer": "system",
+SAID_BY = {
+    "user": "user human observation tool function",
+    "assistant": "assistant gpt chatgpt bing bot model function_call",
+    "system": "system developer",
 }
+ROLES = {name: role for role, names in SAID_BY.items() for name in names.split()}
 TOOL_ROLES = ("observation", "tool", "function", "function_call")
 TURN = ("role", "from", "content", "value")
 MARKS = ("weight", "loss", "train", "trainable", "loss_mask")  # of a turn: whether it is learned
 NO, YES = {"0", "0.0", "false"}, {"1", "1.0", "true"}
 
 OPENING = ("system", "history")  # what every chat and pair may have besides
-QUESTION = (
-    "instruction",
-    "context",
-    "question",
-    "prompt",
-    "input",
-)  # in the order of a user's turn
+QUESTION = ("instruction", "context", "question", "prompt", "input")  # as a user's turn has them
 
 
 def opening(record: dict) -> Chat:

@@ -10,7 +10,6 @@ from nanomed.batches.loader import Loader, split
 from nanomed.batches.slices import Slices
 from nanomed.config import SAVED_BYTES, ModelConfig, Run
 from nanomed.meeting import rank_from_env
-from nanomed.run.log import flops_of
 from nanomed.stages import link, memory
 from nanomed.stages.hardware import Hardware, parse_hardware
 from nanomed.store import Store
@@ -22,16 +21,10 @@ GB = 1e9
 
 
 @dataclass(frozen=True)
-class Work:
-    """Examples, their tokens, and the sum of the squared lengths of their segments."""
+class Work(link.Step):
+    """One pass over so many examples."""
 
     examples: int
-    tokens: float
-    squares: float
-
-    def flops(self, config: ModelConfig) -> float:
-        """Forward and backward of one pass."""
-        return flops_of(config, self.tokens, self.squares)
 
 
 def published_work(c: Run) -> tuple[Work, Work]:
@@ -40,7 +33,7 @@ def published_work(c: Run) -> tuple[Work, Work]:
     segments = 2 if c.stage == "dpo" else 1
 
     def work(n: int) -> Work:
-        return Work(n, n * segments * c.seq_len, n * segments * c.seq_len**2)
+        return Work(n * segments * c.seq_len, n * segments * c.seq_len**2, n)
 
     return work(c.examples - n_val), work(n_val)
 
@@ -53,7 +46,7 @@ def counted_work(c: Run, data: Store | Slices) -> tuple[Work, Work]:
 
     def work(part: np.ndarray) -> Work:
         squares = np.diff(data.borders).astype(float).reshape(len(data), -1) ** 2
-        return Work(len(part), float(data.lengths[part].sum()), float(squares[part].sum()))
+        return Work(float(data.lengths[part].sum()), float(squares[part].sum()), len(part))
 
     train, val = split(data, c.val_fraction, len(c.data) if c.val_data else None)
     return work(train), work(val)
@@ -66,7 +59,7 @@ def sliced_work(data: Slices, part: range, sample: int = 256) -> Work:
     n_tokens = int(data.n_tokens.reshape(2, -1)[int(part.start > 0)].sum())
     sampled = sum(x.sum() for x in lengths)
     squares = sum((x**2).sum() for x in lengths)
-    return Work(len(part), float(n_tokens), squares * n_tokens / max(1, sampled))
+    return Work(float(n_tokens), squares * n_tokens / max(1, sampled), len(part))
 
 
 def n_steps(c: Run, train: Work) -> int:

@@ -103,9 +103,7 @@ def head_moment(config: ModelConfig, c: Run, n_gpus: int) -> dict[str, float]:
         cast["loss's chunk"] = b * chunk(config, c) * config.vocab_size + part
     # By now hidden is let go: its gradient has taken its place.
     summed = {"gradients here": b * matrix, "FSDP": 4 * matrix * (1 + 1 / n_gpus)}
-    if (
-        c.sum_gradients == "step"
-    ):  # it was added to what is counted as whole, which goes as it is sent
+    if c.sum_gradients == "step":  # added to what is counted as whole, which goes as it is sent
         summed = {"FSDP": 4 * matrix}
     layer = b * layer_params(config)  # the last one stays gathered
     summed["FSDP"] += layer

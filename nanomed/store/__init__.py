@@ -5,7 +5,7 @@ examples.py    chats and preference pairs, with the tokens that are trained on
 stream.py      documents for continued pre-training as streams of tokens: the reader
 shards.py      a store of documents on disk, shard by shard
 texts.py       a record of a file becomes token ids: what each tokenising process does
-build.py       files into shards, in order, resumable
+writing.py     files into shards, in order, resumable
 cache.py       which store belongs to which files, tokenizer and code
 
 python -m nanomed.store FILES --tokenizer DIR --out STORE

@@ -22,13 +22,6 @@ from typing import Any
 
 import numpy as np
 
-FILES = {
-    "tokens": "tokens.u32",
-    "borders": "borders.npy",
-    "keys": "keys.npy",
-    "source": "source.npy",
-}
-
 DTYPES = {
     "tokens": np.dtype("<u4"),
     "borders": np.dtype("<i8"),
@@ -38,7 +31,7 @@ DTYPES = {
 
 
 def file_of(shard: int, name: str) -> str:
-    return f"shard-{shard:05d}.{FILES[name]}"
+    return f"shard-{shard:05d}.{name}.{'u32' if name == 'tokens' else 'npy'}"
 
 
 class Shard:

@@ -190,7 +190,7 @@ def test_the_parameters_and_flops_of_aquilamed():
     m = MODELS["aquilamed-7b"]
     assert m.n_params() == 8_223_748_096  # tests/model/test_options.py counts them
     assert sum(memory.states(m, 8).values()) == 16 * 8_223_748_096 / 8
-    a_slice = dry_run.Work(1, 4096, 4096**2)
+    a_slice = dry_run.Work(4096, 4096**2, 1)
     assert a_slice.flops(m) / 4096 == pytest.approx(48.83e9, rel=1e-4)  # causal count
     assert dry_run.disk(config("sft"), m, 0)["checkpoints"] / 4 == pytest.approx(98.7e9, rel=1e-3)
 
