@@ -23,13 +23,13 @@ def gate(plain: Aquila, name: str, theirs, loss: torch.Tensor, ours: torch.Tenso
         for n, p in plain.named_parameters()
         if "k_proj.bias" not in n  # 0 but for rounding: softmax ignores a common shift
     }
+    theirs.zero_grad()
+    plain.zero_grad()
     worst = max(apart, key=apart.get)
     off = abs(loss.item() - ours.item()) / abs(ours.item())
     print(f"  {name}: loss {off:.1e} apart, gradients at most {apart[worst]:.1e} ({worst})")
     if not (off < 1e-5 and apart[worst] < 1e-4):
         raise SystemExit(f"{name} computes something else than nanomed: no speed is measured")
-    theirs.zero_grad()
-    plain.zero_grad()
 
 
 def segments_of(batch: dict[str, torch.Tensor]) -> list[Segment]:

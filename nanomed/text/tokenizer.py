@@ -16,9 +16,8 @@ import os
 import re
 import shutil
 import unicodedata
-from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 from nanomed.config import InputError
 from nanomed.records.files import kind_of, read_json, read_lines
@@ -41,21 +40,44 @@ PROBES = (
 )
 
 
-class Tokenizer(Protocol):
+class Tokenizer:
     """What the rest of nanomed asks of a tokenizer, whatever its kind."""
 
     path: Path
     files: dict[str, Path]  # what it was read from, by the name that a folder must give it
     vocab_size: int  # every id is below
     special: dict[str, int]  # the special tokens' ids, by how they are written
+    model: Any  # of the package that reads its kind
 
-    def encode(self, text: str) -> list[int]: ...
-    def decode(self, ids: list[int]) -> str: ...
-    def fingerprint(self) -> str: ...
-    def n_bytes(self) -> list[int]: ...  # [vocab_size] of UTF-8 that each id stands for
+    def encode(self, text: str) -> list[int]:
+        raise NotImplementedError
+
+    def n_bytes(self) -> list[int]:  # [vocab_size] of UTF-8 that each id stands for
+        raise NotImplementedError
+
+    def decode(self, ids: list[int]) -> str:
+        """Special tokens are written out, as they would be in a template. A model may have more
+        rows than its tokenizer has ids: those come out as U+FFFD."""
+        text, plain = "", []
+        names = {i: name for name, i in self.special.items()}
+        names |= {i: "\ufffd" for i in ids if i >= self.vocab_size}
+        for i in ids:
+            if i in names:
+                text += self._decode_plain(plain) + names[i]
+                plain = []
+            else:
+                plain.append(i)
+        return text + self._decode_plain(plain)
+
+    def _decode_plain(self, ids: list[int]) -> str:
+        return self.model.decode(ids)
+
+    def fingerprint(self) -> str:
+        content = b"".join(self.files[name].read_bytes() for name in sorted(self.files))
+        return hashlib.sha256(content).hexdigest()
 
 
-class SentencePieceTokenizer:
+class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece model file. Every string round-trips but for U+2581, which SentencePiece
     itself uses for a space: it comes back as a space."""
 
@@ -74,12 +96,6 @@ class SentencePieceTokenizer:
     def encode(self, text: str) -> list[int]:
         return self.model.encode(text)
 
-    def decode(self, ids: list[int]) -> str:
-        return _decode(self, ids, self.model.decode)
-
-    def fingerprint(self) -> str:
-        return _fingerprint(self.files)
-
     def n_bytes(self) -> list[int]:
         """A special token and the unknown one stand for none."""
         none = set(self.special.values()) | {self.model.unk_id()}
@@ -96,7 +112,7 @@ class SentencePieceTokenizer:
         return not prefixed and all(self.decode(self.encode(text)) == text for text in probes)
 
 
-class RankTokenizer:
+class RankTokenizer(Tokenizer):
     """A rank file, as in `qwen.tiktoken`: one line per token, base64 of its bytes and its rank,
     which is its id. Qwen's special tokens follow the last rank. Text is NFC-normalised first, as
     Qwen's own code does, and then round-trips."""
@@ -114,17 +130,11 @@ class RankTokenizer:
     def encode(self, text: str) -> list[int]:
         return self.model.encode_ordinary(unicodedata.normalize("NFC", text))
 
-    def decode(self, ids: list[int]) -> str:
-        return _decode(self, ids, self.model.decode)
-
-    def fingerprint(self) -> str:
-        return _fingerprint(self.files)
-
     def n_bytes(self) -> list[int]:
         return [*map(len, sorted(self.ranks, key=self.ranks.get)), *[0] * len(self.special)]
 
 
-class JsonTokenizer:
+class JsonTokenizer(Tokenizer):
     """What Hugging Face's tokenizers package reads: tokenizer.json, or vocab.json and merges.txt.
 
     Its added tokens are special here, declared so or not, and text never becomes one; only runs of
@@ -150,11 +160,8 @@ class JsonTokenizer:
     def encode(self, text: str) -> list[int]:
         return self.model.encode(text, add_special_tokens=False).ids
 
-    def decode(self, ids: list[int]) -> str:
-        return _decode(self, ids, lambda plain: self.model.decode(plain, skip_special_tokens=False))
-
-    def fingerprint(self) -> str:
-        return _fingerprint(self.files)
+    def _decode_plain(self, ids: list[int]) -> str:
+        return self.model.decode(ids, skip_special_tokens=False)
 
     def n_bytes(self) -> list[int]:
         """Byte-level vocabularies write each byte as one character; others write a space as
@@ -228,25 +235,6 @@ def check_rows(tokenizer: Tokenizer, n_rows: int) -> None:
 def _spaced(piece: str) -> int:
     """Bytes of a piece in which U+2581 stands for a space."""
     return len(piece.replace("\u2581", " ").encode())
-
-
-def _decode(tokenizer: Tokenizer, ids: list[int], decode: Callable[[list[int]], str]) -> str:
-    """Special tokens are written out, as they would be in a template. A model may have more rows
-    than its tokenizer has ids: those come out as U+FFFD."""
-    text, plain = "", []
-    names = {i: name for name, i in tokenizer.special.items()}
-    names |= {i: "\ufffd" for i in ids if i >= tokenizer.vocab_size}
-    for i in ids:
-        if i in names:
-            text += decode(plain) + names[i]
-            plain = []
-        else:
-            plain.append(i)
-    return text + decode(plain)
-
-
-def _fingerprint(files: dict[str, Path]) -> str:
-    return hashlib.sha256(b"".join(files[name].read_bytes() for name in sorted(files))).hexdigest()
 
 
 def _optional(package: str, path: Path):
