@@ -247,15 +247,10 @@ def check_limits(settings: Any, limits: list[tuple[bool, str, str]]) -> None:
 @dataclass(frozen=True)
 class SFT(Run):
     stage: ClassVar[str] = "sft"
-    FRESH: ClassVar[dict[str, Any]] = {
-        "lr": 1.5e-3,
-        "epochs": 4,
-        "batch_size": 8,
-        "seq_len": 1024,
-        "min_lr_ratio": 0.1,
-        "warmup_ratio": 0.05,
-        "log_every": 10,
-    }
+    FRESH: ClassVar[dict[str, Any]] = dict(
+        lr=1.5e-3, epochs=4, batch_size=8, seq_len=1024, min_lr_ratio=0.1, warmup_ratio=0.05,
+        log_every=10,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -264,15 +259,10 @@ class CPT(Run):
     An example is a slice of seq_len tokens of documents."""
 
     stage: ClassVar[str] = "cpt"
-    FRESH: ClassVar[dict[str, Any]] = {
-        "lr": 2e-3,
-        "epochs": 6,
-        "batch_size": 8,
-        "seq_len": 256,
-        "val_fraction": 0.1,
-        "min_lr_ratio": 0.1,
-        "log_every": 10,
-    }
+    FRESH: ClassVar[dict[str, Any]] = dict(
+        lr=2e-3, epochs=6, batch_size=8, seq_len=256, val_fraction=0.1, min_lr_ratio=0.1,
+        log_every=10,
+    )  # fmt: skip
     data: list[str] = _flag(
         ("samples/cpt_medical.jsonl", "samples/cpt_general.jsonl"),
         "sources: files of documents or chats (.jsonl, .txt, ...; also .gz), or stores that\n"
@@ -293,13 +283,9 @@ class DPO(Run):
     """Direct preference optimisation. An example is a pair of two segments."""
 
     stage: ClassVar[str] = "dpo"
-    FRESH: ClassVar[dict[str, Any]] = {
-        "lr": 1e-5,
-        "epochs": 3,
-        "batch_size": 16,
-        "seq_len": 512,
-        "log_every": 5,
-    }
+    FRESH: ClassVar[dict[str, Any]] = dict(
+        lr=1e-5, epochs=3, batch_size=16, seq_len=512, log_every=5
+    )
     data: list[str] = _default("data", ("samples/dpo.jsonl",))
     batch_size: int = _default("batch_size", 64)
     lr: float = _default("lr", 2e-7)
