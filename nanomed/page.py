@@ -9,7 +9,7 @@ from typing import Any
 STYLE = """
 body { font: 15px/1.5 system-ui, "Noto Sans CJK SC", sans-serif; max-width: 72em;
   margin: 2em auto; padding: 0 1em; color: #222; background: #fff; }
-table { border-collapse: collapse; margin: .5em 0 1.5em; }
+table { display: block; overflow-x: auto; border-collapse: collapse; margin: .5em 0 1.5em; }
 td, th { padding: .15em .7em; text-align: right; border-bottom: 1px solid #ddd;
   vertical-align: top; white-space: nowrap; }
 td:first-child, th:first-child, td.text { text-align: left; }
