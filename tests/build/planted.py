@@ -20,11 +20,12 @@ DEFECTS = ("wrong_answer", "another_dialogue", "repeated_turn", "one_word")
 
 
 def halves() -> tuple[list[dict], list[dict]]:
-    """The samples' chats: those that train what scores, and those that are chosen from. A group
-    stands in one of them."""
+    """The good chats of the samples' pool: those that train what scores, and those that are chosen
+    from. A group stands in one of them."""
     found: tuple[list, list] = ([], [])
-    for _, record, _ in read_json(str(ROOT / "samples/sft.jsonl")):
-        found[group_key(record["group"]) % 2].append(record)
+    for _, record, _ in read_json(str(ROOT / "samples/pool.jsonl.gz")):
+        if record["category"] == "good":
+            found[group_key(record["group"]) % 2].append(record)
     return found
 
 
@@ -63,7 +64,7 @@ def planted(records: list[dict], share: float = 0.3, seed: int = 0) -> list[dict
 def trained(folder: Path, records: list[dict], **given) -> Path:
     """A run folder of train_sft.py's, from nothing, on these chats."""
     data = scored.write(folder.with_name(f"{folder.name}.jsonl"), records)
-    flags = {"seq_len": 512, "epochs": 8, "val_fraction": 0.05, "log_every": 100, "device": "cpu"}
+    flags = {"seq_len": 512, "epochs": 6, "val_fraction": 0.05, "log_every": 100, "device": "cpu"}
     flags |= {"data": data, "out": folder} | given
     command = [sys.executable, str(ROOT / "train_sft.py")]
     command += [word for name, value in flags.items() for word in (f"--{name}", str(value))]
@@ -101,6 +102,23 @@ def limits_that_keep(lines: list[dict], share: float) -> dict[str, float]:
         if sum(passes(line, found) for line in lines) >= share * len(lines):
             break
     return found
+
+
+def selected_half(
+    records: list[dict], lines: list[dict], rng: np.random.Generator
+) -> tuple[list[int], list[int]]:
+    """(selected, random): of each kind as many as half of it. Selected are drawn among those that
+    pass the limits of their kind. The best ones by score would be about fewer facts: a score
+    depends on what a chat is about, too."""
+    selected, random = [], []
+    for kind in sorted({record["kind"] for record in records}):
+        mine = [i for i, record in enumerate(records) if record["kind"] == kind]
+        limits = limits_that_keep([lines[i] for i in mine if not records[i]["defect"]], 0.9)
+        passing = [i for i in mine if passes(lines[i], limits)]
+        for rows, drawn_from in ((selected, passing), (random, mine)):
+            rows += rng.permutation(drawn_from)[: len(mine) // 2].tolist()
+    assert len(selected) == len(random)
+    return sorted(selected), sorted(random)
 
 
 def passes(line: dict, limits: dict[str, float]) -> bool:

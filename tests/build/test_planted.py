@@ -27,6 +27,7 @@ from tests.build.planted import (
     passes,
     planted,
     scorer_of,
+    selected_half,
     trained,
 )
 from tests.build.real import real_model_folder
@@ -97,31 +98,22 @@ def test_context_relevance_finds_rounds_that_repeat_and_rounds_of_other_dialogue
     assert found["another_dialogue"] > 0.8 and found["unrelated"] > 0.8
 
 
-def test_fine_tuning_on_the_selected_half_answers_more_than_on_a_random_half(known_world, tmp_path):
-    """Three seeds each: right answers of the exam. Of each kind the better half is selected, so
-    that both halves are of the same kinds. The held-out loss of clean chats is only shown: here it
-    is higher after the selected half."""
+def test_fine_tuning_on_the_selected_half_beats_a_random_half(known_world, tmp_path):
+    """Three seeds each: the loss of clean chats of the other half, and right texts of the exam."""
     records, lines = known_world
-    selected, rng = [], np.random.default_rng(0)
-    good = [line for r, line in zip(records, lines, strict=True) if not r["defect"]]
-    limits = limits_that_keep(good, 0.9)
-    for kind in sorted({r["kind"] for r in records}):
-        mine = [i for i, r in enumerate(records) if r["kind"] == kind]
-        mine.sort(key=lambda i: (not passes(lines[i], limits), -lines[i]["score"], i))
-        selected += mine[: len(mine) // 2]
-    results = {"selected": [], "random": []}
+    rng, results = np.random.default_rng(0), {"selected": [], "random": []}
     for seed in range(3):
-        drawn = rng.permutation(len(records))[: len(selected)]
-        for name, rows in (("selected", selected), ("random", drawn)):
-            chosen = [records[i] for i in sorted(rows)]
+        halves_of_each = selected_half(records, lines, rng)
+        for (name, runs), rows in zip(results.items(), halves_of_each, strict=True):
+            chosen = [records[i] for i in rows]
             path = scored.write(tmp_path / f"{name}{seed}.jsonl", chosen)
-            results[name].append(fine_tuned(path, tmp_path / f"run-{name}{seed}", seed))
+            runs.append(fine_tuned(path, tmp_path / f"run-{name}{seed}", seed))
             defects = np.mean([bool(r["defect"]) for r in chosen])
-            print(f"{name} {seed}: {defects:.0%} defects, {results[name][-1]}", flush=True)
+            print(f"{name} {seed}: {defects:.0%} defects, {runs[-1]}", flush=True)
     losses = {name: np.mean([loss for loss, _ in runs]) for name, runs in results.items()}
     right = {name: np.mean([n for _, n in runs]) for name, runs in results.items()}
     print(f"held-out loss {losses}, right answers {right}")
-    assert right["selected"] > right["random"]
+    assert losses["selected"] < losses["random"] and right["selected"] > right["random"]
 
 
 def fine_tuned(path: Path, out: Path, seed: int) -> tuple[float, int]:
