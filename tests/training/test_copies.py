@@ -34,7 +34,6 @@ def test_each_node_holds_a_whole_model(pool, small):
     "first, second, save",
     [
         (COPIES, COPIES, "background"),
-        (COPIES, COPIES, "blocking"),
         (COPIES, None, "background"),
         (None, COPIES, "blocking"),
     ],
