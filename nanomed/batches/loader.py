@@ -69,7 +69,10 @@ def split_remark(
 
 
 def largest_group(keys: np.ndarray, where: Callable[[int], tuple[str, int]]) -> str:
+    """Why a share is not the one that was asked for."""
     _, first, counts = np.unique(keys, return_index=True, return_counts=True)
+    if counts.max() == 1:
+        return ": a hash of each one decides, and so few do not come out evenly"
     file, record = where(int(first[counts.argmax()]))
     return (
         ": what has the same questions or the same `group` stays together, and the largest such "

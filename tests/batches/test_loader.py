@@ -83,7 +83,7 @@ def test_the_split_is_by_group_not_by_place():
 
 def test_a_split_without_one_of_its_sides_is_refused():
     data = ListData.of_lengths([5, 5])
-    with pytest.raises(InputError, match="leaves 0 held out and 2 to train on"):
+    with pytest.raises(InputError, match="leaves 0 held out and 2 to train on: a hash of each"):
         split(data, 1e-9)
     train, val = split(data, 0.0)
     assert len(train) == 2 and len(val) == 0
