@@ -9,7 +9,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -118,12 +118,10 @@ def _refusal(error: Exception) -> str:
 
 def end_with(parent: int) -> None:
     """Ends this process soon after its parent. A torchrun that is killed by -9 leaves its workers
-    running: without this they go on training, and writing, beside those of the next launch. If it
-    was killed while this one imported torch, the parent is another by now, which is no Python."""
-    with suppress(OSError):
-        if "python" not in os.path.basename(os.readlink(f"/proc/{parent}/exe")):
-            print("error: the torchrun that started this process is gone", file=sys.stderr)
-            os._exit(1)
+    running: without this they go on training, and writing, beside those of the next launch."""
+    if adopted_by(parent):  # torchrun was killed while this process imported torch
+        print("error: the torchrun that started this process is gone", file=sys.stderr)
+        os._exit(1)
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -131,6 +129,19 @@ def end_with(parent: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def adopted_by(parent: int) -> bool:
+    """Whether this is who takes care of orphans, and no torchrun. torchrun is a Python and gives
+    each worker a session, to which a wrapper between them (numactl, nsys, a shell) belongs."""
+    try:
+        if os.getsid(parent) == os.getsid(0):
+            return False
+        return "python" not in os.path.basename(os.readlink(f"/proc/{parent}/exe"))
+    except PermissionError:  # another user's
+        return parent == 1
+    except OSError:
+        return False
 
 
 @contextmanager

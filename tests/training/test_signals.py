@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from nanomed.distributed import end_with
+from nanomed.distributed import adopted_by, end_with
 from nanomed.run import checkpoint, saves
 from nanomed.training import faults, trainer
 from nanomed.training.faults import Signals
@@ -120,14 +120,30 @@ def test_a_worker_whose_parent_is_gone_ends(tmp_path):
     _until(lambda: not _runs(pid))
 
 
-def test_a_worker_whose_torchrun_is_gone_before_it_begins_ends():
-    """Its parent is then whoever takes care of orphans, here a shell: no Python."""
-    code = "import time; from nanomed.distributed import launch; launch(lambda: time.sleep(600))"
+@pytest.mark.parametrize("is_orphan", [True, False])
+def test_a_worker_whose_torchrun_is_gone_before_it_begins_ends(is_orphan):
+    """torchrun gives each worker a session. An orphan's parent is whoever takes care of orphans,
+    here a shell of another one; a wrapper (torchrun --no_python numactl ...) is of the same."""
+    code = "import os; " + "os.setsid(); " * is_orphan
+    code += 'from nanomed.distributed import launch; launch(lambda: print("begins"))'
     command = ["sh", "-c", f"{sys.executable} -c '{code}'; exit $?"]
     env = os.environ | {"TORCHELASTIC_RUN_ID": "x", "PYTHONPATH": str(ROOT)}
-    ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-    assert ended.returncode == 1
-    assert "the torchrun that started this process is gone" in ended.stderr
+    ended = subprocess.run(
+        command, env=env, capture_output=True, text=True, timeout=300, start_new_session=True
+    )
+    said = "error: the torchrun that started this process is gone\n"
+    assert (ended.returncode, ended.stderr) == ((1, said) if is_orphan else (0, ""))
+    assert ended.stdout == "begins\n" * (not is_orphan)
+
+
+def test_another_users_init_takes_care_of_orphans(monkeypatch):
+    """Who is not root may not ask what it runs."""
+
+    def refused(path):
+        raise PermissionError(path)
+
+    monkeypatch.setattr(os, "readlink", refused)
+    assert adopted_by(1) and not adopted_by(os.getppid())
 
 
 def _runs(pid: int) -> bool:
