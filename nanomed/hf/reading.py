@@ -66,8 +66,8 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
                 bar.update()
     except InputError as error:
         problem = str(error)
-    for words in filter(None, from_all(problem)):
-        raise InputError(words)
+    if problem := next(filter(None, from_all(problem)), ""):
+        raise InputError(problem)
 
 
 def _slices(model: nn.Module, folder: str | Path) -> Iterator[tuple[str, Tensor, Path, object]]:

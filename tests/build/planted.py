@@ -107,18 +107,18 @@ def limits_that_keep(lines: list[dict], share: float) -> dict[str, float]:
 def selected_half(
     records: list[dict], lines: list[dict], rng: np.random.Generator
 ) -> tuple[list[int], list[int]]:
-    """(selected, random): of each kind as many as half of it. Selected are drawn among those that
-    pass the limits of their kind. The best ones by score would be about fewer facts: a score
-    depends on what a chat is about, too."""
-    selected, random = [], []
+    """(selected, unselected): of each kind as many as half of it. Selected are drawn among those
+    that pass the limits of their kind, the others among all. The best ones by score would be about
+    fewer facts: a score depends on what a chat is about, too."""
+    selected, unselected = [], []
     for kind in sorted({record["kind"] for record in records}):
         mine = [i for i, record in enumerate(records) if record["kind"] == kind]
         limits = limits_that_keep([lines[i] for i in mine if not records[i]["defect"]], 0.9)
         passing = [i for i in mine if passes(lines[i], limits)]
-        for rows, drawn_from in ((selected, passing), (random, mine)):
+        for rows, drawn_from in ((selected, passing), (unselected, mine)):
             rows += rng.permutation(drawn_from)[: len(mine) // 2].tolist()
-    assert len(selected) == len(random)
-    return sorted(selected), sorted(random)
+    assert len(selected) == len(unselected)
+    return sorted(selected), sorted(unselected)
 
 
 def passes(line: dict, limits: dict[str, float]) -> bool:
