@@ -143,7 +143,8 @@ def test_another_users_init_takes_care_of_orphans(monkeypatch):
         raise PermissionError(path)
 
     monkeypatch.setattr(os, "readlink", refused)
-    assert adopted_by(1) and not adopted_by(os.getppid())
+    monkeypatch.setattr(os, "getsid", lambda pid: pid)  # each process has a session of its own
+    assert adopted_by(1) and not adopted_by(2)
 
 
 def _runs(pid: int) -> bool:
