@@ -47,6 +47,8 @@ part step 60 140 "${step[@]}" --only cpt sft dpo --tokens 8192 4096 "${flags[@]}
 part "step without FSDP" 60 100 "${step[@]}" --only cpt sft --tokens 4096 --optimizer split "${flags[@]}"
 part "step, bf16 moments" 60 100 "${step[@]}" --only cpt --tokens 4096 --optimizer split_bf16 \
     "${flags[@]}"
+part "step, host memory" 60 100 "${step[@]}" --only cpt --tokens 4096 --optimizer split_host \
+    "${flags[@]}"
 part attention 20 60 python3 -m bench.kernels --ops attention --tokens 4096 8192 "${flags[@]}"
 part kernels 30 110 python3 -m bench.kernels --ops rmsnorm linear_nll swiglu rope --tokens 8192 \
     "${flags[@]}"

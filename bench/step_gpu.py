@@ -47,7 +47,8 @@ def main() -> None:
     parser = flags(__doc__)
     parser.add_argument("--only", nargs="+", choices=TABLES, default=TABLES, help="some tables")
     parser.add_argument("--kernels", default="auto", choices=kernels.CHOICES)
-    parser.add_argument("--optimizer", default="fsdp", choices=("fsdp", "split", "split_bf16"))
+    ways = ("fsdp", "split", "split_bf16", "split_host")
+    parser.add_argument("--optimizer", default="fsdp", choices=ways)
     s, given = arguments(parser, gpu=[8192, 4096, 16_384, 32_768], cpu=[128])
     s.dtype, s.rounds = torch.bfloat16, 2 if given.quick else 5
     kernels.use(given.kernels)
@@ -87,8 +88,7 @@ def steps(s: Setting, given) -> None:
             if model is None:
                 model = model_of(s.world, s.config, s.dtype, given.optimizer == "fsdp")
                 if given.optimizer != "fsdp":
-                    bf16 = given.optimizer == "split_bf16"
-                    split_weights(model, torch.bfloat16 if bf16 else torch.float32)
+                    split_weights(model, given.optimizer)
                 optimizer = adamw(model, 0.1)
             set_recompute(model, c.recompute)
             data = examples(stage, c.micro_tokens, s.config, document)

@@ -166,8 +166,9 @@ class Run:
     )  # fmt: skip
     optimizer: str = _flag(
         "auto", "AdamW under fsdp; or, in one process, split: without it, weights in two halves\n"
-        "that are float32 together; split_bf16: and moments in bf16; auto: split on one GPU",
-        choices=("auto", "fsdp", "split", "split_bf16"),
+        "that are float32 together; split_bf16: and moments in bf16; split_host: moments and\n"
+        "lower halves in the host's memory; auto: on one GPU split, else split_host if it fits",
+        choices=("auto", "fsdp", "split", "split_bf16", "split_host"),
     )  # fmt: skip
     kernels: str = _flag(
         "auto", "version of the fused ops; auto: Triton on CUDA, plain PyTorch elsewhere",

@@ -7,7 +7,7 @@
 Whatever mixes devices is refused by CUDA's rules, stricter than torch's fake tensors, which let
 torch.stack pass a CPU scalar. Values are real, so code that looks at them runs, too. `gpu.waits`
 lists what made the host wait for the device. A copy to page-locked memory that is not waited for is
-full of NaN. What it does not have: streams, NCCL, FSDP, Triton.
+full of NaN. What it does not have: streams that run beside one another, NCCL, FSDP, Triton.
 """
 
 import contextlib
@@ -32,7 +32,14 @@ class Gpu(TorchFunctionMode):
         super().__init__()
         self.waits: list[str] = []  # where the host waited
         self.copies: list[tuple[Tensor, Tensor]] = []  # page-locked memory, what will be there
-        self.pinned: set[int] = set()  # addresses
+        self.pinned: dict[int, int] = {}  # where such memory begins and ends
+
+    def pin(self, address: int, size: int, flags: int = 0) -> int:
+        self.pinned[address] = address + size
+        return 0
+
+    def is_pinned(self, x: Tensor) -> bool:
+        return any(begin <= x.data_ptr() < end for begin, end in self.pinned.items())
 
     def synchronize(self) -> None:
         self.waits.append("synchronize")
@@ -52,15 +59,15 @@ class Gpu(TorchFunctionMode):
                 )
         if kwargs.pop("pin_memory", False):
             out = self.__torch_function__(func, types, args, kwargs)
-            self.pinned.add(out.data_ptr())
+            self.pin(out.data_ptr(), out.nbytes)
             return out
         if func is Tensor.pin_memory:
             if isinstance(args[0], Pretended):
                 raise RuntimeError("cannot pin a tensor of the GPU, only dense CPU tensors")
-            self.pinned.add(args[0].data_ptr())
+            self.pin(args[0].data_ptr(), args[0].nbytes)
             return args[0]
         if func is Tensor.is_pinned:
-            return args[0].data_ptr() in self.pinned
+            return self.is_pinned(args[0])
         device = kwargs.get("device")
         if device is None:
             return func(*args, **kwargs)
@@ -94,6 +101,8 @@ class Pretended(Tensor):
         if func is Tensor.tolist:
             _current.waits.append("tolist")
             return args[0].inside.tolist()
+        if func == Tensor.data.__set__:  # made anew by each look
+            args[0].inside = args[1].inside
         if func is Tensor.new_tensor:
             return Pretended(func(args[0].inside, *args[1:], **kwargs or {}))
         with torch._C.DisableTorchFunctionSubclass():
@@ -152,7 +161,7 @@ def _moved(func, args, kwargs):
     if others or "dtype" in kwargs:
         x = Tensor.to(x, *others, **kwargs)
     if device.type == "cuda" and not isinstance(x, Pretended):
-        if x.data_ptr() not in _current.pinned and x.numel():
+        if x.numel() and not _current.is_pinned(x):
             _current.waits.append("a copy from memory that is not page-locked")
         return _Move.apply(x)
     if device.type == "cpu" and isinstance(x, Pretended):
@@ -167,7 +176,7 @@ def _copied(func, args, kwargs):
         return Pretended(func(_inside(args[0]), **kwargs))
     target, source, *rest = args
     to_host = isinstance(source, Pretended) and not isinstance(target, Pretended)
-    if to_host and rest and rest[0] and target.data_ptr() in _current.pinned:
+    if to_host and rest and rest[0] and _current.is_pinned(target):
         _current.copies.append((target, _inside(source).clone()))
         if target.is_floating_point():
             target.fill_(torch.nan)
@@ -273,6 +282,8 @@ def pretended():
     global _current
     gpu = _current = Gpu()
     stream = mock.Mock(synchronize=gpu.synchronize, device_type="cuda")
+    unpin = gpu.pinned.pop
+    cudart = mock.Mock(cudaHostRegister=gpu.pin, cudaHostUnregister=unpin)
     known = {
         "is_available": lambda: True,
         "is_initialized": lambda: True,
@@ -280,7 +291,10 @@ def pretended():
         "set_device": lambda device: None,
         "current_device": lambda: 0,
         "current_stream": lambda *_: stream,
+        "Stream": lambda: stream,
         "stream": lambda _: contextlib.nullcontext(),
+        "cudart": lambda: cudart,
+        "check_error": lambda code: None,
         "max_memory_allocated": lambda *_: 2**30,
         "get_device_properties": lambda *_: mock.Mock(total_memory=140 * 2**30),
         "get_device_name": lambda *_: "NVIDIA H200",

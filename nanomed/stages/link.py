@@ -140,6 +140,7 @@ def advice(config: ModelConfig, c: Run, hw: Hardware, step: Step) -> Run | None:
 
 def flags(c: Run, hw: Hardware) -> str:
     more = f" --nodes_share {c.nodes_share}" if hw.n_nodes > 1 else ""
+    more += " --optimizer split_host" if c.optimizer == "split_host" else ""
     return (
         f"--recompute {c.recompute} --micro_tokens {c.micro_tokens} "
         f"--sum_gradients {c.sum_gradients}{more}"
@@ -148,6 +149,8 @@ def flags(c: Run, hw: Hardware) -> str:
 
 def remedy(config: ModelConfig, c: Run, hw: Hardware, step: Step) -> str:
     best = advice(config, c, hw, step)
+    if not best and hw.n_gpus == 1:
+        best = advice(config, dataclasses.replace(c, optimizer="split_host"), hw, step)
     return f"{flags(best, hw)} fits" if best else "no --micro_tokens fits, more GPUs are needed"
 
 
@@ -175,6 +178,12 @@ def lines(config: ModelConfig, c: Run, hw: Hardware, step: Step) -> list[str]:
         + f" ({hw.between / 1e9:.0f} between nodes)"
         * (hw.n_nodes > 1),
     ]
+    if c.optimizer == "split_host":
+        moved = memory.in_host(config)
+        text.append(
+            f"host: {moved:.1f} GiB of its memory pass over the GPU and back in a step, at 32 GB/s "
+            f"(PCIe, generation 4) {moved * memory.GIB / 32e9:.1f} s, at 64 GB/s half of it"
+        )
     best = advice(config, c, hw, step)
     if best and gib(config, c, hw) <= hw.gib:
         faster = max(computing, link) / max(seconds(config, best, hw, step))

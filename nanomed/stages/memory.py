@@ -10,6 +10,8 @@ layers are there when backward begins. To them comes what is needed for a moment
 backward, or a layer's, whichever takes more.
 """
 
+from pathlib import Path
+
 import torch
 
 import kernels
@@ -164,7 +166,24 @@ def memory(config: ModelConfig, c: Run, n_gpus: int) -> dict[str, float]:
     parts = states(config, n_gpus, c.sum_gradients == "step") | peak
     if c.optimizer == "split_bf16":
         parts["optimizer"] /= 2
+    if c.optimizer == "split_host":  # the weights' upper halves are what stays here
+        parts |= {"weights": parts["weights"] / 2, "optimizer": 0.0}
     return {name: size / GIB for name, size in parts.items()} | {"reserve": RESERVE}
+
+
+def in_host(config: ModelConfig) -> float:
+    """GiB of the host's memory that --optimizer split_host keeps: lower halves and moments."""
+    return (WEIGHT_BYTES / 2 + OPTIMIZER_BYTES) * config.n_params() / GIB
+
+
+def host_room() -> float:
+    """GiB of the host's memory that Linux calls available; at most what this container may use."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    available = next(line for line in lines if line.startswith("MemAvailable:"))
+    room, limit = 1024 * int(available.split()[1]), Path("/sys/fs/cgroup/memory.max")
+    if limit.exists() and limit.read_text().strip() != "max":
+        room = min(room, int(limit.read_text()))
+    return room / GIB
 
 
 WHAT = {
@@ -178,6 +197,13 @@ WHAT = {
     "FSDP": "matrices gathered, and gradients on their way into the sum",
     "reserve": "assumed: CUDA context, NCCL, fragmentation",
 }
+WHAT_OF = {
+    "split_bf16": {"optimizer": f"{OPTIMIZER_BYTES // 2} bytes x parameters: moments in bfloat16"},
+    "split_host": {
+        "weights": "2 bytes x parameters: their upper halves, which are bfloat16",
+        "optimizer": "moments and the weights' lower halves are in the host's memory",
+    },
+}
 
 
 def lines(config: ModelConfig, c: Run, n_gpus: int, limit: float, remedy: str) -> list[str]:
@@ -185,9 +211,10 @@ def lines(config: ModelConfig, c: Run, n_gpus: int, limit: float, remedy: str) -
     parts = memory(config, c, n_gpus)
     total = sum(parts.values())
     fits = "fits" if total <= limit else f"DOES NOT FIT; {remedy}"
+    what = WHAT | WHAT_OF.get(c.optimizer, {})
     head = f"memory: {total:.1f} GiB predicted of {limit} GiB on each GPU: {fits}"
     return [head] + [
-        f"  {name:15} {size:6.2f} GiB  {WHAT[name].format(c=c)}" for name, size in parts.items()
+        f"  {name:15} {size:6.2f} GiB  {what[name].format(c=c)}" for name, size in parts.items()
     ]
 
 

@@ -135,7 +135,7 @@ def build_model(c: Run, config: ModelConfig, world: World) -> Aquila:
     with torch.device("meta"):
         model = Aquila(config, c.dropout)
     set_recompute(model, c.recompute)
-    alone = is_alone(c, config, world)
+    alone = without_fsdp(c, config, world)
     if not alone:
         shard(model, world, compute_dtype(c, world.device), sharing(c, config, world))
     model.to_empty(device=world.device)
@@ -146,13 +146,12 @@ def build_model(c: Run, config: ModelConfig, world: World) -> Aquila:
             print(f"reading {c.init}", flush=True)
         pretrained.load_weights(model, c.init)
     if alone:
-        moments = torch.bfloat16 if c.optimizer == "split_bf16" else torch.float32
-        split_weights(model, moments)
+        split_weights(model, alone)
     return model
 
 
-def is_alone(c: Run, config: ModelConfig, world: World) -> bool:
-    """Whether one process trains without FSDP (training/alone.py)."""
+def without_fsdp(c: Run, config: ModelConfig, world: World) -> str:
+    """If one process trains without FSDP (training/alone.py) how --optimizer calls it, else ""."""
     bf16 = compute_dtype(c, world.device) == torch.bfloat16
     if c.optimizer.startswith("split"):
         if world.size > 1 or not bf16:
@@ -160,13 +159,22 @@ def is_alone(c: Run, config: ModelConfig, world: World) -> bool:
                 f"--optimizer {c.optimizer} is for one process that computes in bfloat16; here are "
                 f"{world.size}" + ("" if bf16 else " in float32 (--dtype bf16)")
             )
-        return True
+        if c.optimizer == "split_host" and memory.in_host(config) > memory.host_room():
+            raise InputError(
+                f"--optimizer split_host keeps {memory.in_host(config):.1f} GiB in the host's "
+                f"memory, of which {memory.host_room():.1f} are free"
+            )
+        return c.optimizer
     if c.optimizer == "fsdp" or world.size > 1 or world.device.type != "cuda" or not bf16:
-        return False
+        return ""
     room = torch.cuda.get_device_properties(world.device).total_memory / memory.GIB
-    fits = sum(memory.memory(config, c, 1).values()) <= room
-    print(f"optimizer: {'split, without FSDP' if fits else 'by FSDP'} (--optimizer)", flush=True)
-    return fits
+    ways = ["split"] + ["split_host"] * (memory.in_host(config) <= memory.host_room())
+    for way in ways:
+        if sum(memory.memory(config, dataclasses.replace(c, optimizer=way), 1).values()) <= room:
+            print(f"optimizer: {way}, without FSDP (--optimizer)", flush=True)
+            return way
+    print("optimizer: by FSDP (--optimizer)", flush=True)
+    return ""
 
 
 def sharing(c: Run, config: ModelConfig, world: World) -> Sharing:

@@ -18,15 +18,22 @@ With moments in bfloat16 (4 bytes) an update is far below half the distance of t
 rounding to the nearest would lose it. So it is rounded up or down at random, up the more likely the
 nearer the upper one is: right on average.
 
+Or moments and lower halves, 10 of these 16 bytes, lie in the host's memory and pass over the GPU
+in a step, chunk by chunk. It moves 10 bytes for each parameter there and back, however many tokens
+the step has.
+
 In a checkpoint weights are float32, as FSDP's are: either kind reads the other's.
 """
 
-from collections.abc import Iterable
+import itertools
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
-CHUNK = 2**26  # elements of a parameter that are float32 at once in a step
+CHUNK = 2**24  # elements of a parameter that are float32 at once in a step
 
 
 def split(master: Tensor) -> tuple[Tensor, Tensor]:
@@ -44,7 +51,9 @@ def join(upper: Tensor, low: Tensor) -> Tensor:
 
 def master(param: nn.Parameter) -> Tensor:
     """float32, if it is one of two halves; else as it is."""
-    return join(param.detach(), param.low) if hasattr(param, "low") else param.detach()
+    if not hasattr(param, "low"):
+        return param.detach()
+    return join(param.detach().to(param.low.device), param.low)
 
 
 def rounded_at_random(x: Tensor) -> Tensor:
@@ -53,15 +62,27 @@ def rounded_at_random(x: Tensor) -> Tensor:
     return ((bits + torch.randint_like(bits, 2**16)) >> 16).to(torch.int16).view(torch.bfloat16)
 
 
-def split_weights(model: nn.Module, moments: torch.dtype) -> None:
+def split_weights(model: nn.Module, optimizer: str) -> None:
     """Turns the float32 weights of a model that is not sharded into halves, one parameter after
-    another. `moments` is what its optimizer will keep them in."""
-    model.moments = moments
+    another, as --optimizer split, split_bf16 or split_host says."""
+    model.optimizer = optimizer
     for param in model.parameters():
-        param.data, param.low = split(param.data)
+        param.data, low = split(param.data)
+        param.low = in_host_memory(low) if optimizer == "split_host" else low
         param.grad_dtype = torch.float32
     model.register_state_dict_post_hook(_masters)
     model.register_load_state_dict_pre_hook(_from_masters)
+
+
+def in_host_memory(x: Tensor) -> Tensor:
+    """A copy there, page-locked: a GPU reads and writes such memory by itself while it computes.
+    (torch's own page-locked memory comes in powers of two, up to twice as much.)"""
+    copy = torch.empty_like(x, device="cpu").copy_(x)
+    if x.is_cuda:
+        cudart = torch.cuda.cudart()
+        torch.cuda.check_error(int(cudart.cudaHostRegister(copy.data_ptr(), copy.nbytes, 0)))
+        weakref.finalize(copy, cudart.cudaHostUnregister, copy.data_ptr()).atexit = False
+    return copy
 
 
 def _masters(model: nn.Module, state: dict[str, Tensor], *_) -> None:
@@ -80,47 +101,72 @@ class SplitAdamW(torch.optim.Optimizer):
     """AdamW over split weights. `scale`, if a step clips, multiplies all its gradients; setting it
     saves a pass over them."""
 
-    def __init__(
-        self, groups: list[dict], betas: tuple[float, float], eps: float, moments: torch.dtype
-    ):
+    def __init__(self, groups: list[dict], betas: tuple[float, float], eps: float, optimizer: str):
         super().__init__(groups, {"lr": 0.0, "betas": betas, "eps": eps, "weight_decay": 0.0})
         self.scale: Tensor | None = None
+        dtype = torch.bfloat16 if optimizer == "split_bf16" else torch.float32
         for param in self._params():
-            self.state[param] = {
-                "step": torch.zeros((), dtype=torch.float32, device=param.device),
-                "exp_avg": torch.zeros_like(param, dtype=moments),
-                "exp_avg_sq": torch.zeros_like(param, dtype=moments),
-            }
+            state = {"step": torch.zeros((), dtype=torch.float32, device=param.device)}
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name] = torch.zeros_like(param, dtype=dtype)
+                if optimizer == "split_host":
+                    state[name] = in_host_memory(state[name])
+            self.state[param] = state
+        host_on_gpu = optimizer == "split_host" and param.is_cuda
+        self.streams = [torch.cuda.Stream(), torch.cuda.Stream()] if host_on_gpu else []
 
     def _params(self) -> Iterable[nn.Parameter]:
         return (param for group in self.param_groups for param in group["params"])
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        for group in self.param_groups:
-            for param in group["params"]:
-                self._update(param, group)
+        for param in self._params():
+            self.state[param]["step"] += 1
+        with self._turns() as turns:
+            for group in self.param_groups:
+                for param in group["params"]:
+                    self._update(param, group, turns)
         self.scale = None
 
-    def _update(self, param: nn.Parameter, group: dict) -> None:
-        state, (beta1, beta2) = self.state[param], group["betas"]
-        state["step"] += 1
+    @contextmanager
+    def _turns(self) -> Iterator[Iterator]:
+        """For each chunk one of two streams: what the one sends goes out while the other's comes
+        in."""
+        for stream in self.streams:
+            stream.wait_stream(torch.cuda.current_stream())
+        turns = [torch.cuda.stream(stream) for stream in self.streams] or [nullcontext()]
+        yield itertools.cycle(turns)
+        for stream in self.streams:
+            stream.synchronize()  # the host may read its memory now
+
+    def _update(self, param: nn.Parameter, group: dict, turns: Iterator) -> None:
+        state = self.state[param]
         whole = param, param.low, param.grad, state["exp_avg"], state["exp_avg_sq"]
-        for upper, low, grad, mean, square in zip(
-            *(x.detach().view(-1).split(CHUNK) for x in whole), strict=True
-        ):
-            master, mean32, square32 = join(upper, low), mean.float(), square.float()
-            torch._fused_adamw_(
-                [master], [grad if self.scale is None else grad * self.scale],
-                [mean32], [square32], [], [state["step"]],
-                lr=group["lr"], beta1=beta1, beta2=beta2, weight_decay=group["weight_decay"],
-                eps=group["eps"], amsgrad=False, maximize=False,
-            )  # fmt: skip
-            for target, value in zip((upper, low), split(master), strict=True):
-                target.copy_(value)
-            if mean.dtype == torch.bfloat16:
-                mean.copy_(rounded_at_random(mean32))
-                square.copy_(rounded_at_random(square32))
+        chunks = zip(*(x.detach().view(-1).split(CHUNK) for x in whole), strict=True)
+        for chunk, turn in zip(chunks, turns, strict=False):  # of turns there is no end
+            with turn:
+                self._update_chunk(*chunk, state["step"], group)
+
+    def _update_chunk(
+        self, upper: Tensor, low: Tensor, grad: Tensor, mean: Tensor, square: Tensor,
+        step: Tensor, group: dict,
+    ) -> None:  # fmt: skip
+        here = {"device": upper.device, "non_blocking": True}
+        master = join(upper, low.to(**here))
+        mean32, square32 = (x.to(dtype=torch.float32, **here) for x in (mean, square))
+        beta1, beta2 = group["betas"]
+        torch._fused_adamw_(
+            [master], [grad if self.scale is None else grad * self.scale],
+            [mean32], [square32], [], [step],
+            lr=group["lr"], beta1=beta1, beta2=beta2, weight_decay=group["weight_decay"],
+            eps=group["eps"], amsgrad=False, maximize=False,
+        )  # fmt: skip
+        for half, value in zip((upper, low), split(master), strict=True):
+            half.copy_(value, non_blocking=True)
+        for moment, value in ((mean, mean32), (square, square32)):
+            if moment is not value:  # it lies elsewhere, or in bfloat16
+                narrow = moment.dtype == torch.bfloat16
+                moment.copy_(rounded_at_random(value) if narrow else value, non_blocking=True)
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Moments and counts; torch's own would cast them to the dtype of the weights."""

@@ -4,29 +4,31 @@ against the same run under FSDP2."""
 import copy
 import dataclasses
 import json
+from unittest import mock
 
 import pytest
 import torch
 
 from nanomed.batches.packing import row_from
-from nanomed.config import SFT, InputError
+from nanomed.config import MODELS, SFT, InputError
 from nanomed.distributed import World
 from nanomed.model.decoder import Aquila, init_weights
 from nanomed.run import checkpoint
 from nanomed.run.log import RunFolder
-from nanomed.stages import stage
+from nanomed.stages import memory, stage
 from nanomed.training import alone
 from nanomed.training.alone import join, rounded_at_random, split, split_weights
 from nanomed.training.optim import adamw
 from nanomed.training.reference import fingerprint
 from nanomed.training.trainer import fit
+from tests.pretend import CUDA, pretended
 from tests.training.test_exactness import loader_of, metrics_of, next_token_loss, settings, sharded
 
 
-def halves(config, moments=torch.float32, seed=0) -> Aquila:
+def halves(config, optimizer="split", seed=0) -> Aquila:
     model = Aquila(config)
     init_weights(model, seed)
-    split_weights(model, moments)
+    split_weights(model, optimizer)
     return model
 
 
@@ -59,9 +61,10 @@ def test_rounding_at_random_is_right_on_average():
 
 
 @pytest.mark.parametrize("clips", [False, True])
-def test_fifty_steps_are_float32_adamw_bit_for_bit(small, monkeypatch, clips):
+@pytest.mark.parametrize("way", ["split", "split_host"])
+def test_fifty_steps_are_float32_adamw_bit_for_bit(small, monkeypatch, way, clips):
     monkeypatch.setattr(alone, "CHUNK", 4096)  # several for each matrix
-    ours, theirs = halves(small), Aquila(small)
+    ours, theirs = halves(small, way), Aquila(small)
     init_weights(theirs)
     optimizer, wanted = adamw(ours, 0.1), adamw(theirs, 0.1)
     assert isinstance(wanted, torch.optim.AdamW) and isinstance(optimizer, alone.SplitAdamW)
@@ -80,6 +83,42 @@ def test_fifty_steps_are_float32_adamw_bit_for_bit(small, monkeypatch, clips):
         assert torch.equal(join(p.detach(), p.low), q)
         for name, value in wanted.state[q].items():
             assert torch.equal(optimizer.state[p][name], value), name
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real GPU")
+def test_what_lies_in_the_hosts_memory_passes_over_the_gpu(small, monkeypatch):
+    """Page-locked, there and back; the host waits at the end of a step; and a checkpoint of it."""
+    monkeypatch.setattr(alone, "CHUNK", 4096)
+    on_cpu = halves(small)
+    with pretended() as gpu:
+        with torch.device("meta"):
+            on_gpu = Aquila(small)
+        on_gpu.to_empty(device=CUDA)
+        init_weights(on_gpu)
+        split_weights(on_gpu, "split_host")
+        optimizers = [adamw(model, 0.1) for model in (on_cpu, on_gpu)]
+        for step in range(3):
+            for p, q in zip(on_cpu.parameters(), on_gpu.parameters(), strict=True):
+                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(step))
+                q.grad = p.grad.to(CUDA)
+            gpu.waits.clear()
+            for optimizer in optimizers:
+                optimizer.param_groups[0]["lr"] = 1e-2
+                optimizer.step()
+            assert gpu.waits == ["synchronize"] * 2  # one for each stream
+        for p, q in zip(on_cpu.parameters(), on_gpu.parameters(), strict=True):
+            assert q.is_cuda and not q.low.is_cuda and gpu.is_pinned(q.low)
+            assert torch.equal(q.cpu(), p) and torch.equal(q.low, p.low)
+            for name in ("exp_avg", "exp_avg_sq"):
+                kept = optimizers[1].state[q][name]
+                assert not kept.is_cuda and torch.equal(kept, optimizers[0].state[p][name])
+        saved = on_gpu.state_dict()
+        for (name, p), q in zip(on_cpu.named_parameters(), on_gpu.parameters(), strict=True):
+            assert torch.equal(saved[name], join(p.detach(), p.low))
+            q.low.zero_()
+        on_gpu.load_state_dict(saved)
+        for p, q in zip(on_cpu.parameters(), on_gpu.parameters(), strict=True):
+            assert torch.equal(q.low, p.low)
 
 
 def test_gradients_are_summed_in_float32(small):
@@ -109,9 +148,8 @@ def test_its_weights_are_known_again_under_fsdp(world, small):
 def run(world, config, out, way: str, **changes) -> tuple[Aquila, list[dict]]:
     c = settings(batch_size=16, micro_tokens=256, epochs=20, lr=1e-3, out=str(out), save="blocking")
     c = dataclasses.replace(c, dtype="bf16", **changes)
-    moments = {"split": torch.float32, "split_bf16": torch.bfloat16}
-    if way in moments:
-        model = halves(config, moments[way])
+    if way.startswith("split"):
+        model = halves(config, way)
     else:
         model = sharded(world, config, dtype=torch.bfloat16)
     folder = RunFolder(c, world)
@@ -189,16 +227,32 @@ def test_a_resume_is_bitwise(world, small, tmp_path):
 def test_who_trains_without_fsdp(world, small):
     cpu = World(0, 1, torch.device("cpu"))
     for c, wanted in (
-        (SFT(dtype="bf16", optimizer="split"), True),
-        (SFT(dtype="bf16", optimizer="split_bf16"), True),
-        (SFT(dtype="bf16"), False),  # a CPU
-        (SFT(dtype="bf16", optimizer="fsdp"), False),
+        (SFT(dtype="bf16", optimizer="split"), "split"),
+        (SFT(dtype="bf16", optimizer="split_bf16"), "split_bf16"),
+        (SFT(dtype="bf16", optimizer="split_host"), "split_host"),
+        (SFT(dtype="bf16"), ""),  # a CPU
+        (SFT(dtype="bf16", optimizer="fsdp"), ""),
     ):
-        assert stage.is_alone(c, small, cpu) == wanted
+        assert stage.without_fsdp(c, small, cpu) == wanted
         model = stage.build_model(c, small, dataclasses.replace(world, mesh=world.mesh))
-        assert hasattr(model.norm.weight, "low") == wanted
+        assert hasattr(model.norm.weight, "low") == bool(wanted)
     with pytest.raises(InputError, match=r"is for one process .* here are 1 in float32"):
-        stage.is_alone(SFT(dtype="fp32", optimizer="split"), small, cpu)
+        stage.without_fsdp(SFT(dtype="fp32", optimizer="split"), small, cpu)
     with pytest.raises(InputError, match=r"is for one process .* here are 2"):
         two = World(0, 2, torch.device("cpu"))
-        stage.is_alone(SFT(dtype="bf16", optimizer="split"), small, two)
+        stage.without_fsdp(SFT(dtype="bf16", optimizer="split"), small, two)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real GPU")
+def test_one_gpu_takes_what_fits_it(monkeypatch):
+    """The whole AquilaMed: an H200 has room for all, an 80 GB GPU if the host has 76.6 GiB."""
+    c, config = SFT(dtype="bf16", recompute="full"), MODELS["aquilamed-7b"]
+    one, gpu = World(0, 1, CUDA), mock.Mock()
+    with pretended():
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
+        for gpu_gib, host_gib, wanted in ((140, 0, "split"), (80, 100, "split_host"), (80, 76, "")):
+            gpu.total_memory = gpu_gib * memory.GIB
+            monkeypatch.setattr(memory, "host_room", lambda gib=host_gib: gib)
+            assert stage.without_fsdp(c, config, one) == wanted
+        with pytest.raises(InputError, match=r"keeps 76\.6 GiB in the host's memory, of which 76"):
+            stage.without_fsdp(dataclasses.replace(c, optimizer="split_host"), config, one)

@@ -39,8 +39,8 @@ def train(device: str, dtype: torch.dtype, config, c: SFT) -> list[dict]:
         model.to_empty(device=world.device)
         for param, whole in zip(model.parameters(), on_cpu.parameters(), strict=True):
             fill(param, whole.detach().to(world.device))
-        if c.optimizer == "split":
-            split_weights(model, torch.float32)
+        if c.optimizer != "fsdp":
+            split_weights(model, c.optimizer)
         run = RunFolder(c, world)
         fit(c, model, loader_of(world, 61, c, max_steps=6), next_token_loss, run)
         assert all(p.device == world.device for p in model.parameters())
@@ -53,23 +53,23 @@ def losses(metrics: list[dict]) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    "device, dtype, use, recompute, tolerance",
+    "device, dtype, use, recompute, optimizer, tolerance",
     [
-        pytest.param("cpu", torch.bfloat16, "auto", "full", 0.01, marks=pytest.mark.slow),
-        pytest.param("cuda:0", torch.float32, "reference", "none", 1e-4, marks=GPU),
-        pytest.param("cuda:0", torch.bfloat16, "reference", "full", 0.01, marks=GPU),
-        pytest.param("cuda:0", torch.bfloat16, "auto", "lean", 0.01, marks=GPU),
-        pytest.param("cuda:0", torch.bfloat16, "auto", "full:1", 0.01, marks=GPU),  # and no FSDP
+        pytest.param("cpu", torch.bfloat16, "auto", "full", "fsdp", 0.01, marks=pytest.mark.slow),
+        pytest.param("cuda:0", torch.float32, "reference", "none", "fsdp", 1e-4, marks=GPU),
+        pytest.param("cuda:0", torch.bfloat16, "reference", "full", "fsdp", 0.01, marks=GPU),
+        pytest.param("cuda:0", torch.bfloat16, "auto", "lean", "fsdp", 0.01, marks=GPU),
+        pytest.param("cuda:0", torch.bfloat16, "auto", "full:1", "split", 0.01, marks=GPU),
+        pytest.param("cuda:0", torch.bfloat16, "auto", "none", "split_host", 0.01, marks=GPU),
     ],
 )
-def test_a_run_is_the_cpus(small, tmp_path, device, dtype, use, recompute, tolerance):
+def test_a_run_is_the_cpus(small, tmp_path, device, dtype, use, recompute, optimizer, tolerance):
     """Steps and validations, with saves in the background; once more from a checkpoint."""
     c = settings(batch_size=16, lr=3e-3, eval_every=3, save="blocking", optimizer="fsdp")
     c = dataclasses.replace(c, out=str(tmp_path / "cpu"))
     wanted = losses(train("cpu", torch.float32, small, c))
     out = tmp_path / "x"
-    changes = dict(out=str(out), save="background", recompute=recompute)
-    changes["optimizer"] = "split" if recompute == "full:1" else "fsdp"
+    changes = dict(out=str(out), save="background", recompute=recompute, optimizer=optimizer)
     kernels.use(use)
     try:
         found = train(device, dtype, small, dataclasses.replace(c, **changes))
