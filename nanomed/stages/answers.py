@@ -58,16 +58,20 @@ def show_answers(
         one = {"history": chat.turns[:-2], "question": question, "reference": reference}
         kept.append(one | {"answer": answer, "mark": mark})
         run.print("")
-        for role, text in chat.turns[:-2]:
-            run.print(f"  {role:<9}  {text}")
-        run.print(f"  question   {question}" + (f"   [{mark}]" if mark else ""))
-        run.print(f"  reference  {reference}")
-        run.print(f"  answer     {answer}")
+        asked = question + (f"   [{mark}]" if mark else "")
+        now = [("question", asked), ("reference", reference), ("answer", answer)]
+        for name, text in (*chat.turns[:-2], *now):
+            run.print(said(name, text))
     run.print()
     if run.world.is_main:
         path = run.path / "answers.json"
         earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         run.write_json(path.name, earlier | {who: kept})
+
+
+def said(name: str, text: str) -> str:
+    """With further lines, as options are, below its first."""
+    return f"  {name:<9}  " + text.replace("\n", "\n" + " " * 13)
 
 
 def on_samples(loader: Loader) -> bool:

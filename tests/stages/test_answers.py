@@ -96,6 +96,9 @@ def test_answers_are_kept_for_the_report(encoder, monkeypatch, tmp_path):
     run.write_json = partial(RunFolder.write_json, run)
     answers.show_answers(None, encoder, loader, run, "the model as it starts")
     answers.show_answers(None, encoder, loader, run)
+    lines = "\n".join(run.lines).splitlines()
+    options = [line for line in lines if line.lstrip().startswith(("A. ", "B. ", "C. ", "D. "))]
+    assert options and all(line.startswith(" " * 13) for line in options)
     kept = json.loads((tmp_path / "answers.json").read_text(encoding="utf-8"))
     assert list(kept) == ["the model as it starts", "the best checkpoint"]
     chats = [chat for chat, _ in answers.pick_questions(loader)]

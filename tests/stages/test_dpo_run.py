@@ -14,6 +14,7 @@ from nanomed.config import DPO, ModelConfig
 from nanomed.model.decoder import Aquila
 from nanomed.records import Chat, read_records
 from nanomed.stages import stage
+from nanomed.stages.answers import said
 from tests.conftest import ROOT
 
 
@@ -84,27 +85,30 @@ def test_dpo_shows_answers_before_and_after(workplace, monkeypatch, capsys, enco
     """Held-out questions with the chosen answer as the reference, answered by the weights before
     the first step and by those of the best checkpoint: transformers says the same of both."""
     run_on("few.jsonl --show_text", monkeypatch)
-    said = capsys.readouterr().out
+    screen = capsys.readouterr().out
     start, before, after = (
         "start: loss within", "answered by the model as it starts (greedy):",
         "answered by the best checkpoint (greedy):",
     )  # fmt: skip
-    places = [said.index(x) for x in (start, before, "step 1/2", "step 2/2", after, "exported to")]
+    places = [
+        screen.index(x) for x in (start, before, "step 1/2", "step 2/2", after, "exported to")
+    ]
     assert places == sorted(places)
-    assert said.count(before) == said.count(after) == 1
+    assert screen.count(before) == screen.count(after) == 1
 
-    parts = said[places[1] : places[2]], said[places[4] :]
+    parts = screen[places[1] : places[2]], screen[places[4] :]
     records = {r["conversations"][0]["value"]: r for _, r, _ in read_records("few.jsonl")}
-    questions = [q for q in records if f"  question   {q}" in parts[0]]
+    questions = [q for q in records if said("question", q) in parts[0]]
     assert 2 <= len(questions) <= 6
     both = [answers_of_transformers(Path(f), encoder, questions) for f in ("start", "run/export")]
     assert both[0] != both[1]
     for part, answers in zip(parts, both, strict=True):
         for question, answer in zip(questions, answers, strict=True):
-            _, shown = part.split(f"  question   {question}")
+            _, shown = part.split(said("question", question))
             _, shown = shown.split("\n", 1)  # behind the question stands what training knows of it
             reference = records[question]["chosen"]
-            assert shown.startswith(f"  reference  {reference}\n  answer     {answer}\n")
+            wanted = said("reference", reference) + "\n" + said("answer", answer) + "\n"
+            assert shown.startswith(wanted)
 
 
 def test_text_that_may_be_a_patients_stays_off_the_screen(workplace, monkeypatch, capsys):
