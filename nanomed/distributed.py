@@ -17,9 +17,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.elastic.multiprocessing.errors import record
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from nanomed import meeting
 from nanomed.config import InputError
@@ -229,6 +226,9 @@ def shard(
     The root owns no parameter: a root that does stays gathered after a forward without backward,
     and an optimizer or a load then silently works on the wrong copy.
     """
+    # Here, because it takes as long to import as torch, and most commands never shard.
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
     model.sharing = sharing = sharing or Sharing()
     mesh = world.mesh if sharing.copies == 1 else mesh_of(world.device.type, sharing)
     precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
@@ -251,12 +251,12 @@ def shard(
 def sum_in_backward(model: nn.Module, last: bool) -> None:
     """Whether the next backward, a step's `last` or not, sums gradients over the ranks. Copies wait
     for the last one in any case: what they have to add up is sharded, and takes no more room."""
-    if isinstance(model, FSDPModule):
+    if hasattr(model, "sharing"):  # shard() has set it
         model.set_requires_gradient_sync(last or not model.sharing.once)
         model.set_requires_all_reduce(last)
 
 
-def _reshard_without_backward(unit: FSDPModule, *_) -> None:
+def _reshard_without_backward(unit: nn.Module, *_) -> None:
     if not torch.is_grad_enabled():
         unit.reshard()
 
@@ -276,6 +276,11 @@ def mesh_of(device_type: str, sharing: Sharing) -> DeviceMesh:
     return init_device_mesh(device_type, (n, size // n), mesh_dim_names=("copy", "shard"))
 
 
+def is_sharded(param: Tensor) -> bool:
+    """Whether it is a DTensor, which shard() alone makes. Its class would have to be imported."""
+    return hasattr(param, "placements")
+
+
 def fill(param: Tensor, full: Tensor) -> None:
     """Copies this rank's rows of the whole tensor `full` into a parameter, sharded or not."""
     with torch.no_grad():
@@ -284,8 +289,10 @@ def fill(param: Tensor, full: Tensor) -> None:
 
 def local_rows(param: Tensor) -> slice:
     """The rows (of dimension 0) of a parameter, sharded or not, that this rank holds."""
-    if not isinstance(param, DTensor):
+    if not is_sharded(param):
         return slice(0, len(param))
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
     shape, offset = compute_local_shape_and_global_offset(
         param.shape, param.device_mesh, param.placements
     )
@@ -294,12 +301,12 @@ def local_rows(param: Tensor) -> slice:
 
 def local(param: Tensor) -> Tensor:
     """This rank's part."""
-    return param.to_local() if isinstance(param, DTensor) else param
+    return param.to_local() if is_sharded(param) else param
 
 
 def full(param: Tensor) -> Tensor:
     """The whole tensor; every rank must call it."""
-    return param.full_tensor() if isinstance(param, DTensor) else param
+    return param.full_tensor() if is_sharded(param) else param
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:

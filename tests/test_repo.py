@@ -125,9 +125,13 @@ def test_code_cites_no_document_that_is_not_here():
 def test_importing_does_nothing():
     """It prints nothing, touches no process group and no thread setting, and needs no optional
     package; and our `kernels` has no __version__ that others would take for theirs, and leaves
-    its Triton files alone. torch itself imports triton and zstandard."""
+    its Triton files alone. torch itself imports triton and zstandard. What torch shards and saves
+    with takes as long as torch: --help and refusals come without."""
     code = (
-        "import sys, torch; n = torch.get_num_threads(); import train_sft, kernels;"
+        "import sys, torch; n = torch.get_num_threads(); import train_sft, evaluate, build_dpo;"
+        "import kernels;"
+        "slow = ('torch.distributed.fsdp', 'torch.distributed.checkpoint', 'sympy');"
+        "assert not [name for name in sys.modules if name.startswith(slow)];"
         "assert n == torch.get_num_threads() and not torch.distributed.is_initialized();"
         "assert not hasattr(kernels, '__version__');"
         "assert not [name for name in sys.modules if name.endswith('_triton')];"

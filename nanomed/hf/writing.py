@@ -7,11 +7,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from nanomed.config import InputError
-from nanomed.distributed import from_main
+from nanomed.distributed import from_main, is_sharded
 from nanomed.hf.card import model_card
 from nanomed.hf.config import render, unsaid
 from nanomed.hf.reading import hf_name
@@ -94,13 +93,13 @@ def _pieces(model: Aquila, specs: list[Spec], bar: tqdm) -> Iterator[tuple[Spec,
         param = params.get(spec.name)
         if param is None:
             yield spec, torch.zeros(spec.shape, dtype=spec.dtype)
-        elif isinstance(param, DTensor):
+        elif is_sharded(param):
             yield from ((spec, rows) for rows in _rows_of_each_rank(param, spec.dtype))
         else:
             yield spec, param.to(spec.dtype)
 
 
-def _rows_of_each_rank(param: DTensor, dtype: torch.dtype) -> Iterator[Tensor]:
+def _rows_of_each_rank(param: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
     """full_tensor() would need the tensor twice, on every rank."""
     (sharded,) = [i for i, p in enumerate(param.placements) if p.is_shard()]
     group = param.device_mesh.get_group(sharded)

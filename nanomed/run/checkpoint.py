@@ -7,6 +7,9 @@ what to keep of them, and how to load one. saves.py writes them.
 
 A resume takes the highest step-N, after comparing sizes and hashes. Random numbers need no place
 here: dropout is seeded by (seed, step, rank), the order of examples by (seed, epoch).
+
+torch.distributed.checkpoint is imported where it is called: with what it needs it takes as
+long as torch, and most commands only ask which checkpoints there are.
 """
 
 import errno
@@ -23,20 +26,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import (
-    get_model_state_dict,
-    get_state_dict,
-    set_model_state_dict,
-    set_state_dict,
-)
 
 from nanomed.config import SAVED_BYTES, InputError
 from nanomed.distributed import from_all, from_main
 from nanomed.run.progress import progress
-from nanomed.run.untrusted import Planner, Reader
 
 UNFINISHED = ".unfinished"
 
@@ -86,6 +80,8 @@ def check_links(folder: Path) -> None:
 def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
     """Fills model and optimizer, on any number of ranks, and returns the state of save(). Raises
     InputError, on all ranks, for a damaged checkpoint, naming the file."""
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
     # Moments are the checkpoint's. Rates, decay and what else a group has are the settings'.
     ours = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     weights, moments = get_state_dict(model, optimizer)
@@ -99,12 +95,18 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> di
 
 def load_weights(folder: Path, model: nn.Module) -> None:
     """Fills the model alone."""
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+
     weights = get_model_state_dict(model)
     _read({"model": weights}, folder)
     set_model_state_dict(model, weights)
 
 
 def _read(tensors: dict, folder: Path) -> None:
+    import torch.distributed.checkpoint as dcp
+
+    from nanomed.run.untrusted import Planner, Reader
+
     # Where `best` and `latest` lead, rank 0 alone looks up: another machine may see for a minute
     # where they led before, and weights of two checkpoints would be mixed.
     leads_to = from_main(folder.resolve().name)
@@ -114,7 +116,7 @@ def _read(tensors: dict, folder: Path) -> None:
     try:
         with progress(0, "tensor", "reading checkpoint") as bar:
             dcp.load(tensors, storage_reader=reader, planner=Planner(bar))
-    except CheckpointException as error:
+    except dcp.CheckpointException as error:
         first, _ = next(iter(error.failures.values()))
         raise InputError(f"{folder} cannot be loaded: {first}") from None
 

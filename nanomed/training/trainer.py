@@ -11,7 +11,6 @@ from nanomed.distributed import from_main
 from nanomed.run import checkpoint
 from nanomed.run.log import Meter, RunFolder, step_line
 from nanomed.run.progress import is_terminal
-from nanomed.run.saves import Saver
 from nanomed.training.dropout import say_dropout
 from nanomed.training.faults import Signals, Spikes, Stopped, note_bad, note_spike
 from nanomed.training.optim import adamw, lr_at
@@ -25,6 +24,8 @@ def fit(c: Run, model: nn.Module, loader: Loader, loss: Loss, run: RunFolder) ->
     Raises SystemExit if a signal asked it to end (it has saved then), and InputError after
     c.max_bad steps in a row that could not be applied (or if the run has no other), or if the
     last save failed."""
+    from nanomed.run.saves import Saver  # slow: what ends before it trains goes without
+
     optimizer = adamw(model, c.weight_decay)  # before the first forward: see shard()
     checkpoint.check_space(run.checkpoints, model, _most_checkpoints(c, loader))
     saver, start = Saver(c, model, optimizer, run), 0
