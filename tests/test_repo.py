@@ -126,9 +126,11 @@ def test_importing_does_nothing():
     """It prints nothing, touches no process group and no thread setting, and needs no optional
     package; and our `kernels` has no __version__ that others would take for theirs, and leaves
     its Triton files alone. torch itself imports triton and zstandard. What torch shards and saves
-    with takes as long as torch: --help and refusals come without."""
+    with takes as long as torch: --help and refusals come without. The processes of a corpus's build
+    go without torch."""
     code = (
-        "import sys, torch; n = torch.get_num_threads(); import train_sft, evaluate, build_dpo;"
+        "import sys, build_corpus; assert 'torch' not in sys.modules;"
+        "import torch; n = torch.get_num_threads(); import train_sft, evaluate, build_dpo;"
         "import kernels;"
         "slow = ('torch.distributed.fsdp', 'torch.distributed.checkpoint', 'sympy');"
         "assert not [name for name in sys.modules if name.startswith(slow)];"

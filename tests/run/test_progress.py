@@ -46,20 +46,23 @@ from pathlib import Path
 
 def task(i, out):
     (out / f"begun-{i}").touch()
-    time.sleep(1)
+    time.sleep(0.5)
     (out / f"ended-{i}").touch()
     return {}
 
 if __name__ == "__main__":
-    from nanomed.build.runner import Runner, script
-    from nanomed.distributed import launch
+    from nanomed.build.runner import Runner
+    if sys.argv[2] == "script":
+        from nanomed.build.runner import script as begin
+    else:
+        from nanomed.distributed import launch as begin
     out = Path(sys.argv[1])
 
     def main():
         with Runner("local", 2) as runner:
             runner.run(out, partial(task, out=out), 40)
 
-    {"script": script, "launch": launch}[sys.argv[2]](main)
+    begin(main)
 """
 
 
