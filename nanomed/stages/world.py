@@ -135,15 +135,23 @@ def right_texts(model: Aquila, encoder: Encoder, items: list[dict]) -> list[bool
     """Whether, of the sentences with each option's text, the right one is the likeliest answer to
     the question without its options."""
     model.eval()
+    found = []
+    for start in range(0, len(items), AT_ONCE):
+        found += _likeliest(model, encoder, items[start : start + AT_ONCE])
     # Every rank computes; a tie may fall the other way on another device, so rank 0 decides.
-    return from_main([_likeliest(model, encoder, item) == item["answer"] for item in items])
+    return from_main([item["answer"] == letter for item, letter in zip(items, found, strict=True)])
 
 
-def _likeliest(model: Aquila, encoder: Encoder, item: dict) -> str:
-    prompt = encoder.prompt(Chat([("user", item["question"])]))
-    answers = [encoder.tokenizer.encode(item["sentence"].format(text))
-               for text in item["options"].values()]  # fmt: skip
-    trained = [[False] * len(prompt) + [True] * len(ids) for ids in answers]
-    row = row_from([prompt + ids for ids in answers], trained)
-    row = row.to(next(model.parameters()).device)
-    return list(item["options"])[int(segment_logps(model(row).nll, row).argmax())]
+def _likeliest(model: Aquila, encoder: Encoder, items: list[dict]) -> list[str]:
+    """The letter of each item's likeliest sentence; all sentences go through the model at once."""
+    segments, trained = [], []
+    for item in items:
+        prompt = encoder.prompt(Chat([("user", item["question"])]))
+        for text in item["options"].values():
+            answer = encoder.tokenizer.encode(item["sentence"].format(text))
+            segments.append(prompt + answer)
+            trained.append([False] * len(prompt) + [True] * len(answer))
+    row = row_from(segments, trained).to(next(model.parameters()).device)
+    letters = [list(item["options"]) for item in items]
+    logps = segment_logps(model(row).nll, row).split([*map(len, letters)])
+    return [of[int(part.argmax())] for of, part in zip(letters, logps, strict=True)]

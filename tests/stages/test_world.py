@@ -95,7 +95,8 @@ def test_who_knows_what_chats_state(encoder, monkeypatch):
 
 
 def test_the_likeliest_sentence_is_found(encoder):
-    """A model that finds the right sentence likely, and no other, picks its letter."""
+    """Of each of three questions, one of which has an option less. A model that finds the right
+    sentences likely, and no other, picks their letters."""
 
     class Knows(Favourite):
         def __init__(self, wanted):
@@ -107,12 +108,16 @@ def test_the_likeliest_sentence_is_found(encoder):
                 encoder.tokenizer.decode(part.tolist())
                 for part in row.tokens.split(row.cu_seqlens.diff().tolist())
             ]
-            costs = torch.tensor([0.0 if self.wanted in t else 1.0 for t in text])
+            costs = torch.tensor([0.0 if any(w in t for w in self.wanted) else 1.0 for t in text])
             nll = costs.repeat_interleave(row.cu_seqlens.diff().long()) * (row.labels >= 0)
             return Scores(nll, nll, nll > 0)
 
-    item = next(r for r in EXAM if r["answer"] == "C")
-    item = item | {"sentence": "{}。"}
-    for letter, text in item["options"].items():
-        picked = world._likeliest(Knows(f"assistant\n{text}。"), encoder, item)
-        assert picked == letter
+    items = [item | {"sentence": "{}。"} for item in EXAM[:96:32]]
+    items[1]["options"] = {letter: items[1]["options"][letter] for letter in "ABC"}
+    assert len({text for item in items for text in item["options"].values()}) == 11
+    for letters in ("ABC", "CAD", "DCA", "BBB"):
+        texts = [item["options"][letter] for item, letter in zip(items, letters, strict=True)]
+        wanted = [f"assistant\n{text}。" for text in texts]
+        assert world._likeliest(Knows(wanted), encoder, items) == list(letters)
+        right = [item["answer"] == letter for item, letter in zip(items, letters, strict=True)]
+        assert world.right_texts(Knows(wanted), encoder, items) == right
