@@ -3,6 +3,7 @@ summed over the ranks once a step. tests/training/test_exactness.py and the loss
 gradients to float64; here it is whole runs."""
 
 import dataclasses
+import shutil
 import time
 from pathlib import Path
 
@@ -30,35 +31,47 @@ def test_each_node_holds_a_whole_model(pool, small):
     assert [a + b for a, b in zip(first, second, strict=True)] == whole
 
 
-@pytest.mark.parametrize(
-    "first, second, save",
-    [
-        (COPIES, COPIES, "background"),
-        (COPIES, None, "background"),
-        (None, COPIES, "blocking"),
-    ],
-)
-def test_a_run_of_copies_goes_on_as_any_other(pool, small, tmp_path, save, first, second):
-    """A save of copies is read by one copy on four ranks, and that one's by copies: the losses stay
-    within 1e-5. By as many copies: bit for bit."""
-    changes = {"lr": 1e-3, "save": save, "dropout": 0.2 if first is second else 0.0}
-    out = str(tmp_path / "x")
-    pool(4, train, small, out, changes, (), 20, first)
-    wanted = metrics_of(tmp_path / "x")
-    checkpoint.delete(tmp_path / "x/checkpoints/step-000020")
-    pool(4, train, small, out, changes | {"resume": "latest"}, (), 20, second)
-    found = metrics_of(tmp_path / "x")
-    assert len(found) == len(wanted) and found[-1]["step"] == 20
-    for ours, theirs in zip(found, wanted, strict=True):
-        assert ours == (theirs if first is second else pytest.approx(theirs, rel=1e-5))
+@pytest.fixture(scope="module")
+def copies(pool, small, tmp_path_factory) -> Path:
+    """A run of 20 steps, saved in the background."""
+    folder = tmp_path_factory.mktemp("copies") / "x"
+    pool(4, train, small, str(folder), {"lr": 1e-3, "save": "background"}, (), 20, COPIES)
+    return folder
 
 
-def test_copies_learn_as_one_process(pool, small, tmp_path):
-    for n_ranks, sharing in ((1, None), (4, COPIES)):
-        pool(n_ranks, train, small, str(tmp_path / f"on{n_ranks}"), {"lr": 1e-3}, (), 20, sharing)
-    alone, copies = (metrics_of(tmp_path / f"on{n}") for n in (1, 4))
-    for ours, theirs in zip(copies, alone, strict=True):
+def test_copies_learn_as_one_process(pool, small, tmp_path, copies):
+    pool(1, train, small, str(tmp_path / "x"), {"lr": 1e-3}, (), 20)
+    for ours, theirs in zip(metrics_of(copies), metrics_of(tmp_path / "x"), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+def goes_on(pool, small, folder: Path, sharing: Sharing | None, **changes) -> tuple[list, list]:
+    """The metrics of the run in the folder without its last save, gone on with from the one before;
+    and as they were."""
+    wanted = metrics_of(folder)
+    checkpoint.delete(checkpoint.newest(folder / "checkpoints"))
+    n_steps = wanted[-1]["step"]
+    changes = {"lr": 1e-3, "resume": "latest", **changes}
+    pool(4, train, small, str(folder), changes, (), n_steps, sharing)
+    found = metrics_of(folder)
+    assert len(found) == len(wanted) and found[-1]["step"] == n_steps
+    return found, wanted
+
+
+def test_one_copy_goes_on_with_a_save_of_copies(pool, small, tmp_path, copies):
+    shutil.copytree(copies, tmp_path / "x", symlinks=True)
+    for ours, theirs in zip(*goes_on(pool, small, tmp_path / "x", None), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+@pytest.mark.parametrize("first, save", [(COPIES, "background"), (None, "blocking")])
+def test_copies_go_on(pool, small, tmp_path, first, save):
+    """With a save of one copy on four ranks the losses stay within 1e-5; of as many copies, they
+    and the dropout are the same bit for bit."""
+    changes = {"save": save, "dropout": 0.2 if first else 0.0, "eval_every": 5}
+    pool(4, train, small, str(tmp_path / "x"), {"lr": 1e-3} | changes, (), 10, first)
+    for ours, theirs in zip(*goes_on(pool, small, tmp_path / "x", COPIES, **changes), strict=True):
+        assert ours == (theirs if first else pytest.approx(theirs, rel=1e-5))
 
 
 def export_of_copies(world, config, tokenizer, folder):
