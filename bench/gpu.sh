@@ -47,8 +47,6 @@ part step 60 140 "${step[@]}" --only cpt sft dpo --tokens 8192 4096 "${flags[@]}
 part "step without FSDP" 60 100 "${step[@]}" --only cpt sft --tokens 4096 --optimizer split "${flags[@]}"
 part "step, bf16 moments" 60 100 "${step[@]}" --only cpt --tokens 4096 --optimizer split_bf16 \
     "${flags[@]}"
-part "step, host memory" 60 100 "${step[@]}" --only cpt --tokens 4096 --optimizer split_host \
-    "${flags[@]}"
 part attention 20 60 python3 -m bench.kernels --ops attention --tokens 4096 8192 "${flags[@]}"
 part kernels 30 110 python3 -m bench.kernels --ops rmsnorm linear_nll swiglu rope --tokens 8192 \
     "${flags[@]}"
@@ -56,6 +54,8 @@ part layer 20 45 python3 -m bench.kernels --ops layer --tokens 8192 "${flags[@]}
 part growth 30 75 "${step[@]}" --only scaling fsdp "${flags[@]}"
 part rows 30 120 python3 -m bench.kernels --ops attention rmsnorm swiglu rope linear_nll \
     --tokens 32768 "${flags[@]}"
+part "step, host memory" 60 100 "${step[@]}" --only cpt --tokens 4096 --optimizer split_host \
+    "${flags[@]}"
 
 if ((${#failed[@]})); then
     echo "== not whole: ${failed[*]}" | tee -a "$log"
