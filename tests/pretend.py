@@ -33,10 +33,21 @@ class Gpu(TorchFunctionMode):
         self.waits: list[str] = []  # where the host waited
         self.copies: list[tuple[Tensor, Tensor]] = []  # page-locked memory, what will be there
         self.pinned: dict[int, int] = {}  # where such memory begins and ends
+        self.refuses_to_pin = 0  # the error that it gives, or 0
+        self.streams: list[mock.Mock] = []  # those beside the first, in the order of use
 
     def pin(self, address: int, size: int, flags: int = 0) -> int:
-        self.pinned[address] = address + size
-        return 0
+        assert address not in self.pinned, "CUDA error 712: it is registered already"
+        if not self.refuses_to_pin:
+            self.pinned[address] = address + size
+        return self.refuses_to_pin
+
+    def stream(self) -> mock.Mock:
+        return mock.Mock(synchronize=self.synchronize, device_type="cuda")
+
+    def using(self, stream: mock.Mock) -> contextlib.AbstractContextManager:
+        self.streams.append(stream)
+        return contextlib.nullcontext()
 
     def is_pinned(self, x: Tensor) -> bool:
         return any(begin <= x.data_ptr() < end for begin, end in self.pinned.items())
@@ -59,12 +70,12 @@ class Gpu(TorchFunctionMode):
                 )
         if kwargs.pop("pin_memory", False):
             out = self.__torch_function__(func, types, args, kwargs)
-            self.pin(out.data_ptr(), out.nbytes)
+            self.pinned[out.data_ptr()] = out.data_ptr() + out.nbytes
             return out
         if func is Tensor.pin_memory:
             if isinstance(args[0], Pretended):
                 raise RuntimeError("cannot pin a tensor of the GPU, only dense CPU tensors")
-            self.pin(args[0].data_ptr(), args[0].nbytes)
+            self.pinned[args[0].data_ptr()] = args[0].data_ptr() + args[0].nbytes
             return args[0]
         if func is Tensor.is_pinned:
             return self.is_pinned(args[0])
@@ -281,9 +292,8 @@ def pretended():
     """torch has a GPU inside it. Generators asked for on it are the CPU's."""
     global _current
     gpu = _current = Gpu()
-    stream = mock.Mock(synchronize=gpu.synchronize, device_type="cuda")
-    unpin = gpu.pinned.pop
-    cudart = mock.Mock(cudaHostRegister=gpu.pin, cudaHostUnregister=unpin)
+    stream = gpu.stream()
+    cudart = mock.Mock(cudaHostRegister=gpu.pin, cudaHostUnregister=gpu.pinned.pop)
     known = {
         "is_available": lambda: True,
         "is_initialized": lambda: True,
@@ -291,10 +301,9 @@ def pretended():
         "set_device": lambda device: None,
         "current_device": lambda: 0,
         "current_stream": lambda *_: stream,
-        "Stream": lambda: stream,
-        "stream": lambda _: contextlib.nullcontext(),
+        "Stream": gpu.stream,
+        "stream": gpu.using,
         "cudart": lambda: cudart,
-        "check_error": lambda code: None,
         "max_memory_allocated": lambda *_: 2**30,
         "get_device_properties": lambda *_: mock.Mock(total_memory=140 * 2**30),
         "get_device_name": lambda *_: "NVIDIA H200",

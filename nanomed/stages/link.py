@@ -13,7 +13,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
-from nanomed.config import ModelConfig, Run
+from nanomed.config import InputError, ModelConfig, Run
 from nanomed.distributed import Sharing
 from nanomed.model.recompute import by_layer
 from nanomed.run.log import flops_of
@@ -38,13 +38,26 @@ def fits(config: ModelConfig, c: Run, hw: Hardware) -> bool:
 
 
 def decided(config: ModelConfig, c: Run, hw: Hardware) -> Run:
-    """What `auto` of --nodes_share and --sum_gradients comes to: the first that fits, of those that
-    exchange least first; the one that takes least memory if none does."""
+    """What `auto` of --nodes_share, --sum_gradients and --optimizer comes to: the first that fits,
+    of those that exchange least first; the one that takes least memory if none does. (On one GPU
+    an --optimizer that stays `auto` is split.) Raises InputError where --optimizer cannot be."""
+    bf16 = c.dtype != "fp32"
+    refuse_split(c, hw.n_gpus, bf16)
     nodes = ["replicate"] * (hw.n_nodes > 1) + ["shard"]
     nodes = nodes if c.nodes_share == "auto" else [c.nodes_share]
     sums = ["step", "row"] if c.sum_gradients == "auto" else [c.sum_gradients]
     ways = [dataclasses.replace(c, nodes_share=n, sum_gradients=s) for n in nodes for s in sums]
+    if c.optimizer == "auto" and hw.n_gpus == 1 and bf16:
+        ways += [dataclasses.replace(way, optimizer="split_host") for way in ways]
     return next((way for way in ways if fits(config, way, hw)), ways[-1])
+
+
+def refuse_split(c: Run, n: int, bf16: bool) -> None:
+    if c.optimizer.startswith("split") and not (n == 1 and bf16):
+        raise InputError(
+            f"--optimizer {c.optimizer} is for one process that computes in bfloat16; here are "
+            f"{n}" + ("" if bf16 else " in float32 (--dtype bf16)")
+        )
 
 
 # ---------------------------------------------------------------- counting
@@ -149,7 +162,7 @@ def flags(c: Run, hw: Hardware) -> str:
 
 def remedy(config: ModelConfig, c: Run, hw: Hardware, step: Step) -> str:
     best = advice(config, c, hw, step)
-    if not best and hw.n_gpus == 1:
+    if not best and hw.n_gpus == 1 and c.dtype != "fp32":
         best = advice(config, dataclasses.replace(c, optimizer="split_host"), hw, step)
     return f"{flags(best, hw)} fits" if best else "no --micro_tokens fits, more GPUs are needed"
 
@@ -179,10 +192,13 @@ def lines(config: ModelConfig, c: Run, hw: Hardware, step: Step) -> list[str]:
         * (hw.n_nodes > 1),
     ]
     if c.optimizer == "split_host":
-        moved = memory.in_host(config)
+        parts = memory.in_host(config, c)
+        moved = next(iter(parts.values()))
+        each = ", ".join(f"{name} {size:.1f}" for name, size in parts.items())
         text.append(
-            f"host: {moved:.1f} GiB of its memory pass over the GPU and back in a step, at 32 GB/s "
-            f"(PCIe, generation 4) {moved * memory.GIB / 32e9:.1f} s, at 64 GB/s half of it"
+            f"host: {sum(parts.values()):.1f} GiB of its memory are needed: {each}; each step "
+            f"moves {moved:.1f} GiB to the GPU and back, {moved * memory.GIB / 32e9:.1f} s or more "
+            "over PCIe of generation 4, half of that over 5"
         )
     best = advice(config, c, hw, step)
     if best and gib(config, c, hw) <= hw.gib:

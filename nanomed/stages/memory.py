@@ -10,14 +10,12 @@ layers are there when backward begins. To them comes what is needed for a moment
 backward, or a layer's, whichever takes more.
 """
 
-from pathlib import Path
-
 import torch
 
 import kernels
 from kernels.chunk import most_tokens
 from kernels.linear_nll_chunked import CHUNK_CUDA
-from nanomed.config import OPTIMIZER_BYTES, WEIGHT_BYTES, ModelConfig, Run
+from nanomed.config import OPTIMIZER_BYTES, SAVED_BYTES, WEIGHT_BYTES, ModelConfig, Run
 from nanomed.model.recompute import by_layer
 
 GIB = 2**30
@@ -171,19 +169,15 @@ def memory(config: ModelConfig, c: Run, n_gpus: int) -> dict[str, float]:
     return {name: size / GIB for name, size in parts.items()} | {"reserve": RESERVE}
 
 
-def in_host(config: ModelConfig) -> float:
-    """GiB of the host's memory that --optimizer split_host keeps: lower halves and moments."""
-    return (WEIGHT_BYTES / 2 + OPTIMIZER_BYTES) * config.n_params() / GIB
-
-
-def host_room() -> float:
-    """GiB of the host's memory that Linux calls available; at most what this container may use."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    available = next(line for line in lines if line.startswith("MemAvailable:"))
-    room, limit = 1024 * int(available.split()[1]), Path("/sys/fs/cgroup/memory.max")
-    if limit.exists() and limit.read_text().strip() != "max":
-        room = min(room, int(limit.read_text()))
-    return room / GIB
+def in_host(config: ModelConfig, c: Run) -> dict[str, float]:
+    """GiB of the host's memory that --optimizer split_host takes on a GPU: always, and while a
+    checkpoint is saved or read."""
+    n = config.n_params() / GIB
+    parts = {"moments and lower halves": (WEIGHT_BYTES / 2 + OPTIMIZER_BYTES) * n}
+    parts["float32 weights of a checkpoint"] = WEIGHT_BYTES * n
+    if c.save == "background":
+        parts["copy of a save in the background"] = SAVED_BYTES * n
+    return parts
 
 
 WHAT = {

@@ -33,6 +33,8 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
+from nanomed.config import InputError
+
 CHUNK = 2**24  # elements of a parameter that are float32 at once in a step
 
 
@@ -68,21 +70,27 @@ def split_weights(model: nn.Module, optimizer: str) -> None:
     model.optimizer = optimizer
     for param in model.parameters():
         param.data, low = split(param.data)
-        param.low = in_host_memory(low) if optimizer == "split_host" else low
+        param.low = low.cpu() if optimizer == "split_host" else low
+        if param.low.device != param.device:
+            page_locked(param.low)
         param.grad_dtype = torch.float32
     model.register_state_dict_post_hook(_masters)
     model.register_load_state_dict_pre_hook(_from_masters)
 
 
-def in_host_memory(x: Tensor) -> Tensor:
-    """A copy there, page-locked: a GPU reads and writes such memory by itself while it computes.
-    (torch's own page-locked memory comes in powers of two, up to twice as much.)"""
-    copy = torch.empty_like(x, device="cpu").copy_(x)
-    if x.is_cuda:
-        cudart = torch.cuda.cudart()
-        torch.cuda.check_error(int(cudart.cudaHostRegister(copy.data_ptr(), copy.nbytes, 0)))
-        weakref.finalize(copy, cudart.cudaHostUnregister, copy.data_ptr()).atexit = False
-    return copy
+def page_locked(x: Tensor) -> Tensor:
+    """x, which lies in the host's memory, where now a GPU reads and writes it by itself while it
+    computes. (What torch itself page-locks takes the next power of two of bytes.) Raises
+    InputError where the system refuses."""
+    cudart = torch.cuda.cudart()
+    if error := int(cudart.cudaHostRegister(x.data_ptr(), x.nbytes, 0)):
+        raise InputError(
+            f"--optimizer split_host: this system page-locks no {x.nbytes / 2**30:.2f} GiB of "
+            f"memory (CUDA error {error}); is there a limit (ulimit -l)? else use --optimizer fsdp"
+        )
+    # A finalizer runs before the memory is given back; at the process's end the driver does it.
+    weakref.finalize(x, cudart.cudaHostUnregister, x.data_ptr()).atexit = False
+    return x
 
 
 def _masters(model: nn.Module, state: dict[str, Tensor], *_) -> None:
@@ -108,12 +116,12 @@ class SplitAdamW(torch.optim.Optimizer):
         for param in self._params():
             state = {"step": torch.zeros((), dtype=torch.float32, device=param.device)}
             for name in ("exp_avg", "exp_avg_sq"):
-                state[name] = torch.zeros_like(param, dtype=dtype)
-                if optimizer == "split_host":
-                    state[name] = in_host_memory(state[name])
+                state[name] = torch.zeros_like(param, dtype=dtype, device=param.low.device)
+                if param.low.device != param.device:
+                    page_locked(state[name])
             self.state[param] = state
-        host_on_gpu = optimizer == "split_host" and param.is_cuda
-        self.streams = [torch.cuda.Stream(), torch.cuda.Stream()] if host_on_gpu else []
+        moves = param.low.device != param.device
+        self.streams = [torch.cuda.Stream(), torch.cuda.Stream()] if moves else []
 
     def _params(self) -> Iterable[nn.Parameter]:
         return (param for group in self.param_groups for param in group["params"])
@@ -130,8 +138,8 @@ class SplitAdamW(torch.optim.Optimizer):
 
     @contextmanager
     def _turns(self) -> Iterator[Iterator]:
-        """For each chunk one of two streams: what the one sends goes out while the other's comes
-        in."""
+        """The stream of each chunk. There are two: while one chunk's numbers return to the host,
+        the next one's arrive."""
         for stream in self.streams:
             stream.wait_stream(torch.cuda.current_stream())
         turns = [torch.cuda.stream(stream) for stream in self.streams] or [nullcontext()]

@@ -15,7 +15,7 @@ from nanomed.distributed import Sharing
 from nanomed.model.recompute import POLICIES
 from nanomed.run.log import Meter
 from nanomed.stages import link, memory
-from nanomed.stages.hardware import KINDS, PER_NODE, Hardware, parse_hardware
+from nanomed.stages.hardware import KINDS, PER_NODE, Hardware, host_room, parse_hardware
 from nanomed.training.step import train_step
 from tests.training.test_exactness import Recorder, loader_of, next_token_loss, settings, sharded
 
@@ -146,6 +146,46 @@ def test_no_setting_that_fits_is_faster_than_the_advice(text, cls):
     if n:
         less = dataclasses.replace(best, recompute=f"full:{int(n) - 1}")
         assert name == "full" and not link.fits(MED, less, hw)
+
+
+def test_split_weights_are_for_one_process_in_bfloat16():
+    """A plan says what the run would."""
+    for text, dtype, said in (("8xA100-40G", "bf16", "8"), ("1xH100", "fp32", "1 in float32")):
+        c = SFT(optimizer="split_host", dtype=dtype)
+        with pytest.raises(InputError, match=f"for one process .* here are {said}"):
+            link.decided(MED, c, parse_hardware(text))
+    plain = link.decided(MED, SFT(dtype="fp32"), parse_hardware("1xH100"))
+    assert plain.optimizer == "auto" and "more GPUs" in link.remedy(
+        MED, plain, parse_hardware("1xH100"), link.Step(4096.0, 4096.0**2)
+    )
+
+
+def test_what_the_host_needs_is_said():
+    hw, c = parse_hardware("1xH100"), SFT(optimizer="split_host", dtype="bf16", save="background")
+    (line,) = (x for x in link.lines(MED, c, hw, link.Step(4096.0, 4096.0**2)) if "host:" in x)
+    n = MED.n_params() / memory.GIB
+    for bytes_each in (10, 4, 12, 26):  # moments and halves; a checkpoint's; the copy; all
+        assert f"{bytes_each * n:.1f}" in line
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_hosts_room_is_its_groups(tmp_path, version):
+    """Of a job in a group whose parent has the limit; files that are cached count as free."""
+    home = tmp_path / "sys/fs/cgroup" / ("memory" if version == 1 else "")
+    limit, used = ("limit_in_bytes", "usage_in_bytes") if version == 1 else ("max", "current")
+    job = home / "slurm/job_7"
+    job.mkdir(parents=True)
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 9000 kB\nMemAvailable:   8000 kB\n")
+    line = "3:cpu,memory:/slurm/job_7\n" if version == 1 else "0::/slurm/job_7\n"
+    (tmp_path / "proc/self/cgroup").write_text("7:cpuset:/other\n" * (version == 1) + line)
+    assert host_room(tmp_path) == 8000 * 1024
+    for folder, most in ((job, "max"), (job.parent, "5000000")):
+        (folder / f"memory.{limit}").write_text(most + "\n")
+        (folder / f"memory.{used}").write_text("3000000\n")
+        (folder / "memory.stat").write_text("active_file 9\ninactive_file 1000000\n")
+    assert host_room(tmp_path) == 3_000_000
+    assert host_room() > 0 and host_room(tmp_path / "mac") == float("inf")
 
 
 def test_auto_is_what_fits():

@@ -3,6 +3,7 @@ against the same run under FSDP2."""
 
 import copy
 import dataclasses
+import gc
 import json
 from unittest import mock
 
@@ -15,7 +16,8 @@ from nanomed.distributed import World
 from nanomed.model.decoder import Aquila, init_weights
 from nanomed.run import checkpoint
 from nanomed.run.log import RunFolder
-from nanomed.stages import memory, stage
+from nanomed.stages import link, memory, stage
+from nanomed.stages.hardware import Hardware
 from nanomed.training import alone
 from nanomed.training.alone import join, rounded_at_random, split, split_weights
 from nanomed.training.optim import adamw
@@ -106,6 +108,13 @@ def test_what_lies_in_the_hosts_memory_passes_over_the_gpu(small, monkeypatch):
                 optimizer.param_groups[0]["lr"] = 1e-2
                 optimizer.step()
             assert gpu.waits == ["synchronize"] * 2  # one for each stream
+            # Two take turns, and neither begins before the gradients are there.
+            first, second, *_ = gpu.streams
+            assert first is not second and gpu.streams == [first, second] * (len(gpu.streams) // 2)
+            for stream in (first, second):
+                stream.wait_stream.assert_called_with(torch.cuda.current_stream())
+                assert stream.wait_stream.call_count == step + 1
+            gpu.streams.clear()
         for p, q in zip(on_cpu.parameters(), on_gpu.parameters(), strict=True):
             assert q.is_cuda and not q.low.is_cuda and gpu.is_pinned(q.low)
             assert torch.equal(q.cpu(), p) and torch.equal(q.low, p.low)
@@ -119,6 +128,15 @@ def test_what_lies_in_the_hosts_memory_passes_over_the_gpu(small, monkeypatch):
         on_gpu.load_state_dict(saved)
         for p, q in zip(on_cpu.parameters(), on_gpu.parameters(), strict=True):
             assert torch.equal(q.low, p.low)
+        assert len(gpu.pinned) == 3 * len([*on_gpu.parameters()])
+        del on_gpu, optimizers, optimizer, q, kept
+        gc.collect()
+        assert not gpu.pinned  # memory that is used again can be page-locked again
+        gpu.refuses_to_pin = 1
+        with torch.device("meta"):
+            on_gpu = Aquila(small)
+        with pytest.raises(InputError, match=r"page-locks no .* \(CUDA error 1\); .*ulimit"):
+            split_weights(on_gpu.to_empty(device=CUDA), "split_host")
 
 
 def test_gradients_are_summed_in_float32(small):
@@ -244,15 +262,25 @@ def test_who_trains_without_fsdp(world, small):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real GPU")
-def test_one_gpu_takes_what_fits_it(monkeypatch):
-    """The whole AquilaMed: an H200 has room for all, an 80 GB GPU if the host has 76.6 GiB."""
+def test_one_gpu_takes_what_fits_it(monkeypatch, capsys):
+    """The whole AquilaMed: an H200 has room for all, an 80 GB GPU if the host has 107.2 GiB, the
+    float32 weights of a checkpoint among them. --dry_run says the same."""
     c, config = SFT(dtype="bf16", recompute="full"), MODELS["aquilamed-7b"]
     one, gpu = World(0, 1, CUDA), mock.Mock()
     with pretended():
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
-        for gpu_gib, host_gib, wanted in ((140, 0, "split"), (80, 100, "split_host"), (80, 76, "")):
+        for gpu_gib, host_gib, wanted in (
+            (140, 0, "split"),
+            (80, 108, "split_host"),
+            (80, 107, ""),
+        ):
             gpu.total_memory = gpu_gib * memory.GIB
-            monkeypatch.setattr(memory, "host_room", lambda gib=host_gib: gib)
+            monkeypatch.setattr(stage, "host_room", lambda gib=host_gib: gib * memory.GIB)
             assert stage.without_fsdp(c, config, one) == wanted
-        with pytest.raises(InputError, match=r"keeps 76\.6 GiB in the host's memory, of which 76"):
+            assert (f"{wanted}, without" if wanted else "by FSDP") in capsys.readouterr().out
+            planned = link.decided(config, c, Hardware(1, gpu_gib, 1.0, 1.0)).optimizer
+            assert planned == ("auto" if wanted == "split" else "split_host")
+        with pytest.raises(
+            InputError, match=r"split_host takes 107\.2 GiB of the host's memory, 107"
+        ):
             stage.without_fsdp(dataclasses.replace(c, optimizer="split_host"), config, one)
