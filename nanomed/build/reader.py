@@ -1,11 +1,15 @@
 """A decoder with a linear head: the classifier of documents that has read before it learns.
 
-In the place of the matrix that gives logits the decoder gets one number for each token's last
-hidden state; a document's score is the mean of them over its first tokens. Head and decoder are
-trained together by fit(), as in every other stage. What the decoder has read in pre-training, other
-words for the same things among it, no list of n-grams knows.
+Of the decoder's layers it takes the first three in five: what the last ones add is for the next
+token alone, and more about a document is told by the states before them. In the place of the matrix
+that gives logits comes one number for each token's state; a document's score is the mean of them
+over its first tokens. The head begins as ridge regression finds it from the decoder as it is, so
+that the first steps spoil nothing (Kumar et al. 2022). Then head and decoder are trained together
+by fit(), as in every other stage. What the decoder has read in pre-training, other words for the
+same things among it, no list of n-grams knows.
 """
 
+import dataclasses
 import hashlib
 import os
 import shutil
@@ -35,10 +39,12 @@ from nanomed.text.template import Encoder
 from nanomed.training.step import Loss
 from nanomed.training.trainer import fit
 
+DEPTH = 0.6  # the share of the layers that is taken
 LONGEST = 512  # tokens of a document that are read, the last of them its end
 # A model of another width learns at another rate, in inverse proportion (Yang et al. 2022).
-RATE, WIDTH = 2e-5, 4096
-TRAINING = {"epochs": 3, "batch_size": 32, "seq_len": LONGEST, "warmup_ratio": 0.1}
+RATE, WIDTH = 1e-5, 4096
+N_FIRST = 1000  # documents from which the head begins
+TRAINING = {"epochs": 3, "batch_size": 16, "seq_len": LONGEST, "warmup_ratio": 0.1}
 TRAINING |= {"val_fraction": 0.0, "keep_last": 1, "log_every": 20}
 FROM_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
 
@@ -55,6 +61,14 @@ class LinearHead(nn.Module):
         values = (hidden @ self.weight[0] + self.bias).float()
         lengths = row.cu_seqlens.diff().long()
         return torch.segment_reduce(values, "mean", lengths=lengths, unsafe=True)
+
+
+class MeanState(nn.Module):
+    """In lm_head's place. hidden[T,D] -> [n,D] float32, the mean over each segment's tokens"""
+
+    def forward(self, hidden: Tensor, row: Row, logits: bool) -> Tensor:
+        lengths = row.cu_seqlens.diff().long()
+        return torch.segment_reduce(hidden.float(), "mean", lengths=lengths, unsafe=True)
 
 
 class Texts:
@@ -112,10 +126,14 @@ class Reader:
 def read(path: Path, init: str) -> Reader:
     """What save() wrote of a model that began as the one in the folder `init`."""
     config, encoder = pretrained.describe(init)
-    return _reader(config, load_file(path, device=str(pick_device("auto"))), encoder)
+    tensors = load_file(path, device=str(pick_device("auto")))
+    # In memory of their own: what a matmul gives may depend on where in memory its numbers begin.
+    return _reader(config, {name: value.clone() for name, value in tensors.items()}, encoder)
 
 
 def _reader(config: ModelConfig, tensors: dict[str, Tensor], encoder: Encoder) -> Reader:
+    last = max(int(name.split(".")[1]) for name in tensors if name.startswith("layers."))
+    config = dataclasses.replace(config, n_layers=last + 1)
     with torch.device("meta"):
         model = Aquila(config)
         model.lm_head = LinearHead(config.d_model)
@@ -132,17 +150,20 @@ def learn(kind: str, texts: Sequence[str], targets: np.ndarray, init: str, work:
     killed one goes on. targets[texts] as linear.fit's."""
     config, encoder = pretrained.describe(init)
     data, y = Texts(encoder, texts), torch.tensor(np.asarray(targets), dtype=torch.float32)
-    content = np.concatenate([*data.ids, y.numpy().view(np.int32)]).tobytes()
-    out = work / f"run-{hashlib.sha256(content).hexdigest()[:16]}"
+    config = dataclasses.replace(config, n_layers=max(1, round(DEPTH * config.n_layers)))
     given = TRAINING | {"lr": RATE * WIDTH / config.d_model, "init": init}
+    content = np.concatenate([*data.ids, y.numpy().view(np.int32)]).tobytes()
+    content += repr((given, config, N_FIRST)).encode()  # a run that began otherwise is another
+    out = work / f"run-{hashlib.sha256(content).hexdigest()[:16]}"
     c = SFT(data=[f"labels of {kind}"], out=str(out), resume="auto", **given)
     with by_itself(), start(pick_device(c.device)) as world:
         if world.device.type == "cpu":
             torch.set_num_threads(1)  # the same labels give the same bits
         model = pretrained.load(init, world.device, torch.float32)
+        del model.layers[config.n_layers :]
+        model.config = config
         model.lm_head = LinearHead(config.d_model).to(world.device)
-        if kind == "quality":
-            nn.init.constant_(model.lm_head.bias, float(y.mean()))
+        begin(model, data, y if kind == "quality" else 8 * y - 4)
         dtype = stage.compute_dtype(c, world.device)
         shard(model, world, dtype)
         loader = Loader.of(c, data, parts=(range(len(data)), range(0)))
@@ -152,6 +173,28 @@ def learn(kind: str, texts: Sequence[str], targets: np.ndarray, init: str, work:
         run.close()
     shutil.rmtree(out)
     return _reader(config, tensors, encoder)
+
+
+@torch.no_grad()
+def begin(model: Aquila, data: Texts, y: Tensor) -> None:
+    """Sets the head to the ridge regression of y[documents] on the mean states of N_FIRST of them.
+    Its strength is the one with which each document is guessed best from the others; the singular
+    values tell without fitting once for each (PRESS, Allen 1974)."""
+    head, some = model.lm_head, np.linspace(0, len(data) - 1, min(N_FIRST, len(data))).astype(int)
+    model.lm_head = MeanState()
+    rows = (row_from([data.ids[i]]).to(head.weight.device) for i in some)
+    states = torch.cat([model(row) for row in rows]).double().cpu()
+    model.lm_head, y, mean = head, y[some].double(), states.mean(0)
+    u, s, v = torch.linalg.svd(states - mean, full_matrices=False)
+    found = []
+    largest = s[0].square().clamp(min=1e-30)  # equal documents differ in nothing
+    for strength in largest * 10.0 ** -torch.arange(1.0, 9.0):
+        along = s / (s.square() + strength) * (u.T @ y)
+        wrong = y - y.mean() - u @ (s * along)
+        leverage = u.square() @ (s.square() / (s.square() + strength)) + 1 / len(some)
+        found.append((float((wrong / (1 - leverage)).square().mean()), v.T @ along))
+    _, weight = min(found, key=lambda one: one[0])
+    head.weight[0], head.bias[0] = weight, y.mean() - mean @ weight
 
 
 def loss_of(kind: str, targets: Tensor) -> Loss:

@@ -126,37 +126,48 @@ def documents(texts: list[str], seed: int, side: int) -> list[Document]:
 
 
 def worth(name: str, model: Model, of: list[Document]) -> tuple[float, dict[str, float]]:
-    """(Spearman, the AUC of each defect against the good ones), printed."""
+    """(Spearman, the AUC of each defect against the good ones), printed, by degree as well."""
     texts, defects, quality = zip(*of, strict=True)
-    scores, defects = score_texts("quality", model, texts), np.array(defects)
+    scores, defects, quality = (
+        score_texts("quality", model, texts),
+        np.array(defects),
+        np.array(quality),
+    )
     good = scores[defects == ""]
-    aucs = {}
-    for defect in DEFECTS:
-        bad = scores[defects == defect][:, None]
-        aucs[defect] = float(((bad < good) + 0.5 * (bad == good)).mean())
-    rank = spearman(scores, np.array(quality, float))
-    print(f"{name}: Spearman {rank:.3f}, AUC", {k: f"{v:.3f}" for k, v in aucs.items()}, flush=True)
+
+    def auc(bad: np.ndarray) -> float:
+        bad = scores[bad][:, None]
+        return float(((bad < good) + 0.5 * (bad == good)).mean())
+
+    rank = spearman(scores, quality.astype(float))
+    print(f"{name}: Spearman {rank:.3f}; AUC, in all and of degrees 1, 2, 3:")
+    aucs = {defect: auc(defects == defect) for defect in DEFECTS}
+    for defect, whole in aucs.items():
+        degrees = [auc((defects == defect) & (quality == q)) for q in (4, 3, 2)]
+        print(f"  {defect:<14} {whole:.3f}  ", *(f"{value:.2f}" for value in degrees), flush=True)
     return rank, aucs
 
 
 @pytest.mark.slow
-def test_planted_defects_on_a_source_that_was_not_trained_on(shared_data, tmp_path):
-    """PubMed's abstracts, which are benchmarks, are scored and never learned."""
+def test_planted_defects_on_a_source_that_was_not_trained_on(shared_data, tmp_path, monkeypatch):
+    """PubMed's abstracts, which are benchmarks, are scored and never learned. Two plantings of each
+    text that is learned, once over, take 40 minutes of one core."""
     texts, rng = sources(shared_data), random.Random(0)
     of = {name: pieces(texts[name], rng) for name in ("wiki en", "c4 en", "dpo en", "alpaca en")}
     unseen = documents(pieces(texts["pubmed en"], rng)[:400], 3, 1)[:250]
     names = ("wiki en", "c4 en", "dpo en")
     held_out = documents([text for name in names for text in of[name][:100]], 2, 1)[:200]
-    learned = [text for name in names for text in of[name][100:]]
+    learned = [text for name in names for text in of[name][100:]] + of["alpaca en"]
     rng.shuffle(learned)
-    learned = documents(learned[:560], 1, 0)
+    learned = documents(learned, 1, 0) + documents(learned, 4, 0)
     given = [text for text, *_ in learned], np.array([float(q) for *_, q in learned])
+    print(f"\n{len(learned)} documents to learn from")
     ngrams = linear.learn("quality", *given)
+    monkeypatch.setitem(reader.TRAINING, "epochs", 1)
     decoder = reader.learn("quality", *given, str(real_model_folder()), tmp_path)
-    print()
     ranks = {}
     for name, model in (("n-grams", ngrams), ("decoder", decoder)):
         worth(f"{name}, held-out documents of its sources", model, held_out)
         ranks[name], aucs = worth(f"{name}, PubMed", model, unseen)
-    assert ranks["decoder"] > max(0.35, ranks["n-grams"] + 0.2)
-    assert aucs["advertisement"] > 0.8 and min(aucs["grammar"], aucs["boilerplate"]) > 0.7
+    assert ranks["decoder"] > max(0.55, ranks["n-grams"] + 0.2)
+    assert min(aucs["advertisement"], aucs["grammar"], aucs["boilerplate"]) > 0.8

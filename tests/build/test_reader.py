@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from nanomed.batches.packing import row_from
 from nanomed.build import classifier, reader
 from nanomed.config import InputError
+from nanomed.hf import pretrained
 from tests.build import corpora
 from tests.build.scored import folder_of
 from tests.build.test_classifier import labelled
@@ -47,6 +49,8 @@ def test_a_score_is_the_head_of_the_mean_state_whoever_stands_beside(learned, fo
     assert (found == model(texts)).all()
     assert found.tolist() == [again([text])[0] for text in texts]
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert len(theirs.model.layers) == 2 and len(model.model.layers) == 1  # three in five
+    del theirs.model.layers[1:]
     body = {k: v for k, v in model.tensors.items() if not k.startswith("lm_head")}
     assert not theirs.model.load_state_dict(body, strict=False).unexpected_keys
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
@@ -58,6 +62,41 @@ def test_a_score_is_the_head_of_the_mean_state_whoever_stands_beside(learned, fo
             state = theirs.model(ids).last_hidden_state[0].mean(0)
         by_hand = state @ model.tensors["lm_head.weight"][0] + model.tensors["lm_head.bias"]
         assert value == pytest.approx(by_hand.item(), abs=1e-4)
+
+
+def test_the_head_begins_as_the_best_ridge_regression(folder, encoder):
+    """Its strength against leaving out one document after another, as the definition says."""
+    found = labelled(60)
+    data, y = reader.Texts(encoder, [x.text for x in found]), torch.randn(60)
+    model = pretrained.load(folder, torch.device("cpu"), torch.float32)
+    model.lm_head = reader.MeanState()
+    with torch.no_grad():
+        states = torch.cat([model(row_from([ids])) for ids in data.ids]).double()
+    model.lm_head = reader.LinearHead(model.config.d_model)
+    reader.begin(model, data, y)
+
+    def fitted(of: torch.Tensor, strength: float) -> tuple[torch.Tensor, torch.Tensor]:
+        x, mean = states[of], states[of].mean(0)
+        x = x - mean
+        weight = torch.linalg.solve(
+            x.T @ x + strength * torch.eye(x.shape[1]).double(),
+            x.T @ (y[of] - y[of].mean()).double(),
+        )
+        return weight, y[of].double().mean() - mean @ weight
+
+    def left_out(strength: float) -> float:
+        wrong = 0.0
+        for i in range(60):
+            weight, bias = fitted(torch.arange(60) != i, strength)
+            wrong += float(states[i] @ weight + bias - y[i]) ** 2
+        return wrong
+
+    everything = torch.ones(60, dtype=torch.bool)
+    largest = torch.linalg.svdvals(states - states.mean(0))[0].item() ** 2
+    best = min((largest * 10.0**-n for n in range(1, 9)), key=left_out)
+    weight, bias = fitted(everything, best)
+    assert torch.allclose(model.lm_head.weight[0].double(), weight, rtol=1e-3, atol=1e-6)
+    assert model.lm_head.bias.item() == pytest.approx(bias.item(), abs=1e-4)
 
 
 def test_a_run_that_was_killed_goes_on(learned, folder, tmp_path, monkeypatch):
@@ -81,6 +120,38 @@ def test_a_run_that_was_killed_goes_on(learned, folder, tmp_path, monkeypatch):
     assert [*tmp_path.glob("run-*/checkpoints/step-*")]
     again = reader.learn("domain", *given)
     assert all((again.tensors[k] == v).all() for k, v in learned[0].tensors.items())
+
+
+def test_a_run_that_began_otherwise_is_not_gone_on_with(folder, tmp_path, monkeypatch):
+    names = []
+
+    def stopped(c, *_):
+        names.append(c.out)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(reader, "fit", stopped)
+    for changed in ({}, {"RATE": 9e-6}, {"DEPTH": 1.0}, {}):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            for name, value in changed.items():
+                patch.setattr(reader, name, value)
+            reader.learn("quality", ["a", "b"], np.array([0.0, 6.0]), folder, tmp_path)
+    assert names[0] == names[3] and len({*names}) == 3
+
+
+def test_one_that_was_saved_with_all_layers_is_read(folder, encoder, tmp_path):
+    model = pretrained.load(folder, torch.device("cpu"), torch.float32)
+    model.lm_head = reader.LinearHead(model.config.d_model)
+    path = tmp_path / "model.safetensors"
+    reader.Reader(model, encoder, model.state_dict()).save(path)
+    assert len(reader.read(path, folder).model.layers) == 2
+
+
+def test_documents_that_are_all_alike_begin_at_the_mean(folder, encoder):
+    model = pretrained.load(folder, torch.device("cpu"), torch.float32)
+    model.lm_head = reader.LinearHead(model.config.d_model)
+    for n in (1, 7):
+        reader.begin(model, reader.Texts(encoder, ["同样的话。"] * n), torch.arange(float(n)))
+        assert not model.lm_head.weight.any() and model.lm_head.bias.item() == (n - 1) / 2
 
 
 def test_quality_is_a_number(folder, tmp_path):
