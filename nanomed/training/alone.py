@@ -79,9 +79,9 @@ def split_weights(model: nn.Module, optimizer: str) -> None:
 
 
 def page_locked(x: Tensor) -> Tensor:
-    """x, which lies in the host's memory, where now a GPU reads and writes it by itself while it
-    computes. (What torch itself page-locks takes the next power of two of bytes.) Raises
-    InputError where the system refuses."""
+    """Makes x, which lies in the host's memory, one that a GPU reads and writes by itself while it
+    computes. (Of torch's own page-locked memory it would take the next power of two of bytes.)
+    Returns x. Raises InputError where the system refuses."""
     cudart = torch.cuda.cudart()
     if error := int(cudart.cudaHostRegister(x.data_ptr(), x.nbytes, 0)):
         raise InputError(
