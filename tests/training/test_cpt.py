@@ -146,7 +146,7 @@ def test_a_dry_run_says_what_the_run_would_take(world, monkeypatch, capsys):
 def train(world, model_config, out, weighted: bool, stops_at=0, dropout=0.0, **changes):
     """20 steps on two sources, validated every tenth; `stops_at` ends it after that step's save."""
     c = CPT(
-        lr=1e-3, batch_size=8, seq_len=64, micro_tokens=128, epochs=4, warmup_ratio=0.0,
+        lr=1e-3, batch_size=8, seq_len=64, micro_tokens=256, epochs=4, warmup_ratio=0.0,
         dropout=dropout,
         eval_every=10, save_every=5, out=out, steps=20, **changes,
     )  # fmt: skip
