@@ -24,7 +24,7 @@ def hanging(folder: str, rank: int) -> None:
     with distributed.start(torch.device("cpu")) as world:
         for step in (1, 2):
             watchdog.at(f"row 1 of 1 of step {step}")
-            time.sleep(0.6)
+            time.sleep(0.2)
             if rank == 1 and step == 2:
                 if Path(folder, "how").read_text() == "stopped":
                     os.kill(os.getpid(), signal.SIGSTOP)
@@ -91,7 +91,7 @@ def test_a_place_may_take_many_times_as_long_as_those_before(monkeypatch):
     ended, dog = watched(monkeypatch, first=60.0)
     with dog:
         watchdog.at("row 1")
-        time.sleep(3.0)
+        time.sleep(2.3)
         assert ended == []
         watchdog.at("row 2")
         until = time.monotonic() + 60
