@@ -129,16 +129,16 @@ def figures(lines: Lines, runs: Runs) -> str:
         if not name.startswith("CPT"):  # the setting begins with TRL and its version
             rival = rival.replace("TRL", line["facts"]["setting"].partition(":")[0])
         text = f"- {name[:3]}: {_times(line['facts']['nanomed_is_faster_by'])} {rival}"
-        other = found.get(f"{name}, bf16")
-        if other:
+        if other := found.get(f"{name}, bf16"):
             text += f", and {_times(other['facts']['nanomed_is_faster_by'])} it in bfloat16"
         parts.append(text)
-    longest = f"rows of {ROWS[-1]:,}, documents of 512"
-    if longest in found:
-        rate = found[longest]["facts"][f"of_the_rate_at_{ROWS[0]:,}"]
-        dtype = f" in {found[longest]['dtype']}" * (found[longest]["dtype"] != "float32")
+    if line := found.get(f"rows of {ROWS[-1]:,}, documents of 512"):
+        rate = _times(line["facts"][f"of_the_rate_at_{ROWS[0]:,}"])
+        parts.append(f"- over rows of {ROWS[-1]:,} tokens {rate} over rows of {ROWS[0]:,}")
+    if own := found.get("SFT: nanomed, bf16"):
+        its = _times(own["facts"]["nanomed_is_faster_by"])
         parts.append(
-            f"- over rows of {ROWS[-1]:,} tokens {_times(rate)} over rows of {ROWS[0]:,}{dtype}"
+            f"- SFT: {its} its own with `--dtype bf16`, in which this CPU computes natively"
         )
     wrap = dict(width=100, initial_indent="  ", subsequent_indent="    ")
     return "".join(textwrap.fill(part, **wrap) + "\n" for part in parts)
