@@ -86,7 +86,8 @@ def test_sigterm_to_torchrun_saves(tmp_path):
     assert step % 6 and step == json.loads(path.read_text().splitlines()[-1])["step"]
 
     code, output = Launch(tmp_path / "x", "--resume --lr 0.5").end()
-    assert code != 0 and output.count("lr was 0.001, is 0.5") >= 2
+    was = json.loads((tmp_path / "x/config.json").read_text())["lr"]
+    assert code != 0 and output.count(f"lr was {was}, is 0.5") >= 2
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ FLAGS += " --steps 12 --save_every 3 --log_every 1 --out x"
 WORKER = """
 import runpy, sys
 from nanomed import watchdog
-watchdog.EVERY, watchdog.LIMIT, watchdog.TIMES = 1.0, {limit}, 1
+watchdog.EVERY, watchdog.LIMIT, watchdog.TIMES = 0.5, {limit}, 1
 sys.argv = ["train_sft.py", *sys.argv[1:]]
 runpy.run_path("{script}", run_name="__main__")
 """
@@ -164,7 +164,7 @@ def test_a_node_that_never_comes(tmp_path):
 def test_a_hung_node_is_named(tmp_path):
     """SIGSTOP is what a GPU that hangs looks like from the others."""
     with Nodes(tmp_path, 2, "--steps 400 --save_every 100", limit=15) as nodes:
-        nodes.wait_for_step(3)
+        nodes.wait_for_step(80)  # by then the watchdogs have looked at some steps
         stopped = nodes.workers(1)[0]
         os.kill(stopped, signal.SIGSTOP)
         since = time.monotonic()
