@@ -137,6 +137,8 @@ def test_three_nodes_go_on_after_a_killed_worker_and_a_killed_torchrun(tmp_path)
     with Nodes(tmp_path, 3, "--steps 40 --resume auto") as nodes:  # all, by the same command
         nodes.wait_for_step(before + 1)
         took("a killed torchrun, all started again: until the step after", killed)
+    steps = [m["step"] for m in metrics_of(tmp_path / "x")]
+    assert steps == [*range(1, len(steps) + 1)] and len(steps) > before  # none twice, none left out
 
 
 @pytest.mark.slow
