@@ -33,6 +33,7 @@ from nanomed.hf import pretrained
 from nanomed.model.decoder import Aquila
 from nanomed.model.packed import pack_linears
 from nanomed.run.log import RunFolder
+from nanomed.run.progress import progress
 from nanomed.stages import stage
 from nanomed.text.segment import Segment
 from nanomed.text.template import Encoder
@@ -58,17 +59,20 @@ class LinearHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(1))
 
     def forward(self, hidden: Tensor, row: Row, logits: bool) -> Tensor:
-        values = (hidden @ self.weight[0] + self.bias).float()
-        lengths = row.cu_seqlens.diff().long()
-        return torch.segment_reduce(values, "mean", lengths=lengths, unsafe=True)
+        return mean_of_segments(hidden @ self.weight[0] + self.bias, row)
 
 
 class MeanState(nn.Module):
     """In lm_head's place. hidden[T,D] -> [n,D] float32, the mean over each segment's tokens"""
 
     def forward(self, hidden: Tensor, row: Row, logits: bool) -> Tensor:
-        lengths = row.cu_seqlens.diff().long()
-        return torch.segment_reduce(hidden.float(), "mean", lengths=lengths, unsafe=True)
+        return mean_of_segments(hidden, row)
+
+
+def mean_of_segments(x: Tensor, row: Row) -> Tensor:
+    """x[T,...] -> [n,...] float32"""
+    lengths = row.cu_seqlens.diff().long()
+    return torch.segment_reduce(x.float(), "mean", lengths=lengths, unsafe=True)
 
 
 class Texts:
@@ -163,6 +167,7 @@ def learn(kind: str, texts: Sequence[str], targets: np.ndarray, init: str, work:
         del model.layers[config.n_layers :]
         model.config = config
         model.lm_head = LinearHead(config.d_model).to(world.device)
+        # 0 and 1 of "domain" as logits, -4 and 4: probabilities of 2 and 98%.
         begin(model, data, y if kind == "quality" else 8 * y - 4)
         dtype = stage.compute_dtype(c, world.device)
         shard(model, world, dtype)
@@ -182,8 +187,12 @@ def begin(model: Aquila, data: Texts, y: Tensor) -> None:
     values tell without fitting once for each (PRESS, Allen 1974)."""
     head, some = model.lm_head, np.linspace(0, len(data) - 1, min(N_FIRST, len(data))).astype(int)
     model.lm_head = MeanState()
-    rows = (row_from([data.ids[i]]).to(head.weight.device) for i in some)
-    states = torch.cat([model(row) for row in rows]).double().cpu()
+    states = []
+    with progress(len(some), "text", "reading before training") as bar:
+        for i in some:
+            states.append(model(row_from([data.ids[i]]).to(head.weight.device)))
+            bar.update()
+    states = torch.cat(states).double().cpu()
     model.lm_head, y, mean = head, y[some].double(), states.mean(0)
     u, s, v = torch.linalg.svd(states - mean, full_matrices=False)
     found = []

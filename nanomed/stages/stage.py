@@ -21,7 +21,8 @@ from nanomed.model.recompute import set_recompute
 from nanomed.run import checkpoint, tensorboard
 from nanomed.run.log import RunFolder
 from nanomed.stages import data_report, link, memory
-from nanomed.stages.hardware import Hardware, host_room
+from nanomed.stages.hardware import Hardware
+from nanomed.stages.host import host_room
 from nanomed.text import template, tokenizer
 from nanomed.training.alone import split_weights
 from nanomed.training.optim import lr_at
@@ -151,31 +152,31 @@ def build_model(c: Run, config: ModelConfig, world: World) -> Aquila:
 
 
 def without_fsdp(c: Run, config: ModelConfig, world: World) -> str:
-    """How --optimizer calls the way in which one process trains without FSDP (training/alone.py);
-    "" where it trains with it."""
-    bf16 = compute_dtype(c, world.device) == torch.bfloat16
+    """Which --optimizer split... one process trains with, without FSDP (training/alone.py); "" if
+    it trains with FSDP."""
+    on_gpu, bf16 = world.device.type == "cuda", compute_dtype(c, world.device) == torch.bfloat16
     link.refuse_split(c, world.size, bf16)
-    if c.optimizer == "fsdp" or world.size > 1 or not bf16:
-        return ""
-    way, fits = c, True
-    if c.optimizer == "auto":
-        if world.device.type != "cuda":
-            return ""
-        room = torch.cuda.get_device_properties(world.device).total_memory / memory.GIB
-        hw = Hardware(1, room, 1.0, 1.0)
-        way = link.decided(config, c, hw)
-        fits = link.fits(config, way, hw)
     needed, free = sum(memory.in_host(config, c).values()), host_room() / memory.GIB
-    if way.optimizer == "split_host" and needed > free and world.device.type == "cuda":
-        said = f"split_host takes {needed:.1f} GiB of the host's memory, {free:.1f} are free"
-        if c.optimizer == "split_host":
-            raise InputError(f"--optimizer {said}")
-        print(said, flush=True)
-        fits = False
-    name = {"auto": "split"}.get(way.optimizer, way.optimizer) if fits else ""
-    if c.optimizer == "auto":
-        print(f"optimizer: {name + ', without FSDP' if name else 'by FSDP'}", flush=True)
-    return name
+    lacks = ""
+    if on_gpu and needed > free:
+        lacks = f"split_host takes {needed:.1f} GiB of the host's memory, {free:.1f} are free"
+    if c.optimizer != "auto":
+        if c.optimizer == "split_host" and lacks:
+            raise InputError(f"--optimizer {lacks}")
+        return "" if c.optimizer == "fsdp" else c.optimizer
+    if world.size > 1 or not on_gpu or not bf16:
+        return ""
+    room = torch.cuda.get_device_properties(world.device).total_memory / memory.GIB
+    hw = Hardware(1, room, flops=1, link=1)
+    way = link.decided(config, c, hw)
+    chosen = "split_host" if way.optimizer == "split_host" else "split"
+    if chosen == "split_host" and lacks:
+        print(lacks, flush=True)
+        chosen = ""
+    if not link.fits(config, way, hw):
+        chosen = ""
+    print(f"optimizer: {chosen + ', without FSDP' if chosen else 'by FSDP'}", flush=True)
+    return chosen
 
 
 def sharing(c: Run, config: ModelConfig, world: World) -> Sharing:
@@ -226,7 +227,7 @@ def export(c: Run, model: Aquila, encoder: template.Encoder, run: RunFolder) -> 
     if run.world.device.type == "cuda":
         kept = getattr(model, "sharing", Sharing())
         c = dataclasses.replace(c, sum_gradients="step" if kept.once else "row")
-        c = dataclasses.replace(c, optimizer=getattr(model, "optimizer", c.optimizer))
+        c = dataclasses.replace(c, optimizer=getattr(model, "split_as", c.optimizer))
         run.print(memory.compared(model.config, c, run.world.size // kept.copies))
     if unsaid(model.config):  # announce() has warned
         return run.print(f"not exported; run folder: {run.path.absolute()}")

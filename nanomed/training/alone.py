@@ -67,21 +67,21 @@ def rounded_at_random(x: Tensor) -> Tensor:
 def split_weights(model: nn.Module, optimizer: str) -> None:
     """Turns the float32 weights of a model that is not sharded into halves, one parameter after
     another, as --optimizer split, split_bf16 or split_host says."""
-    model.optimizer = optimizer
+    model.split_as = optimizer
     for param in model.parameters():
         param.data, low = split(param.data)
         param.low = low.cpu() if optimizer == "split_host" else low
         if param.low.device != param.device:
-            page_locked(param.low)
+            page_lock(param.low)
         param.grad_dtype = torch.float32
     model.register_state_dict_post_hook(_masters)
     model.register_load_state_dict_pre_hook(_from_masters)
 
 
-def page_locked(x: Tensor) -> Tensor:
+def page_lock(x: Tensor) -> None:
     """Makes x, which lies in the host's memory, one that a GPU reads and writes by itself while it
     computes. (Of torch's own page-locked memory it would take the next power of two of bytes.)
-    Returns x. Raises InputError where the system refuses."""
+    Raises InputError where the system refuses."""
     cudart = torch.cuda.cudart()
     if error := int(cudart.cudaHostRegister(x.data_ptr(), x.nbytes, 0)):
         raise InputError(
@@ -90,7 +90,6 @@ def page_locked(x: Tensor) -> Tensor:
         )
     # A finalizer runs before the memory is given back; at the process's end the driver does it.
     weakref.finalize(x, cudart.cudaHostUnregister, x.data_ptr()).atexit = False
-    return x
 
 
 def _masters(model: nn.Module, state: dict[str, Tensor], *_) -> None:
@@ -118,7 +117,7 @@ class SplitAdamW(torch.optim.Optimizer):
             for name in ("exp_avg", "exp_avg_sq"):
                 state[name] = torch.zeros_like(param, dtype=dtype, device=param.low.device)
                 if param.low.device != param.device:
-                    page_locked(state[name])
+                    page_lock(state[name])
             self.state[param] = state
         moves = param.low.device != param.device
         self.streams = [torch.cuda.Stream(), torch.cuda.Stream()] if moves else []

@@ -24,7 +24,7 @@ def adamw(model: nn.Module, weight_decay: float) -> torch.optim.Optimizer:
         {"params": others, "weight_decay": 0.0, "lr_scale": 1.0},
     ]
     if hasattr(matrices[0], "low"):
-        return SplitAdamW(groups, BETAS, EPS, model.optimizer)
+        return SplitAdamW(groups, BETAS, EPS, model.split_as)
     return torch.optim.AdamW(groups, lr=0.0, betas=BETAS, eps=EPS, fused=True)
 
 

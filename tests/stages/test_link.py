@@ -15,7 +15,8 @@ from nanomed.distributed import Sharing
 from nanomed.model.recompute import POLICIES
 from nanomed.run.log import Meter
 from nanomed.stages import link, memory
-from nanomed.stages.hardware import KINDS, PER_NODE, Hardware, host_room, parse_hardware
+from nanomed.stages.hardware import KINDS, PER_NODE, Hardware, parse_hardware
+from nanomed.stages.host import host_room
 from nanomed.training.step import train_step
 from tests.training.test_exactness import Recorder, loader_of, next_token_loss, settings, sharded
 
