@@ -21,7 +21,7 @@ from torch import Tensor
 
 from nanomed.batches.loader import Loader
 from nanomed.batches.packing import row_from
-from nanomed.config import SFT
+from nanomed.config import DPO, SFT
 from nanomed.distributed import Sharing, World
 from nanomed.model.decoder import Aquila
 from nanomed.run.log import Meter
@@ -48,7 +48,8 @@ Formula = Callable[[int, list[Answer]], tuple[Tensor, dict]]
 
 
 def loader_of(world: World, data, micro_tokens: int) -> Loader:
-    c = SFT(batch_size=BATCH, micro_tokens=micro_tokens, seq_len=2, epochs=1)
+    cls = DPO if len(data[0]) == 2 else SFT  # pairs share their prompts
+    c = cls(batch_size=BATCH, micro_tokens=micro_tokens, seq_len=2, epochs=1)
     return Loader(c, data, np.arange(len(data)), np.arange(0), world.rank, world.size)
 
 

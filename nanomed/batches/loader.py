@@ -13,8 +13,9 @@ import numpy as np
 
 from nanomed.batches.mixture import Mixture
 from nanomed.batches.packing import Row, filler, pack, row_from
+from nanomed.batches.prompts import share_prompts
 from nanomed.batches.shuffle import shuffled
-from nanomed.config import InputError, Run
+from nanomed.config import DPO, InputError, Run
 from nanomed.text.segment import Segment
 
 Indices = np.ndarray | range  # of examples; a range takes no memory
@@ -114,6 +115,7 @@ class Loader:
         self.data, self.train, self.val, self.mixture = data, train, val, mixture
         self.batch_size, self.micro_tokens, self.seed = c.batch_size, c.micro_tokens, c.seed
         self.rank, self.world_size = rank, world_size
+        self.shares_prompts = isinstance(c, DPO)
         self.steps_per_epoch = -(-len(train) // c.batch_size)  # the last one may be short
         self.n_steps = c.steps or self.steps_per_epoch * c.epochs
         if mixture:
@@ -167,4 +169,5 @@ class Loader:
         for members in rows[self.rank :: self.world_size]:
             parts = [(part, i) for i in examples[members] for part in self.data[i]]
             segments = [(s.ids, s.trained, s.last_label, i) for s, i in parts]
-            yield row_from(*zip(*segments, strict=True)) if segments else filler()
+            row = row_from(*zip(*segments, strict=True)) if segments else filler()
+            yield share_prompts(row) if self.shares_prompts else row

@@ -37,15 +37,24 @@ FILLER = [Segment(np.zeros(2, np.int64), np.zeros(2, bool))] * 2
 
 @dataclass
 class Row:
-    """What the model eats, for every stage. T tokens in n segments."""
+    """What the model eats, for every stage. T tokens in n segments of L places together; L is T,
+    unless a token stands in two segments (nanomed/batches/prompts.py)."""
 
     tokens: Tensor  # [T] int64
-    labels: Tensor  # [T] int64, the next token or -100
+    labels: Tensor  # [L] int64, the next token or -100
     positions: Tensor  # [T] int64, restart at 0 with each segment
-    cu_seqlens: Tensor  # [n+1] int32, the segments' borders
+    cu_seqlens: Tensor  # [n+1] int32, the segments' borders among the places
     max_seqlen: int  # the longest segment
     examples: Tensor  # [n] int64, each segment's index in its data set; -1 in a filler
     scored: Tensor | None = None  # int64, the places in `labels` that are not -100, if known
+    token_at: Tensor | None = None  # [L] int64, the token at each place; None: 0, 1, 2, ...
+    place_of: Tensor | None = None  # [T] int64, each token's first place; None: 0, 1, 2, ...
+
+    def by_place(self, x: Tensor) -> Tensor:  # x[T, ...], of each token -> [L, ...]
+        return x if self.token_at is None else x.index_select(0, self.token_at)
+
+    def by_token(self, x: Tensor) -> Tensor:  # x[L, ...], of each place -> [T, ...]
+        return x if self.place_of is None else x.index_select(0, self.place_of)
 
     def to(self, device: torch.device) -> "Row":
         moved = {f.name: getattr(self, f.name) for f in fields(self)}

@@ -1,8 +1,8 @@
 """The decoder, in one file: Llama-shaped, with grouped-query attention and q/k/v bias.
 
-Shapes: T tokens of a packed row, D model width, F feed-forward width, H query heads,
-K key/value heads, E head size, V vocabulary. There is no batch dimension: a row is a flat
-sequence of independent segments (nanomed/batches/packing.py draws one).
+Shapes: T tokens of a packed row, L the places of its segments (T but in DPO), D model width,
+F feed-forward width, H query heads, K key/value heads, E head size, V vocabulary. There is no batch
+dimension: a row is a flat sequence of independent segments (nanomed/batches/packing.py draws one).
 
 Module names are the Hugging Face names without the `model.` prefix, so weights load as they are.
 """
@@ -22,9 +22,9 @@ from nanomed.model.cache import Cache
 class Scores(NamedTuple):
     """What the model says of each label; 0 and False where the label is -100."""
 
-    nll: Tensor  # [T] float32, the label's negative log-likelihood
-    lse: Tensor  # [T] float32, log(sum(exp(logits))); it has a gradient, as nll has
-    right: Tensor  # [T] bool, whether no logit is larger than the label's
+    nll: Tensor  # [L] float32, the label's negative log-likelihood
+    lse: Tensor  # [L] float32, log(sum(exp(logits))); it has a gradient, as nll has
+    right: Tensor  # [L] bool, whether no logit is larger than the label's
 
 
 class RMSNorm(nn.Module):
@@ -60,8 +60,9 @@ class Attention(nn.Module):
         if cache is not None:
             out = cache.attend(q, k, v, row)
         else:
-            out = kernels.attention(q, k, v, row.cu_seqlens, row.max_seqlen)  # [T,H,E]
-        return self.o_proj(out.flatten(1))
+            q, k, v = row.by_place(q), row.by_place(k), row.by_place(v)  # [L,...]; L is mostly T
+            out = row.by_token(kernels.attention(q, k, v, row.cu_seqlens, row.max_seqlen))
+        return self.o_proj(out.flatten(1))  # out[T,H,E]
 
 
 class SwiGLU(nn.Module):
@@ -130,17 +131,16 @@ class Aquila(nn.Module):
         cache: list[Cache] | None = None,
         at: Tensor | None = None,
     ) -> Scores | Tensor:
-        """The scores of the row's labels; with logits=True the logits [T, V] instead, for
+        """The scores of the row's labels; with logits=True the logits [L, V] instead, for
         inspection and plain generation.
 
         `cache` has for each layer what its attention sees besides the row: model/cache.py. `at[n]`
-        are the places in the row that are asked for, [T] of them by default; row.labels then has
-        one label for each, and a place may stand there more than once."""
+        are the tokens of the row that are asked for, by default one for each place; row.labels then
+        has one label for each, and a token may stand there more than once."""
         x = self.embed_tokens(row.tokens)  # [T,D]
         for i, layer in enumerate(self.layers):
             x = layer(x, row, cache[i] if cache else None)
-        if at is not None:
-            x = x[at]  # [n,D]
+        x = row.by_place(x) if at is None else x[at]  # [L or n, D]
         return self.lm_head(self.norm(x), row, logits)
 
 

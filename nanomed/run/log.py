@@ -238,21 +238,24 @@ class Meter:
 
     def restart(self) -> None:
         """Call it after anything that is not training, so that its time does not count."""
-        self.started, self.tokens, self.squares = time.perf_counter(), 0, 0
+        self.started, self.tokens, self.computed, self.squares = time.perf_counter(), 0, 0, 0
 
     def count(self, row: Row) -> torch.Tensor:
-        """Adds one row of this rank, still on the CPU, and returns its tokens; a filler has 0."""
+        """Adds one row of this rank, still on the CPU, and returns the tokens of its segments; a
+        filler has 0. The model has computed fewer where two segments share some."""
         lengths = row.cu_seqlens.diff().long() * (row.examples >= 0)
-        self.tokens += int(lengths.sum())
+        n = int(lengths.sum())
+        self.tokens += n
+        self.computed += len(row.tokens) if n else 0
         self.squares += int((lengths**2).sum())
         return lengths.sum()
 
-    def read(self, tokens: float, squares: float) -> dict[str, float]:
-        """Rates since the last call, from both counts summed over all ranks."""
+    def read(self, tokens: float, computed: float, squares: float) -> dict[str, float]:
+        """Rates since the last call, from the counts summed over all ranks."""
         seconds = time.perf_counter() - self.started
         values = {"tokens_per_s": tokens / seconds, "peak_memory_gb": peak_memory() / 2**30}
         if (peak := _peak_flops()) is not None:
-            flops = flops_of(self.config, tokens, squares)
+            flops = flops_of(self.config, computed, squares)
             values["mfu_causal"] = flops / seconds / (peak * self.world_size)
         self.restart()
         return values

@@ -74,14 +74,15 @@ class RowView:
 def view(row: Row, encoder: Encoder, parts: Parts, nll: Tensor | None, name: str) -> RowView:
     """All but the segments' titles and the borders of their turns is read from the Row, so that
     what is drawn is what the model gets."""
-    targets = torch.zeros(len(row.tokens), dtype=torch.bool)
+    ids, positions = row.by_place(row.tokens), row.by_place(row.positions)
+    targets = torch.zeros(len(ids), dtype=torch.bool)
     targets[1:] = row.labels[:-1] >= 0  # a label stands one position before its token
     targets[row.cu_seqlens[:-1].long()] = False  # a cut document's last label is in another row
     losses = [None] + (nll.tolist() if nll is not None else [None] * len(targets))
     tokens = [
         Token(text, int(i), int(position), bool(trained), losses[t] if trained else None)
         for t, (text, i, position, trained) in enumerate(
-            zip(_pieces(encoder, row.tokens), row.tokens, row.positions, targets, strict=True)
+            zip(_pieces(encoder, ids), ids, positions, targets, strict=True)
         )
     ]
     borders = row.cu_seqlens.tolist()

@@ -132,10 +132,9 @@ def evaluate(
 
 def reduced(result: Step, divisor: int, meter: Meter) -> dict[str, float]:
     """What a logged step shows: its sums over all ranks, and the rates since the last one."""
-    counts = {"all_tokens": meter.tokens, "squares": meter.squares}
-    counts = {name: torch.tensor(value) for name, value in counts.items()}
-    totals = _over_ranks(result.sums | counts)
-    rates = meter.read(totals.pop("all_tokens"), totals.pop("squares"))
+    counts = {"all tokens": meter.tokens, "computed": meter.computed, "squares": meter.squares}
+    totals = _over_ranks(result.sums | {name: torch.tensor(n) for name, n in counts.items()})
+    rates = meter.read(*(totals.pop(name) for name in counts))
     share = totals.pop("trained_tokens") / totals.pop("tokens")
     means = _means(totals, divisor)
     return {**means, "grad_norm": result.grad_norm, "trained_share": share, **rates}

@@ -206,7 +206,7 @@ def test_a_step_of_any_stage_is_drawn_as_the_loader_packs_it(name, encoder):
     for title, row, parts in rows:
         view = show.view(row, encoder, parts, None, title)
         tokens = [t for segment in view.segments for _, turn in segment.turns for t in turn]
-        assert [t.id for t in tokens] == row.tokens.tolist()
+        assert [t.id for t in tokens] == row.by_place(row.tokens).tolist()
         assert len(view.segments) == len(row.cu_seqlens) - 1
         starts = [segment.turns[0][1][0] for segment in view.segments]
         assert not any(t.trained or t.position for t in starts)  # nothing stands before them

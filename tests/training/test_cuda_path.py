@@ -289,7 +289,7 @@ def test_a_run_on_the_cpu_of_a_machine_with_a_gpu(monkeypatch, small):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)  # a save looks for streams
-    assert "mfu_causal" not in Meter(small, 1).read(10, 10)
+    assert "mfu_causal" not in Meter(small, 1).read(10, 10, 10)
     assert log.peak_memory() > 2**20
 
 

@@ -36,7 +36,8 @@ SCALARS = ("item", "__int__", "__float__", "__bool__", "__index__")
 
 def waits_of_a_step(world, stage: str, n_rows: int, monkeypatch) -> tuple[int, Counter]:
     """(number of rows, how often each file asks for a tensor's value): what a host can only answer
-    once the device has computed it. "inside torch" are those that no Python line asks for."""
+    once the device has computed it. "inside torch" are those that no Python line asks for.
+    prompts.py is left out: its rows have not left the host, and a thread packs the next step's."""
     c, model, optimizer, loader, loss = made(world, stage, n_rows)
     found = Counter()
 
@@ -56,6 +57,8 @@ def waits_of_a_step(world, stage: str, n_rows: int, monkeypatch) -> tuple[int, C
         train_step(c, model, optimizer, loader, loss, 0, 1e-3, Meter(SMALL, 1))
     events = Counter(event.name() for event in seen.profiler.kineto_results.events())
     asked = sum(n for (_, name), n in found.items() if name in SCALARS)
+    for name in ("tolist", "numpy"):
+        found.pop(("prompts.py", name), None)
     found["inside torch", "item"] = events["aten::_local_scalar_dense"] - asked
     found["inside torch", "nonzero"] = events["aten::nonzero"]  # also under x[mask]
     return n, found
