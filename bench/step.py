@@ -196,7 +196,6 @@ def cpt(b: Bench) -> None:
 
 PARTS = {
     "sft": sft, "dpo": dpo, "cpt": cpt,
-    "fsdp": lambda b: step_scaling.fsdp(b, b.tokens // 8, b.tokens),
     "scaling": step_scaling.rows, "ranks": step_scaling.ranks, "startup": startup.measure,
 }  # fmt: skip
 

@@ -225,7 +225,11 @@ def shard(
 
     The root owns no parameter: a root that does stays gathered after a forward without backward,
     and an optimizer or a load then silently works on the wrong copy.
+
+    One process in float32 has nothing to gather, to cast or to sum: its model is left as it is.
     """
+    if world.size == 1 and compute_dtype == torch.float32:
+        return model
     # Here, because it takes as long to import as torch, and most commands never shard.
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 

@@ -54,8 +54,8 @@ SEGMENTS = [[5, 9, 11, 4, 60], [5, 9, 33, 2, 8, 7], [8, 3, 7], [8, 3, 7, 20], [5
 
 
 def test_the_model_says_the_same_and_sends_the_same_back(small):
-    """In float64, so that little but the order of sums is left. The pairs: a prompt of two tokens, an
-    answer that the other one begins with, no prompt."""
+    """In float64, so that little but the order of sums is left. The pairs have a prompt of two
+    tokens, an answer that the other one begins with, and no prompt."""
     model = Aquila(small).double()
     other = copy.deepcopy(model)
     row, weights = row_from(SEGMENTS), torch.arange(23) % 7 - 3.0

@@ -14,7 +14,7 @@ from kernels import linear_nll_chunked
 from kernels.linear_nll_chunked import CHUNK_CUDA
 from nanomed.batches.packing import Row
 from nanomed.config import MODELS, SFT, InputError
-from nanomed.distributed import Sharing, World, shard, sum_in_backward
+from nanomed.distributed import Sharing, World, local, shard, sum_in_backward
 from nanomed.model.decoder import Aquila
 from nanomed.model.recompute import set_recompute
 from nanomed.stages import memory
@@ -117,7 +117,7 @@ def state_bytes(world, config) -> dict[str, float]:
         "gradients": [p.grad for p in model.parameters()],
         "optimizer": moments,
     }
-    return {name: sum(x.to_local().nbytes for x in xs) for name, xs in counted.items()}
+    return {name: sum(local(x).nbytes for x in xs) for name, xs in counted.items()}
 
 
 @pytest.mark.parametrize("n_ranks", [1, 2])
