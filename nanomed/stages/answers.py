@@ -6,17 +6,18 @@ from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
 
-from torch import nn
-
 from nanomed.batches.loader import Loader
 from nanomed.config import ROOT
+from nanomed.model.decoder import Aquila
 from nanomed.model.generation import greedy_in_lockstep
 from nanomed.records import Chat, chats_of, is_pair, names_of, pair_of, read_records
 from nanomed.run.log import RunFolder
+from nanomed.run.progress import progress
 from nanomed.store import Store, group_key
 from nanomed.text.template import Encoder
 
 SAMPLES = ROOT / "samples"
+AT_ONCE, SHOWN = 32, 5  # questions in one batch, and held-out ones that a run prints
 SEEN, UNSEEN = "fact stated in training, in other words", "fact not stated in training"
 
 
@@ -37,19 +38,18 @@ def marked(encoder: Encoder, ids: Iterable[int], trained: Iterable[bool]) -> str
 
 
 def show_answers(
-    model: nn.Module,
+    model: Aquila,
     encoder: Encoder,
     loader: Loader,
     run: RunFolder,
     who: str = "the best checkpoint",
-    max_new: int = 64,
 ) -> None:
     """Prints held-out questions with the model's greedy answers, and keeps them in answers.json.
     Every rank calls it."""
     questions = pick_questions(loader)
     prompts = [encoder.prompt(Chat(chat.turns[:-1], chat.system)) for chat, _ in questions]
     stop = {encoder.turn_end, encoder.document_end}
-    answers = greedy_in_lockstep(model, prompts, stop, max_new)
+    answers = greedy_in_lockstep(model, prompts, stop, max_new=64)
     run.print(f"held-out questions, answered by {who} (greedy):")
     kept = []
     for (chat, mark), ids in zip(questions, answers, strict=True):
@@ -69,6 +69,20 @@ def show_answers(
         run.write_json(path.name, earlier | {who: kept})
 
 
+def greedy_answers(
+    model: Aquila, encoder: Encoder, chats: list[Chat], stop: set[int], max_new: int, what: str
+) -> list[str]:
+    """The most likely answers to chats that end with a question; `what` names the bar. Every rank
+    calls it."""
+    answers: list[list[int]] = []
+    with progress(len(chats), "question", what) as bar:
+        for start in range(0, len(chats), AT_ONCE):
+            prompts = [encoder.prompt(chat) for chat in chats[start : start + AT_ONCE]]
+            answers += greedy_in_lockstep(model, prompts, stop, max_new)
+            bar.update(len(prompts))
+    return [encoder.tokenizer.decode(ids) for ids in answers]
+
+
 def said(name: str, text: str) -> str:
     """With further lines, as options are, below its first."""
     return f"  {name:<9}  " + text.replace("\n", "\n" + " " * 13)
@@ -78,18 +92,19 @@ def on_samples(loader: Loader) -> bool:
     return all(Path(path).resolve().parent == SAMPLES for path in loader.data.meta["files"])
 
 
-def pick_questions(loader: Loader, n: int = 5) -> list[tuple[Chat, str]]:
+def pick_questions(loader: Loader) -> list[tuple[Chat, str]]:
     """(chat, mark) of held-out chats: of the samples, whose `tags` name facts, each of another kind
     as far as possible, marked by whether training states them; elsewhere the first, unmarked."""
     held_out = held_out_chats(loader)
     if not on_samples(loader):
-        return [(chat, "") for _, chat in held_out[:n]]
-    taught = taught_facts(loader)
+        return [(chat, "") for _, chat in held_out[:SHOWN]]
+    stated = records_of(loader.data, loader.train)
+    taught = {fact for record in stated for fact in record["tags"]}
     first_of_kind = {record.get("kind"): (record, chat) for record, chat in reversed(held_out)}
     varied = {id(chat): (record, chat) for record, chat in (*first_of_kind.values(), *held_out)}
     return [
         (chat, SEEN if taught.issuperset(record["tags"]) else UNSEEN)
-        for record, chat in [*varied.values()][:n]
+        for record, chat in [*varied.values()][:SHOWN]
     ]
 
 
@@ -106,12 +121,6 @@ def _chats_in(record: dict) -> list[Chat]:
         return chats_of(record)
     pair = pair_of(record)
     return [Chat([*pair.turns, ("assistant", pair.chosen)], pair.system, pair.group)]
-
-
-def taught_facts(loader: Loader) -> set[str]:
-    """The facts of the sample world that a record on the training side states."""
-    train = records_of(loader.data, loader.train)
-    return {fact for record in train for fact in record["tags"]}
 
 
 def records_of(store: Store, examples: Iterable[int]) -> list[dict]:

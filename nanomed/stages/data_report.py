@@ -1,5 +1,7 @@
 """What a run says of its data before it starts: on the screen, and in data_report.json."""
 
+from functools import partial
+
 from nanomed.batches import slices
 from nanomed.batches.loader import Loader, largest_group, split_remark
 from nanomed.config import Run
@@ -20,7 +22,7 @@ def lines(c: Run, loader: Loader, report: dict) -> list[str]:
         said = _slices_lines(report)
     else:
         data = loader.data
-        largest = lambda: largest_group(data.keys, data.where)  # noqa: E731
+        largest = partial(largest_group, data.keys, data.where)
         shares = split_remark("examples", len(data), len(loader.val), c.val_fraction, largest)
         read, said = [report], [_examples_line(report, loader)]
     said += [] if c.val_data else shares

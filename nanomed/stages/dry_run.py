@@ -94,7 +94,6 @@ def disk(c: Run, config: ModelConfig, tokens: float) -> dict[str, float]:
 
 
 def step_of(c: Run, train: Work) -> link.Step:
-    """A step of so much work."""
     share = c.batch_size / train.examples
     return link.Step(train.tokens * share, train.squares * share)
 

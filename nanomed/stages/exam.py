@@ -6,18 +6,15 @@ from dataclasses import dataclass
 
 from nanomed.batches.loader import Loader
 from nanomed.model.decoder import Aquila
-from nanomed.model.generation import greedy_in_lockstep
 from nanomed.records import Chat
 from nanomed.records.exams import letters_of
 from nanomed.run.log import RunFolder
-from nanomed.run.progress import progress
-from nanomed.stages.answers import held_out_chats
+from nanomed.stages.answers import greedy_answers, held_out_chats
 from nanomed.text.template import Encoder
 
 OPTION = re.compile(r"^\s*([A-H])\s*[.．、:：)）]", re.MULTILINE)
 LETTER = re.compile(r"[A-H]([^A-Za-z0-9\s]|\s*$)")  # "B", "B。..." and not "A fever ..."
 SEVERAL = re.compile(r"[A-H]\s*([、,，;；/&+和及与或]|and\b|or\b)\s*[A-H](?![A-Za-z0-9])")
-AT_ONCE = 32  # questions in one batch
 
 
 @dataclass(frozen=True)
@@ -29,31 +26,18 @@ class Item:
 
 def show_exam(model: Aquila, encoder: Encoder, loader: Loader, run: RunFolder) -> None:
     """Prints the share for the held-out option chats, if there are any. Every rank calls it."""
-    if items := held_out_items(loader):
-        right = n_right(model, encoder, items)
-        run.print("right letters of held-out option questions (greedy, the answer's first letter):")
-        run.print(f"  {summary(right, [item.n_options for item in items])}")
-        run.print()
-
-
-def summary(right: int, options: list[int]) -> str:
-    n = len(options)
-    chance = sum(1 / k for k in options) / n
+    items = held_out_items(loader)
+    if not items:
+        return
+    answers = greedy_answers(model, encoder, [item.chat for item in items], set(), 1, "exam")
+    pairs = zip(items, answers, strict=True)
+    right, n = sum(text.strip()[:1] == item.letter for item, text in pairs), len(items)
+    chance = sum(1 / item.n_options for item in items) / n
     error = math.sqrt(chance * (1 - chance) / n)
-    return f"{right} of {n} = {right / n:.0%}; chance is {chance:.0%}, give or take {error:.0%}"
-
-
-def n_right(model: Aquila, encoder: Encoder, items: list[Item]) -> int:
-    right = 0
-    with progress(len(items), "question", "exam") as bar:
-        for start in range(0, len(items), AT_ONCE):
-            part = items[start : start + AT_ONCE]
-            prompts = [encoder.prompt(item.chat) for item in part]
-            answers = greedy_in_lockstep(model, prompts, set(), max_new=1)
-            for item, ids in zip(part, answers, strict=True):
-                right += encoder.tokenizer.decode(ids).strip()[:1] == item.letter
-            bar.update(len(part))
-    return right
+    run.print("right letters of held-out option questions (greedy, the answer's first letter):")
+    beside = f"chance is {chance:.0%}, give or take {error:.0%}"
+    run.print(f"  {right} of {n} = {right / n:.0%}; {beside}")
+    run.print()
 
 
 def held_out_items(loader: Loader) -> list[Item]:

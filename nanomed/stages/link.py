@@ -38,9 +38,9 @@ def fits(config: ModelConfig, c: Run, hw: Hardware) -> bool:
 
 
 def decided(config: ModelConfig, c: Run, hw: Hardware) -> Run:
-    """What `auto` of --nodes_share, --sum_gradients and --optimizer comes to: the first that fits,
-    of those that exchange least first; the one that takes least memory if none does. (On one GPU
-    an --optimizer that stays `auto` is split.) Raises InputError where --optimizer cannot be."""
+    """The settings with `auto` of --nodes_share and --sum_gradients decided: of the ways that fit
+    the one that exchanges least, else the one that takes least memory. On one GPU --optimizer may
+    become split_host; one that stays `auto` is split. Raises InputError where it cannot be."""
     bf16 = c.dtype != "fp32"
     refuse_split(c, hw.n_gpus, bf16)
     nodes = ["replicate"] * (hw.n_nodes > 1) + ["shard"]
@@ -109,13 +109,13 @@ def executed(config: ModelConfig, c: Run, step: Step) -> float:
 def seconds(config: ModelConfig, c: Run, hw: Hardware, step: Step) -> tuple[float, float]:
     """(of computing, of the link) for one step. The step takes at least the longer one."""
     computing = executed(config, c, step) / (hw.n_gpus * hw.flops * c.mfu)
-    near, far = sent(config, c, hw, step.rows(c, hw))
-    return computing, max((near - far) / (hw.link * REACHED), far / (hw.between * REACHED))
+    total, far = sent(config, c, hw, step.rows(c, hw))
+    return computing, max((total - far) / (hw.link * REACHED), far / (hw.between * REACHED))
 
 
 def rules(config: ModelConfig, c: Run, hw: Hardware, step: Step) -> str:
-    """Which bound: the link; or memory, where it is for its sake that matmuls are computed twice;
-    or matmuls."""
+    """What bounds a step: the link, if it takes longer than computing; memory, if whole layers are
+    computed twice to save it; else matmuls."""
     computing, link = seconds(config, c, hw, step)
     if link > computing:
         return "link"
@@ -178,18 +178,20 @@ def sharing_line(sharing: Sharing, n: int) -> str:
 
 def lines(config: ModelConfig, c: Run, hw: Hardware, step: Step) -> list[str]:
     """Of settings without `auto`: what passes over the link, which bound rules, and advice."""
-    n_rows, (near, far) = step.rows(c, hw), sent(config, c, hw, step.rows(c, hw))
+    n_rows = step.rows(c, hw)
+    total, far = sent(config, c, hw, n_rows)
     computing, link = seconds(config, c, hw, step)
-    where = "over PCIe or NVLink" + f", {far / 1e9:.1f} GB between nodes" * (hw.n_nodes > 1)
+    where, reached = "over PCIe or NVLink", f"{hw.link / 1e9:.0f} GB/s"
+    if hw.n_nodes > 1:
+        where += f", {far / 1e9:.1f} GB between nodes"
+        reached += f" ({hw.between / 1e9:.0f} between nodes)"
     text = [
         sharing_line(Sharing(copies(c, hw), c.sum_gradients == "step"), hw.n_gpus),
-        f"link: each GPU sends {(near - far) / 1e9:.1f} GB a step {where}, for {n_rows} rows of "
+        f"link: each GPU sends {(total - far) / 1e9:.1f} GB a step {where}, for {n_rows} rows of "
         f"{c.micro_tokens:,} tokens; a longer row sends no more",
         f"bound: {rules(config, c, hw, step)}: a step takes {computing:.3g} s of computing at "
         f"{c.mfu:.0%} of {hw.flops / 1e12:.0f} TFLOP/s, and {link:.3g} s of the link at "
-        f"{REACHED:.0%} of {hw.link / 1e9:.0f} GB/s"
-        + f" ({hw.between / 1e9:.0f} between nodes)"
-        * (hw.n_nodes > 1),
+        f"{REACHED:.0%} of {reached}",
     ]
     if c.optimizer == "split_host":
         parts = memory.in_host(config, c)

@@ -12,7 +12,6 @@ backward, or a layer's, whichever takes more.
 
 import torch
 
-import kernels
 from kernels.chunk import most_tokens
 from kernels.linear_nll_chunked import CHUNK_CUDA
 from nanomed.config import OPTIMIZER_BYTES, SAVED_BYTES, WEIGHT_BYTES, ModelConfig, Run
@@ -22,9 +21,9 @@ GIB = 2**30
 RESERVE = 2.0  # GiB, assumed: CUDA context, NCCL buffers, fragmentation
 
 
-def is_plain(c: Run, op: str = "") -> bool:
+def is_plain(c: Run) -> bool:
     """Whether a GPU runs plain PyTorch: the Triton kernels keep less."""
-    return c.kernels == "reference" or (c.kernels == "auto" and op in kernels.LEFT_ALONE)
+    return c.kernels == "reference"
 
 
 def width(c: Run) -> int:

@@ -9,7 +9,6 @@ import torch
 
 import kernels
 from nanomed import hf
-from nanomed.batches import slices
 from nanomed.batches.loader import Loader
 from nanomed.config import MODELS, ROOT, InputError, ModelConfig, Run, beside_the_scripts
 from nanomed.distributed import Sharing, World, from_all, from_main, shard
@@ -101,7 +100,7 @@ def bf16_takes() -> float:
 
 
 def bf16_warning(c: Run, device: torch.device) -> str:
-    """What was asked for with --dtype bf16, where that is slower than what a run does by itself."""
+    """A warning where --dtype bf16 is slower on this CPU than the default, else nothing."""
     times = bf16_takes() if c.dtype == "bf16" and device.type == "cpu" else 0
     if times <= 1:
         return ""
@@ -268,37 +267,38 @@ def announce(
     c: Run, model: Aquila, encoder: template.Encoder, loader: Loader, run: RunFolder
 ) -> None:
     """Keeps in the run folder what a later --init needs, and says what is about to happen."""
-    config = model.config
+    config, device = model.config, run.world.device
     if run.world.is_main:
         run.write_json("model.json", dataclasses.asdict(config))
         (run.path / "template.json").write_text(encoder.template.to_json() + "\n")
         tokenizer.copy(encoder.tokenizer, run.path)
-    is_cpt = isinstance(loader.data, slices.Slices)
     report = data_report.report(loader)
     run.write_json("data_report.json", report)
-    paper = "cpt_stage1" if is_cpt else c.stage
+    paper = "cpt_stage1" if c.stage == "cpt" else c.stage
     start = f"from {c.init}" if c.init else "from nothing"
     run.print(
         f"{c.stage} of {c.model or 'tiny' if not c.init else 'the model'} {start} on "
         f"{' '.join(c.data)}; the paper's setting: --config configs/{paper}.toml --init FOLDER"
     )
-    dtype = compute_dtype(c, run.world.device)
+    name = f"cpu ({torch.get_num_threads()} threads each)"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name()
+    dtype = str(compute_dtype(c, device)).removeprefix("torch.")
     run.print(
         f"model: {config.n_params():,} parameters, masters and gradient sums in float32, "
-        f"computing in {str(dtype).removeprefix('torch.')} on {run.world.size} x "
-        f"{_device_name(run.world.device)}"
+        f"computing in {dtype} on {run.world.size} x {name}"
     )
     kept = getattr(model, "sharing", None)  # none without FSDP
     if kept and (run.world.size > 1 or kept.once):
         run.print(link.sharing_line(kept, run.world.size))
-    if run.world.is_main and (warning := bf16_warning(c, run.world.device)):
+    if run.world.is_main and (warning := bf16_warning(c, device)):
         run.print(warning)
     if names := unsaid(config):
         run.print(
             f"WARNING: Hugging Face's config.json has no word for {', '.join(names)}: this model "
             "can be trained and talked to here, and there will be no export/"
         )
-    device, reasons = run.world.device, kernels.reasons(run.world.device)
+    reasons = kernels.reasons(device)
     run.print(f"kernels: {kernels.in_force(device)}" + (f" ({reasons})" if reasons else ""))
     spare = config.vocab_size - encoder.tokenizer.vocab_size
     run.print(
@@ -316,9 +316,3 @@ def announce(
         f"lr at 0, 25, 50, 75, 100%: {', '.join(f'{lr:.1e}' for lr in lrs)}; "
         f"into {run.path.absolute()}"
     )
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name()
-    return f"cpu ({torch.get_num_threads()} threads each)"

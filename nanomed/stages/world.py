@@ -2,7 +2,6 @@
 
 import math
 import re
-from collections.abc import Iterable
 
 import torch
 
@@ -11,12 +10,10 @@ from nanomed.batches.packing import row_from
 from nanomed.config import ROOT
 from nanomed.distributed import from_main
 from nanomed.model.decoder import Aquila
-from nanomed.model.generation import greedy_in_lockstep
 from nanomed.records import Chat, read_json
 from nanomed.records.exams import exam_of, render
 from nanomed.run.log import RunFolder
-from nanomed.run.progress import progress
-from nanomed.stages.answers import on_samples
+from nanomed.stages.answers import AT_ONCE, greedy_answers, on_samples
 from nanomed.stages.exam import show_exam
 from nanomed.text.template import Encoder
 from nanomed.training.losses import segment_logps
@@ -34,7 +31,6 @@ COUNTED = {
     "texts": ("the likeliest option has it", 0.25),
     "letters": ("the answer's letter", 0.25),
 }
-AT_ONCE = 32  # questions in one batch
 LONGEST = 48  # tokens of an answer
 
 
@@ -118,16 +114,10 @@ def letter_in(answer: str) -> str:
     return next(reversed(re.findall(r"(?<![A-Za-z])[A-D](?![A-Za-z])", answer)), "")
 
 
-def answers_to(model: Aquila, encoder: Encoder, questions: Iterable[str]) -> list[str]:
-    """Greedy answers to single questions. Every rank calls it."""
-    prompts = [encoder.prompt(Chat([("user", question)])) for question in questions]
+def answers_to(model: Aquila, encoder: Encoder, questions: list[str]) -> list[str]:
+    chats = [Chat([("user", question)]) for question in questions]
     stop = {encoder.turn_end, encoder.document_end}
-    answers = []
-    with progress(len(prompts), "question", "answers") as bar:
-        for start in range(0, len(prompts), AT_ONCE):
-            answers += greedy_in_lockstep(model, prompts[start : start + AT_ONCE], stop, LONGEST)
-            bar.update(len(answers) - start)
-    return [encoder.tokenizer.decode(ids) for ids in answers]
+    return greedy_answers(model, encoder, chats, stop, LONGEST, "answers")
 
 
 @torch.no_grad()

@@ -58,7 +58,7 @@ def test_shares_stand_beside_chance(encoder, monkeypatch, tmp_path):
         assert max_new == 1 and all("assistant\n" in encoder.tokenizer.decode(p) for p in prompts)
         return [encoder.tokenizer.encode("B") for _ in prompts]
 
-    monkeypatch.setattr(exam, "greedy_in_lockstep", always_b)
+    monkeypatch.setattr(answers, "greedy_in_lockstep", always_b)
     screen = Screen()
     exam.show_exam(None, encoder, loader, screen)
     held_out = [letters[data.where(int(i))[1] - 1] for i in loader.val]
