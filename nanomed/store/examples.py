@@ -10,6 +10,7 @@ import json
 from array import array
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -53,8 +54,7 @@ class Store:
     def __getitem__(self, i: int) -> list[Segment]:
         segments = range(i * self.per_example, (i + 1) * self.per_example)
         spans = [slice(self.borders[s], self.borders[s + 1]) for s in segments]
-        parts = [(self.tokens[span].astype(np.int64), self.trained[span]) for span in spans]
-        return [Segment(*part) for part in parts]
+        return [Segment(self.tokens[s].astype(np.int64), self.trained[s]) for s in spans]
 
     def where(self, i: int) -> tuple[str, int]:
         """The file, and the record's number in it, that example i was read from."""
@@ -143,7 +143,7 @@ def _open(kind, files, read, encode, encoder, seq_len, allow_drop, fields) -> St
         json.dumps(versions(encoder, kind)),
         *(_first_ids(path, fields, read, encode) for path in files),
     ]
-    write = lambda folder: _write(folder, kind, files, fields, read, encode, seq_len)  # noqa: E731
+    write = partial(_write, kind, files, fields, read, encode, seq_len)
     store = Store(cached(kind, parts, write))
     if len(store.tokens) != store.meta["tokens"] or len(store.trained) != store.meta["tokens"]:
         raise InputError(f"{store.folder} is damaged; delete it and start again")
@@ -173,7 +173,7 @@ def _check_drops(report: dict, seq_len: int, allow_drop: float) -> None:
 
 
 def _write(
-    folder: Path, kind: str, files: list[str], fields: Sequence[str], read, encode, seq_len: int
+    kind: str, files: list[str], fields: Sequence[str], read, encode, seq_len: int, folder: Path
 ) -> None:
     """`read` gives the records of a file, `encode` a record's segments; none if it is too long."""
     writer = Writer(folder, files, segments_per_example=2 if kind == "pairs" else 1)

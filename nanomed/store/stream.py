@@ -182,10 +182,8 @@ def read_manifest(folder: Path) -> dict:
 def check(store: Documents, identity: dict) -> None:
     """Raises InputError unless the ids are those that this tokenizer, template and code make."""
     found = store.manifest
-    if found.get("tokenizer") != identity["tokenizer"]:
-        raise InputError(f"{store.folder} was tokenised with another tokenizer than this run's")
     rendered = RENDERED in found["report"]["changed"]  # else the template has no part in it
-    for name in ("document_end", *(["template"] if rendered else [])):
+    for name in ("tokenizer", "document_end", *(["template"] if rendered else [])):
         if found.get(name) != identity[name]:
             raise InputError(f"{store.folder} was tokenised with another {name} than this run's")
     wanted = {p: n for p, n in identity["versions"].items() if rendered or p != "chats"}

@@ -131,11 +131,8 @@ def remarks(report: dict) -> list[str]:
     """What somebody who is about to train on these files should know."""
     lines = []
     for path, file in report["files"].items():
-        unread = [
-            f"field {name!r} of {path} is not read: {n:,} records"
-            for name, n in file["unread"].items()
-        ]
-        lines += unread
+        for name, n in file["unread"].items():
+            lines.append(f"field {name!r} of {path} is not read: {n:,} records")
         if file["encoding"] == "gb18030":
             lines.append(f"{path} is no UTF-8; read as GB18030, which makes Chinese text of it")
         first, n_read = file["changed"].get(ANSWER_FIRST, 0), file["examples"]

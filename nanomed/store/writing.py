@@ -4,10 +4,11 @@ import hashlib
 import json
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from itertools import islice
+from functools import partial
+from itertools import groupby, islice
 from pathlib import Path
 
 import numpy as np
@@ -43,10 +44,7 @@ def documents(files: list[str], encoder: Encoder, fields: Sequence[str] = ()) ->
         parts = [json.dumps(plan), *map(digest, files), *first]
         small = sum(map(os.path.getsize, files)) < SMALL
         processes = 1 if small else n_cores()
-
-        def write(folder: Path) -> None:
-            build(folder, files, encoder, fields, n_processes=processes)
-
+        write = partial(build, files=files, encoder=encoder, fields=fields, n_processes=processes)
         folder = cached("documents", parts, write)
     store = Documents(folder)
     check(store, _identity(encoder))
@@ -206,7 +204,8 @@ class _Builder:
     def _add(self, batch: Encoded) -> None:
         """A shard is cut between records, before the one that it has no room for."""
         file, at = batch.file, 0
-        for record, members in _by_record(batch.records):
+        for record, group in groupby(range(len(batch.records)), batch.records.__getitem__):
+            members = list(group)
             n_tokens = sum(batch.lengths[i] for i in members)
             if self.shard.n_tokens and self.shard.n_tokens + n_tokens > self.shard_tokens:
                 self._finish((file, record))
@@ -233,12 +232,3 @@ class _Builder:
         write_json(self.folder / f"shard-{self.number:05d}.json", about)
         self.number, self.shard = self.number + 1, Shard()
         self.tallies.clear()
-
-
-def _by_record(records: list[int]) -> Iterator[tuple[int, range]]:
-    """(record, its documents' indices) for each."""
-    first = 0
-    for i in range(1, len(records) + 1):
-        if i == len(records) or records[i] != records[first]:
-            yield records[first], range(first, i)
-            first = i
