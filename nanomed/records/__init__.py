@@ -69,10 +69,8 @@ class Format:
         return [names.split("|") for names in self.fields.split()]
 
     def matches(self, record: dict) -> bool:
-        for names in self.groups:
-            if not any(filled(record.get(name)) for name in names):
-                return False
-        return self.fits(record)
+        found = (any(filled(record.get(name)) for name in names) for names in self.groups)
+        return all(found) and self.fits(record)
 
     def n_filled(self, record: dict) -> int:
         """How many of the fields it needs hold something; -1 if one is not even there."""

@@ -50,8 +50,8 @@ def given(record: dict, names: Iterable[str]) -> str:
 
 def by_known_names(record: dict) -> tuple[dict, dict[str, str]]:
     """(the record with its fields under their known names, known name -> the file's own). Of
-    several fields with one known name, the filled ones come first, and of these the one that is
-    called so itself: it gets the name, and the others keep theirs."""
+    several fields with the same known name one gets it, and the others keep theirs: a filled one
+    before an empty one, then the one that the file itself calls so."""
     if not KNOWN_AS.keys() & record.keys():
         return record, {}
     own: dict[str, str] = {}

@@ -4,6 +4,7 @@ import json
 import re
 import unicodedata
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 Turns = list[tuple[str, str]]  # (role "user" or "assistant", text)
@@ -112,21 +113,17 @@ def json_of(value: Any) -> Any:
 
 def blank(text: str) -> bool:
     """Whether there is no visible character in it."""
-    return all(_INVISIBLE[ord(c)] for c in text)
+    return all(map(_is_invisible, text))
 
 
-class _Invisible(dict):
-    """Of each character whether it shows nothing: white space, controls, format characters, and
-    letters and marks that are blank by their definition."""
-
-    def __missing__(self, code: int) -> bool:
-        self[code] = unicodedata.category(chr(code)) in ("Zs", "Zl", "Zp", "Cc", "Cf") or (
-            code in (0x34F, 0x115F, 0x1160, 0x2800, 0x3164, 0xFFA0) or 0xFE00 <= code <= 0xFE0F
-        )
-        return self[code]
-
-
-_INVISIBLE = _Invisible()
+@cache
+def _is_invisible(c: str) -> bool:
+    """White space, a control or format character, or a letter or mark that is blank by its
+    definition."""
+    blanks = "\u034f\u115f\u1160\u2800\u3164\uffa0"
+    if c in blanks or "\ufe00" <= c <= "\ufe0f":
+        return True
+    return unicodedata.category(c) in ("Zs", "Zl", "Zp", "Cc", "Cf")
 
 
 def group_of(record: dict, questions: str) -> str:
