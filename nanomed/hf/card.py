@@ -13,7 +13,6 @@ SHOWN = (
     "stage", "init", "model", "epochs", "steps", "batch_size", "seq_len", "lr", "warmup_ratio",
     "min_lr_ratio", "weight_decay", "grad_clip", "dropout", "beta", "seed",
 )  # fmt: skip
-PATHS = ("init", "data", "val_data")
 
 HEAD = """\
 ---
@@ -53,8 +52,9 @@ def model_card(
 ) -> str:
     """README.md of an export. Of paths only the last part is told."""
     files = [Path(path).name for name in ("data", "val_data") for path in about.get(name, ())]
-    settings = [f"- {name}: {_told(name, about[name])}" for name in SHOWN if about.get(name)]
     licence = licence_of(about.get("init", ""))
+    about = about | {"init": Path(about.get("init", "")).name}
+    settings = [f"- {name}: {about[name]}" for name in SHOWN if about.get(name)]
     return "\n".join(
         [
             HEAD + "".join(licence) + "---\n",
@@ -83,7 +83,3 @@ def licence_of(folder: str) -> list[str]:
             head = parts[1].splitlines(keepends=True) if len(parts) == 3 and not parts[0] else []
             return [line for line in head if line.startswith("license")]
     return []
-
-
-def _told(name: str, value: Any) -> str:
-    return Path(value).name if name in PATHS else str(value)

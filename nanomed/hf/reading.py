@@ -105,7 +105,9 @@ def _check(
     with torch.device("meta"):
         model = Aquila(config)
     shapes = {hf_name(name): tuple(param.shape) for name, param in model.named_parameters()}
-    found = {name: spec.shape for name, (_, spec) in tensors.items() if not _is_buffer(name)}
+    found = {name: spec.shape for name, (_, spec) in tensors.items()}
+    # Older versions of transformers saved RoPE's angles, which follow from theta.
+    found = {n: shape for n, shape in found.items() if not n.endswith("rotary_emb.inv_freq")}
     if tied:
         found.setdefault(HEAD, found.get(EMBEDDING, ()))
         _head_is_embedding(path, tensors)
@@ -121,11 +123,6 @@ def _check(
         raise InputError(f"{path.parent} lacks {some(missing)}")
     if unused := found.keys() - shapes.keys():
         raise InputError(f"{path.parent} holds what the model has no place for, {some(unused)}")
-
-
-def _is_buffer(name: str) -> bool:
-    """Angles that older versions of transformers saved; they follow from theta."""
-    return name.endswith("rotary_emb.inv_freq")
 
 
 def _any(tensors: dict[str, tuple[Path, Spec]], end: str) -> bool:

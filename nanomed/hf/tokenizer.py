@@ -99,14 +99,19 @@ def sentencepiece_json(tokenizer: SentencePieceTokenizer) -> dict:
     ]
     if [model.get_score(i) for i in plain] != [-float(n) for n in range(len(plain))]:
         raise InputError(f"{tokenizer.path} is no byte-pair model, so it has no merges to export")
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    content = byte_pair_json(vocab, _merges([pieces[i] for i in plain]), qwen=False)
+    content["model"] |= {
+        "unk_token": "<unk>",
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": True,
+        "byte_fallback": True,
+    }
+    return content | {
         "added_tokens": added_json(tokenizer.special),  # <unk> is none: typed, it stays text
         "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
         "pre_tokenizer": None,
-        "post_processor": None,
         "decoder": {
             "type": "Sequence",
             "decoders": [
@@ -114,18 +119,6 @@ def sentencepiece_json(tokenizer: SentencePieceTokenizer) -> dict:
                 {"type": "ByteFallback"},
                 {"type": "Fuse"},
             ],
-        },
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": "<unk>",
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": True,
-            "byte_fallback": True,
-            "ignore_merges": False,
-            "vocab": {piece: i for i, piece in enumerate(pieces)},
-            "merges": _merges([pieces[i] for i in plain]),
         },
     }
 

@@ -18,6 +18,7 @@ from nanomed.hf.tensors import Spec, plan, write_file, write_index, write_json
 from nanomed.hf.tokenizer import is_qwen, write_tokenizer
 from nanomed.model.decoder import Aquila
 from nanomed.model.generation import CHAT
+from nanomed.run.checkpoint import free_space
 from nanomed.run.progress import progress
 from nanomed.text.template import Template, fitting
 from nanomed.text.tokenizer import Tokenizer, check_rows
@@ -123,9 +124,8 @@ def _problem(model: Aquila, tokenizer: Tokenizer, folder: Path, n_bytes: int, re
         check_rows(tokenizer, model.config.vocab_size)
     except InputError as error:
         return str(error)
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if (free := shutil.disk_usage(there).free) < n_bytes + 2**27:  # tokenizer files are small
-        return f"{folder} needs {n_bytes / 1e9:.1f} GB, {there} has {free / 1e9:.1f} GB free"
+    if (free := free_space(folder)) < n_bytes + 2**27:  # tokenizer files are small
+        return f"{folder} needs {n_bytes / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB free"
     return ""
 
 
