@@ -153,7 +153,7 @@ class RunFolder:
             sys.stdout.flush()
 
 
-# What each machine may name otherwise, or rank 0 alone looks at.
+# Settings that may differ between ranks: paths, and what rank 0 alone reads.
 MAY_DIFFER = {"config", "data", "val_data", "tokenizer", "template", "out", "resume"}
 LAUNCH = ".launch"  # holds World.launch, by which a restart finds the folder
 LOCK_PATIENCE = 3.0  # seconds: the workers of a torchrun that was killed end within one or two

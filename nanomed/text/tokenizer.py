@@ -198,11 +198,10 @@ def load(path: str | Path) -> Tokenizer:
 
 
 def _file_in(folder: Path) -> Path:
-    named = (folder / name for name in ("tokenizer.model", "tokenizer.json", "vocab.json"))
-    sentencepiece, *others = named
-    for path in (sentencepiece, *sorted(folder.glob("*.tiktoken")), *others):
-        if path.exists():
-            return path
+    ranks = sorted(path.name for path in folder.glob("*.tiktoken"))
+    for name in ("tokenizer.model", *ranks, "tokenizer.json", "vocab.json"):
+        if (folder / name).exists():
+            return folder / name
     raise InputError(
         f"{folder} holds no tokenizer: none of tokenizer.model, *.tiktoken, tokenizer.json, "
         "vocab.json with merges.txt; give --tokenizer a file or folder"
