@@ -8,7 +8,7 @@ import numpy as np
 
 from nanomed.batches.loader import Loader, split
 from nanomed.batches.slices import Slices
-from nanomed.config import SAVED_BYTES, ModelConfig, Run
+from nanomed.config import SAVED_BYTES, InputError, ModelConfig, Run
 from nanomed.meeting import rank_from_env
 from nanomed.stages import link, memory
 from nanomed.stages.hardware import Hardware, parse_hardware
@@ -30,6 +30,11 @@ class Work(link.Step):
 def published_work(c: Run) -> tuple[Work, Work]:
     """(training, held out) of --examples, every segment seq_len tokens long."""
     n_val = 0 if c.val_data else round(c.examples * c.val_fraction)
+    if n_val == c.examples:
+        raise InputError(
+            f"--val_fraction {c.val_fraction} of --examples {n_val} leaves none to train on; give "
+            "more, or another fraction"
+        )
     segments = 2 if c.stage == "dpo" else 1
 
     def work(n: int) -> Work:

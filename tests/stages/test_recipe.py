@@ -242,6 +242,12 @@ def test_what_does_not_fit_gets_a_remedy(capsys):
     assert "more GPUs" in link.remedy(model(c), c, alone, step)
 
 
+def test_a_plan_has_something_to_train_on():
+    c = dataclasses.replace(config("sft"), examples=2, val_fraction=0.9)
+    with pytest.raises(InputError, match="--examples 2 leaves none to train on"):
+        dry_run.show(c, model(c), load=None)
+
+
 @pytest.mark.parametrize("text", ["A100-40G", "0xA100-40G", "8xA100"])
 def test_unknown_hardware(text):
     c = dataclasses.replace(config("sft"), hardware=text)
