@@ -44,10 +44,21 @@ def _parser(cls: type[Run]) -> argparse.ArgumentParser:
         kind = {"action": "store_true"} if f.type is bool else {"type": f.type}
         if get_origin(f.type) is list:
             kind = {"type": get_args(f.type)[0], "nargs": "+"}
+        if kind.get("type") is str:
+            kind["type"] = _text
         if f.name == "resume":
             kind |= {"nargs": "?", "const": "latest"}
         parser.add_argument(f"--{f.name}", help=_help(cls, f), **kind)
     return parser
+
+
+def _text(value: str) -> str:
+    """The name of a file may be bytes of another encoding, which no report could hold."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"{value!a} is no UTF-8; rename the file") from None
+    return value
 
 
 def _help(cls: type[Run], f: dataclasses.Field) -> str:

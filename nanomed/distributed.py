@@ -61,7 +61,7 @@ def pick_device(asked: str) -> torch.device:
 
 def _driver() -> str:
     try:
-        with open("/proc/driver/nvidia/version") as file:
+        with open("/proc/driver/nvidia/version", encoding="utf-8") as file:
             return file.readline().strip()
     except OSError:
         return "none found"
@@ -70,6 +70,7 @@ def _driver() -> str:
 def launch(main: Callable[[], None]) -> None:
     """Runs a script's main and ends the process. Bad input and a disk that refuses are one line on
     the screen; all else is a traceback, and `record` puts it into torchrun's closing table too."""
+    sys.stdout.reconfigure(errors="replace")  # of what the terminal's encoding lacks, "?"
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with(os.getppid())
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # its old name

@@ -15,7 +15,7 @@ def take(path: Path, patience: float = math.inf) -> IO[str]:
     `patience` seconds. Where the disk has no locks it goes on without, and says so."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)  # the data may be patients'
-        file = open(path, "a+")
+        file = open(path, "a+", encoding="utf-8")
     except OSError as error:
         raise InputError(f"cannot write to {path.parent}: {error.strerror}") from None
     until = time.monotonic() + patience

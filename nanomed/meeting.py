@@ -96,7 +96,7 @@ def tell_torchrun(words: str) -> None:
     """Its closing table shows the words in place of a traceback."""
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         about = {"py_callstack": words, "timestamp": str(int(time.time()))}
-        with open(file, "w") as out:
+        with open(file, "w", encoding="utf-8") as out:
             json.dump({"message": {"message": words, "extraInfo": about}}, out)
 
 

@@ -53,6 +53,7 @@ def test_resume_with_and_without_a_value(flags, resume):
         (["--val_fraction", "1"], "--val_fraction"),
         (["--epochs", "0"], "--epochs"),
         (["--config", "none.toml"], "none.toml: .*No such file"),
+        (["--data", "a\udcb2.jsonl"], r"argument --data: .*udcb2.* is no UTF-8; rename the file"),
     ],
 )
 def test_errors(flags, message):

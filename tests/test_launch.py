@@ -152,3 +152,12 @@ def test_memory_that_tensors_free_is_used_again():
         torch.ones(3 * 2**22)
         faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     assert sum(faults[20:]) < 12_288, faults  # the first fill the gaps of the heap
+
+
+def test_a_screen_that_lacks_a_character_ends_no_run():
+    """Where a locale's encoding has no Chinese, a question mark stands for each character."""
+    code = r"from nanomed.distributed import launch; launch(lambda: print('\u27e6\u836f', 1))"
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, cwd=ROOT, env=os.environ | plain, capture_output=True)
+    assert (run.returncode, run.stdout, run.stderr) == (0, b"?? 1\n", b"")

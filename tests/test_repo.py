@@ -122,6 +122,27 @@ def test_code_cites_no_document_that_is_not_here():
     assert [module_of(p) for p, text in texts.items() if listed.search(text)] == []
 
 
+def says_no_encoding(call: ast.Call) -> bool:
+    """Whether a call opens a text and says nothing of its encoding."""
+    given = {arg.value for arg in call.args if isinstance(arg, ast.Constant)}
+    given |= {keyword.arg for keyword in call.keywords}
+    is_binary = any(str(mode).endswith("b") for mode in given)
+    opens = ast.unparse(call.func).split(".")[-1] in ("read_text", "write_text")
+    opens |= ast.unparse(call.func) == "open" and not is_binary
+    return opens and not given & {"utf-8", "encoding"}
+
+
+def test_text_files_are_utf_8_whatever_the_locale_says():
+    """On a machine whose locale is GBK one place would write what another cannot read."""
+    found = [
+        f"{module_of(path)}, line {node.lineno}"
+        for path in SOURCES
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.Call) and says_no_encoding(node)
+    ]
+    assert found == []
+
+
 def test_importing_does_nothing():
     """It prints nothing, touches no process group and no thread setting, and needs no optional
     package; and our `kernels` has no __version__ that others would take for theirs, and leaves

@@ -105,13 +105,13 @@ def train(chats: Sequence[dict], folder: Path, where: torch.device, **given: Any
     lines = b"".join(map(line_of, chats))
     name = hashlib.sha256(lines + repr((prompts(), sorted(given.items()))).encode()).hexdigest()
     begun, mark = made.with_suffix(".sha256"), folder / "labels.sha256"
-    if from_main(mark.exists() and mark.read_text() == name):
+    if from_main(mark.exists() and mark.read_text("utf-8") == name):
         return folder
-    if from_main(folder.exists() and not (begun.exists() and begun.read_text() == name)):
+    if from_main(folder.exists() and not (begun.exists() and begun.read_text("utf-8") == name)):
         raise InputError(f"{folder} was trained on other labels or settings: choose another --out")
     with whole(made) as file:
         file.write(lines)
-    begun.write_text(name)
+    begun.write_text(name, "utf-8")
     base = {} if given.get("init") else SFT.FRESH
     c = SFT(**{**base, **given}, data=[str(made)], out=str(folder), resume="auto")
     config, encoder = stage.model_and_encoder(c)
@@ -123,7 +123,7 @@ def train(chats: Sequence[dict], folder: Path, where: torch.device, **given: Any
         stage.announce(c, model, encoder, loader, run)
         fit(c, model, loader, digit_loss, run)
         if world.is_main:
-            mark.write_text(name)
+            mark.write_text(name, "utf-8")
     return folder
 
 

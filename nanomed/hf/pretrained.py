@@ -57,7 +57,7 @@ def config_of(folder: str | Path) -> ModelConfig:
     if not saved.exists():
         return reading.read_config(folder)
     try:
-        raw = json.loads(saved.read_text())
+        raw = json.loads(saved.read_text("utf-8"))
         raw.pop("dropout", None)  # runs up to November 2026 wrote it here; it is the run's alone
         return ModelConfig(**raw | {"rope_scaling": tuple(raw.get("rope_scaling", ()))})
     except (TypeError, ValueError) as error:
@@ -95,7 +95,7 @@ def settings_of(folder: str | Path) -> dict:
     if not (home / "model.json").exists():
         return {"init": str(folder)}
     path = home / "config.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    return json.loads(path.read_text("utf-8")) if path.exists() else {}
 
 
 def _home(folder: str | Path) -> Path:

@@ -184,7 +184,7 @@ def read_state(folder: Path) -> dict:
 
 def _json(path: Path) -> dict:
     try:
-        value = json.loads(path.read_text())
+        value = json.loads(path.read_text("utf-8"))
     except OSError:
         raise InputError(f"{path.parent} holds no complete checkpoint") from None
     except (ValueError, RecursionError) as error:
@@ -220,7 +220,7 @@ def mark_validated(saved: Path, val_loss: float) -> None:
     """Notes the validation loss of a saved checkpoint and points `best` to the lowest. Rank 0 calls
     it. Raises OSError."""
     temporary = saved / "validation.new"
-    temporary.write_text(json.dumps({"val_loss": number(val_loss)}))
+    temporary.write_text(json.dumps({"val_loss": number(val_loss)}), "utf-8")
     fsync(temporary)
     temporary.rename(saved / "validation.json")
     point_best(saved.parent)

@@ -79,12 +79,12 @@ class RunFolder:
 
     def _mark(self) -> None:
         checkpoint.check_links(self.path)
-        (self.path / LAUNCH).write_text(" ".join(self.world.launch))
+        (self.path / LAUNCH).write_text(" ".join(self.world.launch), "utf-8")
 
     def _see_the_mark(self) -> None:
         """Raises InputError, on all ranks, if one is on a machine that has another disk."""
         mark, wanted = self.path / LAUNCH, " ".join(self.world.launch)
-        seen = checkpoint.appears(lambda: mark.read_text() == wanted)
+        seen = checkpoint.appears(lambda: mark.read_text("utf-8") == wanted)
         _join([] if seen else [f"it does not see {self.path}; all must share the disk of --out"])
 
     def _write(self, work: Callable[[], None]) -> None:
@@ -125,7 +125,7 @@ class RunFolder:
         if self.world.is_main:
             path = self.path / name
             path.parent.mkdir(exist_ok=True)
-            path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+            path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", "utf-8")
 
     def metrics(self, **values: float) -> None:
         self.append("metrics.jsonl", values)
@@ -141,7 +141,7 @@ class RunFolder:
             return
         values = {k: checkpoint.number(v) if type(v) is float else v for k, v in values.items()}
         try:
-            with open(self.path / name, "a") as file:
+            with open(self.path / name, "a", encoding="utf-8") as file:
                 file.write(json.dumps(values, ensure_ascii=False) + "\n")
         except OSError as error:
             self.print(f"WARNING: {self.path / name} lacks {values}: {error.strerror}")
@@ -185,7 +185,7 @@ def _choose(c: Run, launch: str, attempt: str) -> tuple[Path, Path | None]:
 def _began(path: Path, launch: str, attempt: str) -> bool:
     """Whether an earlier attempt of this launch, which torchrun has restarted, chose the folder."""
     try:
-        found, _, earlier = (path / LAUNCH).read_text().partition(" ")
+        found, _, earlier = (path / LAUNCH).read_text("utf-8").partition(" ")
     except OSError:
         return False
     return found == launch and earlier != attempt
@@ -223,9 +223,10 @@ def _cut_back(path: Path, step: int, validated: bool) -> None:
         )
 
     if path.exists():
-        lines = [line + "\n" for line in path.read_text().splitlines() if kept(line)]
+        text = path.read_text("utf-8", "replace")  # it may be cut off within a character
+        lines = [line + "\n" for line in text.split("\n") if kept(line)]
         unfinished = path.with_suffix(".new")
-        unfinished.write_text("".join(lines))
+        unfinished.write_text("".join(lines), "utf-8")
         unfinished.rename(path)
 
 

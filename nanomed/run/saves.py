@@ -175,14 +175,14 @@ def _write(tensors: dict, unfinished: Path, group: dist.ProcessGroup | None) -> 
 
 
 def _complete(unfinished: Path, target: Path, state: dict, hashes: list[dict]) -> None:
-    (unfinished / "state.json").write_text(json.dumps(state, ensure_ascii=False, indent=2))
+    (unfinished / "state.json").write_text(json.dumps(state, ensure_ascii=False, indent=2), "utf-8")
     files = {name: facts for shards in hashes for name, facts in shards.items()}
     for path, size in [(unfinished / name, facts["size"]) for name, facts in files.items()]:
         if not checkpoint.appears(lambda path=path, size=size: path.stat().st_size == size):
             raise SaveFailed(f"{path}, which another rank has written, is not seen by rank 0")
     for name in (".metadata", "state.json"):
         files[name] = checkpoint.described(unfinished / name)
-    (unfinished / "manifest.json").write_text(json.dumps({"files": files}, indent=2))
+    (unfinished / "manifest.json").write_text(json.dumps({"files": files}, indent=2), "utf-8")
     for path in (unfinished / "state.json", unfinished / "manifest.json", unfinished):
         checkpoint.fsync(path)
     if target.exists():  # the same step of a run that went on from an earlier one

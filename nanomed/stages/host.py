@@ -12,8 +12,8 @@ def host_room(root: Path = Path("/")) -> float:
     """Bytes of the host's memory that this process may still take: what Linux calls available, and
     no more than a container or job leaves. Files that only wait to be read again count as free."""
     try:
-        lines = (root / "proc/meminfo").read_text().splitlines()
-        own = (root / "proc/self/cgroup").read_text().splitlines()
+        lines = (root / "proc/meminfo").read_text("utf-8").splitlines()
+        own = (root / "proc/self/cgroup").read_text("utf-8").splitlines()
     except OSError:  # no Linux
         return float("inf")
     room = next(1024.0 * int(x.split()[1]) for x in lines if x.startswith("MemAvailable:"))
@@ -29,8 +29,9 @@ def host_room(root: Path = Path("/")) -> float:
 
 def _left(folder: Path, limit: str, used: str) -> float:
     try:
-        most, now = (int((folder / name).read_text()) for name in (limit, used))
-        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        most, now = (int((folder / name).read_text("utf-8")) for name in (limit, used))
+        lines = (folder / "memory.stat").read_text("utf-8").splitlines()
+        stat = dict(line.split() for line in lines)
     except (OSError, ValueError):  # "max", or of another container
         return float("inf")
     return most - now + int(stat.get("inactive_file", 0))

@@ -270,7 +270,7 @@ def announce(
     config, device = model.config, run.world.device
     if run.world.is_main:
         run.write_json("model.json", dataclasses.asdict(config))
-        (run.path / "template.json").write_text(encoder.template.to_json() + "\n")
+        (run.path / "template.json").write_text(encoder.template.to_json() + "\n", "utf-8")
         tokenizer.copy(encoder.tokenizer, run.path)
     report = data_report.report(loader)
     run.write_json("data_report.json", report)

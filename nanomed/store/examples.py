@@ -30,7 +30,7 @@ class Store:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.meta = json.loads((folder / "meta.json").read_text())
+        self.meta = json.loads((folder / "meta.json").read_text("utf-8"))
         self.tokens = np.memmap(folder / "tokens.u32", np.uint32, "r")
         self.trained = np.memmap(folder / "trained.u8", np.bool_, "r")
         self.borders = np.load(folder / "borders.npy", mmap_mode="r")  # [segments+1]
@@ -99,7 +99,8 @@ class Writer:
         np.save(self.folder / "kinds.npy", np.array(self.kinds, np.int64))
         self.meta |= {"tokens": self.borders[-1], "kinds": list(self.names), "report": report}
         self.meta["sha256"] = self.hash.hexdigest()
-        (self.folder / "meta.json").write_text(json.dumps(self.meta, ensure_ascii=False, indent=2))
+        content = json.dumps(self.meta, ensure_ascii=False, indent=2)
+        (self.folder / "meta.json").write_text(content, "utf-8")
 
 
 def chats(

@@ -85,9 +85,9 @@ def _done(out: Path, records: list[dict], settings: dict) -> int:
     noted = out.with_name(out.name + ".settings.json")
     if not out.exists():
         out.parent.mkdir(parents=True, exist_ok=True)
-        noted.write_text(json.dumps(settings, indent=2) + "\n")
+        noted.write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
         return 0
-    if not noted.exists() or json.loads(noted.read_text()) != settings:
+    if not noted.exists() or json.loads(noted.read_text("utf-8")) != settings:
         raise InputError(
             f"{out} was written with other settings, see {noted}; choose another --out"
         )

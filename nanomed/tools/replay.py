@@ -134,7 +134,7 @@ def _where(data: Store | slices.Slices, i: int, record: dict) -> str:
 
 def _json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: {error}") from None
 

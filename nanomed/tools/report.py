@@ -72,7 +72,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _lines(path: Path) -> Iterable[dict[str, Any]]:
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    text = path.read_text("utf-8", "replace") if path.exists() else ""
     for line in text.split("\n")[:-1]:  # the last one may be half written
         yield json.loads(line)
 

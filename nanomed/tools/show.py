@@ -249,7 +249,7 @@ def settings(files: list[str], flags: list[str]) -> Run:
     if not c.init or not (Path(c.init) / "model.json").exists():
         return c
     known = {f.name for f in dataclasses.fields(cls)} - set(OWN)
-    base = {name: v for name, v in json.loads(path.read_text()).items() if name in known}
+    base = {name: v for name, v in json.loads(path.read_text("utf-8")).items() if name in known}
     return arguments.parse(cls, argv, base)
 
 

@@ -35,7 +35,7 @@ def reference_logps(model: nn.Module, loader: Loader, run: RunFolder, parts: dic
     key = {"weights": fingerprint(model), "kernels": in_force, **parts}
     key_path, path = run.path / "reference.json", run.path / "reference.npy"
     if run.resume_from:
-        _check_key(run, json.loads(key_path.read_text()), key)
+        _check_key(run, json.loads(key_path.read_text("utf-8")), key)
         logps = torch.from_numpy(np.load(path))
     else:
         logps = answer_logps(model, loader, run.world).cpu()

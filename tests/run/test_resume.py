@@ -40,8 +40,8 @@ def test_another_run_is_refused_with_the_difference(world, tmp_path, name):
 def test_resume_finds_the_newest_and_cuts_the_metrics_back(world, tmp_path):
     begun(world, tmp_path / "x")
     (tmp_path / "x/checkpoints/step-000009.unfinished").mkdir()
-    with open(tmp_path / "x/metrics.jsonl", "a") as file:
-        file.write('{"step": 4, "lo')  # a full disk
+    with open(tmp_path / "x/metrics.jsonl", "ab") as file:
+        file.write('{"step": 4, "loss/药'.encode()[:-1])  # a full disk
     run = RunFolder(SFT(out=str(tmp_path / "x"), resume="latest"), world, RUN)
     assert run.resume_from.name == "step-000003"
     lines = (tmp_path / "x/metrics.jsonl").read_text().splitlines()
