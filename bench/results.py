@@ -76,8 +76,7 @@ def waiting(lines: Lines, runs: Runs) -> str:
 
 
 def fastest(lines: list[dict]) -> list[str]:
-    """Which of the settings of TRL that a run tried did most real tokens per second, a sentence for
-    each stage; and the one that nanomed's ratio is smallest beside, if that is another."""
+    """Which setting of TRL did most real tokens per second, a sentence for each stage."""
     tried: dict[str, dict[str, dict]] = {}
     for line in lines:
         stage, _, name = line["name"].partition(": TRL ")
@@ -85,14 +84,9 @@ def fastest(lines: list[dict]) -> list[str]:
             tried.setdefault(stage, {})[name] = line["facts"]
     found = []
     for stage, settings in tried.items():
-        faster = {name: facts["nanomed_is_faster_by"] for name, facts in settings.items()}
         best = max(settings, key=lambda name: settings[name]["real_tokens_per_s"])
-        medians = {n: x.split(" (")[0].replace("no difference", "1") for n, x in faster.items()}
-        least = min(medians, key=lambda name: float(medians[name]))
         text = f"{stage}: of the {len(settings)} settings of TRL, *{best}* is the fastest by real "
-        text += f"tokens per second; nanomed is {_times(faster[best])} it"
-        if least != best:
-            text += f". Turn by turn the ratio is smallest beside *{least}*: {faster[least]}"
+        text += f"tokens per second; nanomed is {_times(settings[best]['nanomed_is_faster_by'])} it"
         found.append(f"{text}.\n")
     return found
 

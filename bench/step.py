@@ -11,6 +11,7 @@ else gets no time. Tokens are real ones; padding is not counted. bench/step_gpu.
 """
 
 import argparse
+import dataclasses
 import tempfile
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -34,9 +35,11 @@ VOCABULARY = 6144  # of samples/tokenizer.model
 MID = ModelConfig(VOCABULARY, 4, 512, 8, 2, 1408, 4096, 1e6, 1e-5, True)
 # Overhead is most of a step of it: its ratios say whether all runs, not how a model of use does.
 QUICK = ModelConfig(VOCABULARY, 2, 128, 4, 2, 352, 4096, 1e6, 1e-5, True)
+# TRL's batches by length come from the longest to the shortest, over and over: 12 are all of them.
+ROUNDS = 12
 CONVENTION = (
-    "Ratios are of the time per real token. TRL has its defaults but for what `setting` names, "
-    "the batch, the length and AdamW's constants"
+    "Ratios are of the time per real token over all turns, in brackets of single turns. TRL has "
+    "its defaults but for what `setting` names, the batch, the length and AdamW's constants"
 )
 
 
@@ -44,7 +47,7 @@ class Bench(Setting):
     """What the comparisons share. `tokens` is about what a step has, and a packed row of TRL."""
 
     def __init__(self, given: argparse.Namespace, world: World, folder: Path):
-        config, self.tokens, rounds = (QUICK, 512, 3) if given.quick else (MID, 2048, 7)
+        config, self.tokens, rounds = (QUICK, 512, 3) if given.quick else (MID, 2048, ROUNDS)
         results = Results(given.results, world.device)
         how = world.device, config, torch.float32, given.rounds or rounds, results, world
         super().__init__(*how)
@@ -83,13 +86,17 @@ def real(name: str, otherwise: str) -> str:
 
 
 def compare(b: Bench, stage: str, sides: dict[str, Callable]) -> None:
-    """Times the sides in turns. The first is nanomed, the second nanomed again: what is noise."""
+    """Times the sides in turns. The first is nanomed, the second nanomed again: what is noise. A
+    turn's step has other documents on every side: only over all turns are they alike."""
     seconds = interleaved(sides, b.rounds, warmup=1)
     tokens = {name: side.tokens[-b.rounds :] for name, side in sides.items()}
-    first, again, *others = (
-        [s / t for s, t in zip(seconds[name], tokens[name], strict=True)] for name in sides
-    )
-    faster = ["", "", *(str(ratio(other, first, again)) for other in others)]
+    each = {n: [s / t for s, t in zip(seconds[n], tokens[n], strict=True)] for n in sides}
+    whole = {name: sum(seconds[name]) / sum(tokens[name]) for name in sides}
+    first, again, *others = sides
+    faster = ["", ""]
+    for other in others:
+        found = ratio(each[other], each[first], each[again])
+        faster.append(str(dataclasses.replace(found, median=whole[other] / whole[first])))
     lines = []
     for (name, side), times in zip(sides.items(), faster, strict=True):
         facts = {

@@ -25,8 +25,7 @@ def side(world: World, config: ModelConfig, document: int, row: int, n_rows: int
 
 
 def fsdp(s: Setting, document: int, row: int) -> None:
-    """Weights and computation of both in bfloat16: only FSDP2 casts float32 weights. In float32
-    one process goes without FSDP2 (shard)."""
+    """Weights and computation in bfloat16: in float32 one process goes without FSDP2 (shard)."""
     dtype, sides = torch.bfloat16, {}
     for name, sharded in (("FSDP2 on one process", True), ("unsharded loop", False)):
         model = model_of(s.world, s.config, dtype, sharded).to(dtype)
