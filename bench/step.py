@@ -86,17 +86,17 @@ def real(name: str, otherwise: str) -> str:
 
 
 def compare(b: Bench, stage: str, sides: dict[str, Callable]) -> None:
-    """Times the sides in turns. The first is nanomed, the second nanomed again: what is noise. A
-    turn's step has other documents on every side: only over all turns are they alike."""
+    """Times the sides in turns: nanomed first, then nanomed again, which tells the noise. A turn's
+    step has other documents on every side; over all turns, nanomed's of both, they are alike."""
     seconds = interleaved(sides, b.rounds, warmup=1)
     tokens = {name: side.tokens[-b.rounds :] for name, side in sides.items()}
     each = {n: [s / t for s, t in zip(seconds[n], tokens[n], strict=True)] for n in sides}
-    whole = {name: sum(seconds[name]) / sum(tokens[name]) for name in sides}
     first, again, *others = sides
+    ours = sum(seconds[first] + seconds[again]) / sum(tokens[first] + tokens[again])
     faster = ["", ""]
-    for other in others:
-        found = ratio(each[other], each[first], each[again])
-        faster.append(str(dataclasses.replace(found, median=whole[other] / whole[first])))
+    for n in others:
+        found, theirs = ratio(each[n], each[first], each[again]), sum(seconds[n]) / sum(tokens[n])
+        faster.append(str(dataclasses.replace(found, median=theirs / ours)))
     lines = []
     for (name, side), times in zip(sides.items(), faster, strict=True):
         facts = {
