@@ -32,7 +32,7 @@ WEIGHT = "layers.0.mlp.down_proj.weight"  # its first element is the one that is
 
 def blocks() -> dict[str, str]:
     """What the page shows, by the name that stands above each block in it."""
-    c = arguments.parse(SFT, ["--data", str(ROOT / "samples/sft.jsonl"), "--micro_tokens", "1024"])
+    c = arguments.parse(SFT, ["--data", str(ROOT / "samples/sft.jsonl")])
     config, encoder = stage.model_and_encoder(c)
     data = store.chats(c.data, encoder, c.seq_len, c.allow_drop)
     loader = Loader.of(c, data)

@@ -134,6 +134,10 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
+# A thread may ask where the others are while they end: torch then warns, with its stack.
+TORCHS_OWN = re.compile(r"^\[W\d.*\n(?:(?:Exception raised|C\+\+|frame #|#\d).*\n|\n)*", re.M)
+
+
 def screens(function, folder: Path, size: int = 2) -> list[str]:
     port = free_port()
     ranks = [
@@ -145,7 +149,8 @@ def screens(function, folder: Path, size: int = 2) -> list[str]:
     for rank in ranks:
         rank.join(60)
         assert rank.exitcode == 1
-    return [(folder / f"screen{rank}").read_text() for rank in range(size)]
+    texts = [(folder / f"screen{rank}").read_text("utf-8") for rank in range(size)]
+    return [TORCHS_OWN.sub("", text) for text in texts]
 
 
 def refused_by_rank_0(folder: str, rank: int) -> None:

@@ -170,7 +170,10 @@ def test_a_hung_node_is_named(tmp_path):
         stopped = nodes.workers(1)[0]
         os.kill(stopped, signal.SIGSTOP)
         since = time.monotonic()
-        nodes.end(0)
+        try:
+            nodes.end(0)
+        finally:
+            os.kill(stopped, signal.SIGKILL)  # what stands still does not end by itself
         took("a worker that hangs, LIMIT 15 s: until the other node has ended", since)
         first = nodes.screens()[0]
         assert "Where all are:" in first and "its process stands still" in first

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -136,15 +137,19 @@ class RunFolder:
                 self.print(f"WARNING: TensorBoard lacks step {values['step']}: {error.strerror}")
 
     def append(self, name: str, values: dict[str, Any]) -> None:
-        """One line more in a file. A full disk is said, and does not end the run."""
+        """One line more in a file, or none of it. A full disk is said, and does not end the run."""
         if not self.world.is_main:
             return
         values = {k: checkpoint.number(v) if type(v) is float else v for k, v in values.items()}
+        path = self.path / name
+        size = path.stat().st_size if path.exists() else 0
         try:
-            with open(self.path / name, "a", encoding="utf-8") as file:
+            with open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(values, ensure_ascii=False) + "\n")
         except OSError as error:
-            self.print(f"WARNING: {self.path / name} lacks {values}: {error.strerror}")
+            self.print(f"WARNING: {path} lacks {values}: {error.strerror}")
+            with suppress(OSError):
+                os.truncate(path, size)  # a part of a line would spoil the next one
 
     def print(self, text: str = "") -> None:
         if self.world.is_main:

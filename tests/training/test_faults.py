@@ -3,6 +3,7 @@ fail: the run survives each of them, on all ranks alike."""
 
 import json
 import math
+import resource
 import sys
 from functools import partial
 
@@ -328,3 +329,20 @@ def test_a_full_disk_does_not_end_the_run_at_a_log_line(world, tmp_path, capsys)
     run.metrics(step=1, loss=2.0)
     assert "metrics.jsonl lacks {'step': 1, 'loss': 2.0}: No space left" in capsys.readouterr().out
     run.close()
+
+
+def test_a_disk_that_is_full_for_one_line_keeps_nothing_of_it(world, tmp_path, capsys):
+    """The limit on a file's size stands for the disk: it takes the first five bytes of the line."""
+    run = RunFolder(settings(str(tmp_path / "x")), world)
+    run.metrics(step=1, loss=2.0)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    size = (tmp_path / "x/metrics.jsonl").stat().st_size
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 5, limits[1]))
+    try:
+        run.metrics(step=2, loss=2.0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    run.metrics(step=3, loss=2.0)
+    run.close()
+    assert "metrics.jsonl lacks {'step': 2, 'loss': 2.0}: File too large" in capsys.readouterr().out
+    assert [line["step"] for line in metrics_of(tmp_path / "x")] == [1, 3]
