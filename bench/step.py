@@ -1,6 +1,6 @@
 """A training step of nanomed beside what a user would pick: a transformers loop and TRL's trainers.
 
-    python -m bench.step                    all tables, about fifteen minutes
+    python -m bench.step                    all tables, about twenty minutes
     python -m bench.step --only sft         one of them
     python -m bench.step --quick            all with 2 million parameters, in a minute
 
