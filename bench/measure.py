@@ -84,8 +84,8 @@ def quartiles(samples: list[float]) -> tuple[float, float, float]:
 
 @dataclass
 class Ratio:
-    """Of paired samples: median, smallest, largest. `noise` is how far from 1 the ratio of a work
-    to itself was found; a median nearer to 1 than that is no difference."""
+    """Of paired samples: median (in bench/step.py it is over all), smallest, largest. `noise`: how
+    far from 1 a work's ratio to itself was found; a median nearer to 1 is no difference."""
 
     median: float
     low: float

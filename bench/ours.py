@@ -1,7 +1,7 @@
 """nanomed's own training step as a function to call: what bench/step.py times.
 
-The step is nanomed.training.step.train_step with the loader, the sharded model and the optimizer
-of a run. in_parts() marks where its parts begin, without changing it.
+The step is nanomed.training.step.train_step with the loader, the model as shard() leaves it and
+the optimizer of a run. in_parts() marks where its parts begin, without changing it.
 """
 
 import dataclasses

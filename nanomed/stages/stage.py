@@ -152,7 +152,7 @@ def build_model(c: Run, config: ModelConfig, world: World) -> Aquila:
 
 def without_fsdp(c: Run, config: ModelConfig, world: World) -> str:
     """Which --optimizer split... one process trains with, without FSDP (training/alone.py); "" if
-    it trains with FSDP."""
+    it is shard() that decides."""
     on_gpu, bf16 = world.device.type == "cuda", compute_dtype(c, world.device) == torch.bfloat16
     link.refuse_split(c, world.size, bf16)
     needed, free = sum(memory.in_host(config, c).values()), host_room() / memory.GIB

@@ -132,7 +132,8 @@ def evaluate(
 
 def reduced(result: Step, divisor: int, meter: Meter) -> dict[str, float]:
     """What a logged step shows: its sums over all ranks, and the rates since the last one."""
-    counts = {"all tokens": meter.tokens, "computed": meter.computed, "squares": meter.squares}
+    # With a space before them, as no metric of a loss is called.
+    counts = {" tokens": meter.tokens, " computed": meter.computed, " squares": meter.squares}
     totals = _over_ranks(result.sums | {name: torch.tensor(n) for name, n in counts.items()})
     rates = meter.read(*(totals.pop(name) for name in counts))
     share = totals.pop("trained_tokens") / totals.pop("tokens")
