@@ -4,6 +4,7 @@
 #
 #     bench/gpu.sh [FOLDER [SECONDS [FLAGS...]]]        by default runs/gpu, 560
 #     bench/gpu.sh runs/dry 120 --device cpu --quick --tokens 256        the same parts on a CPU
+#     ONLY="ceilings attention" bench/gpu.sh                             some parts alone
 #
 # FOLDER/gpu.log has the output, FOLDER/gpu.jsonl every measurement as soon as it is taken. A part
 # that runs into its limit is stopped, one with too little time left is skipped, one that fails does
@@ -22,6 +23,7 @@ failed=()
 part() { # name, seconds that it needs at least, seconds that it may take, command...
     local name=$1 least=$2 most=$3 left=$((seconds - SECONDS)) started=$SECONDS code
     shift 3
+    [[ -n ${ONLY:-} && " $ONLY " != *" ${name// /-} "* ]] && return
     if ((left < least)); then
         echo "== $name: skipped, $left s are left and it needs $least" | tee -a "$log"
         failed+=("$name (skipped)")
