@@ -112,16 +112,19 @@ class HeadMatmuls(torch.autograd.Function):
     one in forward, three in forward and backward.
 
     Chunks, the workspace with padded rows and the float32 sum of dweight are those of
-    kernels/linear_nll_triton.py. Its fourth product, the logits of all chunks but the last again,
-    is not here: over several chunks, what that costs is in the difference."""
+    kernels/linear_nll_triton.py; rows of the weight past a multiple of PAD are left out. Its fourth
+    product, the logits of all chunks but the last again, is not here: over several chunks, what
+    that costs is in the difference."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor) -> Tensor:  # [T,D], [V,D] -> [T], zeros
-        (t, d), v = hidden.shape, len(weight)
-        ctx.logits = hidden.new_empty(chunk_tokens(t, d), -(-v // PAD) * PAD)[:, :v]
+        (t, d), v = hidden.shape, len(weight) // PAD * PAD
+        ctx.logits = hidden.new_empty(chunk_tokens(t, d), v + PAD)[:, :v]
+        shape, weight = weight.shape, weight[:v]
         for h in hidden.split(len(ctx.logits)):
             torch.mm(h, weight.T, out=ctx.logits[: len(h)])
         ctx.save_for_backward(hidden, weight)
+        ctx.shape = shape
         return hidden.new_zeros(t)
 
     @staticmethod
@@ -138,4 +141,4 @@ class HeadMatmuls(torch.autograd.Function):
             beta = float(i > 0)  # the first product overwrites, the others add
             torch.addmm(dweight, dz.T, h, beta=beta, out=dweight, **wide)
         # Not dweight, whose rounding to the weight's dtype is no matmul.
-        return dhidden, torch.empty_like(weight)
+        return dhidden, weight.new_empty(ctx.shape)

@@ -9,9 +9,9 @@ import functools
 import torch
 from torch import Tensor
 
-from kernels import attention_by_segment, linear_nll_chunked, reference
+from kernels import attention_by_segment, linear_nll_chunked, reference, split_adamw
 
-__all__ = ["attention", "linear_nll", "rmsnorm", "rope", "swiglu"]
+__all__ = ["attention", "linear_nll", "rmsnorm", "rope", "swiglu", "update_split"]
 
 CHOICES = ("auto", "triton", "reference")
 
@@ -133,3 +133,17 @@ def linear_nll(
 
         return linear_nll_triton.linear_nll(hidden, weight, labels, scored)
     return linear_nll_chunked.linear_nll(hidden, weight, labels, scored)
+
+
+def update_split(
+    upper: Tensor, low: Tensor, grad: Tensor, mean: Tensor, square: Tensor, scale: Tensor | None,
+    **constants: object,
+) -> None:  # fmt: skip
+    """A step of AdamW, in place, of weights in two halves; all [n]. split_adamw.adamw() says what
+    the constants are."""
+    if _takes_triton("update_split", upper):
+        from kernels import split_adamw_triton
+
+        split_adamw_triton.adamw(upper, low, grad, mean, square, scale, **constants)
+    else:
+        split_adamw.adamw(upper, low, grad, mean, square, scale, **constants)

@@ -5,6 +5,10 @@ T tokens, n of them with a label, D model width, V vocabulary, C tokens of a chu
 Matmuls are torch's own. Between them a kernel reads a chunk of logits once in forward, and in
 backward overwrites it by its gradient; the definition makes several float32 copies of it instead.
 
+AquilaMed's V, 151,851, is odd, and fast matmul kernels ask for sizes and rows at multiples of 16
+bytes: on an H200 the three matmuls reached 100 to 150 of 800 TFLOP/s. So the weight takes part in
+two blocks: its first 151,808 rows as they lie, and the 43 others padded with zeros to 128.
+
 Backward needs the logits again. It begins with the last chunk, which forward leaves in the
 workspace: a row of one chunk takes three matmuls. For other chunks the logits are computed a second
 time, because all of them would take too much memory. Forward could compute each chunk's gradient at
@@ -20,6 +24,7 @@ from torch.autograd.function import once_differentiable
 from kernels.chunk import chunk_tokens
 
 BLOCK = 4096  # logits that a program holds at once
+PAD = 128  # rows of the weight, and elements of a row of logits, come in multiples of it
 
 
 # A chunk's tokens begin anywhere in their list: whether that is aligned must not compile a kernel
@@ -77,30 +82,42 @@ def _backward(
 
 
 def _workspace(n_tokens: int, hidden: Tensor, weight: Tensor) -> Tensor:
-    """Room for a chunk of logits, [C, V rounded up to 128]. AquilaMed's V, 151,851, is odd: rows of
-    that length would not begin at multiples of 16 bytes, and fast matmul kernels ask for that."""
+    """Room for a chunk of logits, [C, V rounded up to PAD]."""
     chunk = chunk_tokens(n_tokens, weight.shape[1])
     return torch.empty(chunk, _stride(len(weight)), dtype=hidden.dtype, device=hidden.device)
 
 
 def _stride(v: int) -> int:
-    return -(-v // 128) * 128
+    return -(-v // PAD) * PAD
 
 
-def _logits(workspace: Tensor, h: Tensor, weight: Tensor) -> Tensor:
-    """The place of h[C,D] @ weight.T -> [C,V] in the workspace."""
-    return workspace[: len(h), : len(weight)]
+def _blocks(weight: Tensor) -> list[tuple[slice, Tensor]]:
+    """weight[V,D] in blocks of a multiple of PAD rows, each with its columns of the logits."""
+    v = len(weight)
+    whole = v // PAD * PAD
+    blocks = [(slice(0, whole), weight[:whole])] if whole else []
+    if whole < v:
+        last = weight.new_zeros(PAD, weight.shape[1])
+        last[: v - whole] = weight[whole:]
+        blocks.append((slice(whole, whole + PAD), last))
+    return blocks
 
 
-def _launch_forward(logits: Tensor, tokens: Tensor, *of_tokens: Tensor) -> None:
-    """logits[C,V] of the tokens[C]; labels, nll, lse, right, each [T]: writes the tokens' places
-    of the last three."""
-    _forward[(len(tokens),)](logits, tokens, *of_tokens, **_tile(logits.shape[1]))
+def _compute_logits(logits: Tensor, h: Tensor, blocks: list) -> None:
+    for columns, w in blocks:
+        torch.mm(h, w.T, out=logits[:, columns])
 
 
-def _launch_backward(logits: Tensor, tokens: Tensor, *of_tokens: Tensor) -> None:
-    """logits[C,V] of the tokens[C] become their gradient; labels, dnll, dboth, lse, each [T]."""
-    tile = _tile(logits.shape[1])
+def _launch_forward(v: int, logits: Tensor, tokens: Tensor, *of_tokens: Tensor) -> None:
+    """logits[C, stride of V] of the tokens[C]; labels, nll, lse, right, each [T]: writes the
+    tokens' places of the last three."""
+    _forward[(len(tokens),)](logits, tokens, *of_tokens, **_tile(v))
+
+
+def _launch_backward(v: int, logits: Tensor, tokens: Tensor, *of_tokens: Tensor) -> None:
+    """logits[C, stride of V] of the tokens[C] become their gradient; labels, dnll, dboth, lse, each
+    [T]."""
+    tile = _tile(v)
     grid = len(tokens), triton.cdiv(tile["STRIDE"], tile["BLOCK"])
     _backward[grid](logits, tokens, *of_tokens, **tile)
 
@@ -111,12 +128,31 @@ def _tile(v: int) -> dict[str, int]:
     return {**tile, "num_warps": 8, "enable_fp_fusion": True}
 
 
-def _add_matmul(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out += a @ b with out in float32: the product is never rounded to a and b's dtype."""
-    if a.dtype == out.dtype:
-        out.addmm_(a, b)
+def _matmul(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
+    """out = a @ b, or out += a @ b, with out in float32: the product is never rounded to a and b's
+    dtype."""
+    dtype = {} if a.dtype == out.dtype else {"out_dtype": out.dtype}
+    if add:
+        torch.addmm(out, a, b, out=out, **dtype)
     else:
-        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+        torch.mm(a, b, out=out, **dtype)
+
+
+def _backward_matmuls(
+    dweight: Tensor, dlogits: Tensor, h: Tensor, blocks: list, add: bool
+) -> Tensor:
+    """dweight[V,D] = dlogits[C, stride of V]^T h[C,D], or += that; returns dh[C,D] float32."""
+    dh = torch.empty(h.shape, dtype=torch.float32, device=h.device)
+    for i, (columns, w) in enumerate(blocks):
+        dz, dw = dlogits[:, columns], dweight[columns]
+        _matmul(dh, dz, w, add=i > 0)
+        if len(dw) == len(w):
+            _matmul(dw, dz.T, h, add)
+        else:  # the padded block
+            padded = torch.empty(w.shape, dtype=dw.dtype, device=dw.device)
+            _matmul(padded, dz.T, h, add=False)
+            dw.copy_(dw + padded[: len(dw)] if add else padded[: len(dw)])
+    return dh
 
 
 class _LinearNLL(torch.autograd.Function):
@@ -127,11 +163,11 @@ class _LinearNLL(torch.autograd.Function):
         labels = labels.contiguous()
         nll = torch.zeros(labels.shape, dtype=torch.float32, device=hidden.device)
         lse, right = torch.zeros_like(nll), torch.zeros_like(labels, dtype=torch.bool)
-        workspace = _workspace(len(scored), hidden, weight)
+        workspace, blocks = _workspace(len(scored), hidden, weight), _blocks(weight)
         for part in _chunks(scored, workspace):
-            h = hidden[part]
-            logits = torch.mm(h, weight.T, out=_logits(workspace, h, weight))
-            _launch_forward(logits, part, labels, nll, lse, right)
+            logits = workspace[: len(part)]
+            _compute_logits(logits, hidden[part], blocks)
+            _launch_forward(len(weight), logits, part, labels, nll, lse, right)
         ctx.save_for_backward(hidden, weight, labels, scored, lse)
         # At the peak of memory, the beginning of backward, it has its place anyway.
         ctx.workspace = workspace
@@ -150,20 +186,25 @@ class _LinearNLL(torch.autograd.Function):
         has_logits = workspace is not None
         if not has_logits:
             workspace = _workspace(len(scored), hidden, weight)
-        dhidden = torch.zeros_like(hidden)
+        blocks, dhidden = _blocks(weight), torch.zeros_like(hidden)
         # float32 whatever the weight's dtype: bfloat16 sums over chunks lose small gradients.
-        dweight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-        for part in reversed(_chunks(scored, workspace)):
-            h = hidden[part]
-            dlogits = _logits(workspace, h, weight)
-            if not has_logits:
-                torch.mm(h, weight.T, out=dlogits)
-            has_logits = False  # of the chunks before it
-            _launch_backward(dlogits, part, labels, dnll, dboth, lse)
-            dhidden[part] = dlogits @ weight
-            _add_matmul(dweight, dlogits.T, h)
+        dweight = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
+        parts = _chunks(scored, workspace)
+        for n, part in enumerate(reversed(parts)):
+            h, dlogits = hidden[part], workspace[: len(part)]
+            if n or not has_logits:
+                _compute_logits(dlogits, h, blocks)
+            _launch_backward(len(weight), dlogits, part, labels, dnll, dboth, lse)
+            dhidden[part] = _backward_matmuls(dweight, dlogits, h, blocks, add=n > 0).to(h.dtype)
+        if not parts:
+            dweight.zero_()
         workspace = dlogits = h = None  # before the cast takes memory
-        return dhidden, dweight.to(weight.dtype), None, None
+        return dhidden, dweight.to(_gradients_dtype(weight)), None, None
+
+
+def _gradients_dtype(weight: Tensor) -> torch.dtype:
+    """In which autograd wants it: float32 for the halves of training/alone.py."""
+    return weight.grad_dtype or weight.dtype if weight.is_leaf else weight.dtype
 
 
 def _chunks(tokens: Tensor, workspace: Tensor) -> list[Tensor]:

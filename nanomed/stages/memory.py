@@ -26,6 +26,12 @@ def is_plain(c: Run) -> bool:
     return c.kernels == "reference"
 
 
+def is_alone(c: Run, n_gpus: int) -> bool:
+    """Whether one GPU trains without FSDP, and without its copies: training/alone.py. (With the
+    plain kernels it casts gradients as FSDP does; that is rare, and counted as if it were FSDP.)"""
+    return n_gpus == 1 and c.optimizer != "fsdp" and width(c) == 2 and not is_plain(c)
+
+
 def width(c: Run) -> int:
     """Bytes of a number in the computation."""
     return 4 if c.dtype == "fp32" else 2
@@ -94,9 +100,12 @@ def head_moment(config: ModelConfig, c: Run, n_gpus: int) -> dict[str, float]:
     dhidden = b * config.d_model * t
     # The head's gradient is summed in float32, then cast; the plain version still has the last
     # chunk's gradient and hidden then.
-    part = b * chunk(config, c) * config.d_model  # of hidden; Triton: and of its gradient
-    loss = {"loss's chunk": loss_chunk(config, c) + part * (2 - is_plain(c))}
-    loss["gradients here"] = 4 * matrix + dhidden
+    part = b * chunk(config, c) * config.d_model  # of hidden
+    loss = {"loss's chunk": loss_chunk(config, c) + part, "gradients here": 4 * matrix + dhidden}
+    if not is_plain(c):  # and its gradient, in float32 and rounded
+        loss["loss's chunk"] += part + 4 * chunk(config, c) * config.d_model
+    if is_alone(c, n_gpus):
+        return kept | loss
     cast = {"gradients here": (4 + (b if b < 4 else 0)) * matrix + dhidden}
     if is_plain(c):
         cast["loss's chunk"] = b * chunk(config, c) * config.vocab_size + part
@@ -139,12 +148,14 @@ def layer_moment(config: ModelConfig, c: Run, n_gpus: int, layers: int) -> dict[
         again = (1 + is_plain(c)) * b * f
     # The product is let go before gate's and up's gradients come; lean's is not.
     gradients = b * ((3 if policy == "lean" else 2) * f + d)
-    return {
+    parts = {
         "activations": activations(config, c, layers),
         "computed again": again * c.micro_tokens,
         "gradients here": gradients * c.micro_tokens,
-        "FSDP": (2 * b + 4 + 4 / n_gpus) * layer_params(config),
     }
+    if not is_alone(c, n_gpus):
+        parts["FSDP"] = (2 * b + 4 + 4 / n_gpus) * layer_params(config)
+    return parts
 
 
 def layer_params(config: ModelConfig) -> int:

@@ -2,17 +2,12 @@
 
 FSDP on one GPU copies the whole model for each row: it casts every float32 weight to bfloat16,
 twice, and moves every gradient three times. Here a weight is two tensors that together are float32:
+the parameter, in bfloat16, with which the model computes, and param.low, the bits that it lacks
+(kernels/split_adamw.py draws them). A step of AdamW changes both in place. Weight 4 bytes, gradient
+4, moments 8: what FSDP takes, without its copies.
 
-    s eeeeeeee mmmmmmm mmmmmmmmmmmmmmmm
-    `--- bfloat16 ---' `--- int16 ----'
-       the parameter      param.low
-
-The upper half is rounded to the nearest (a tie away from zero), so it is what a cast would give,
-and the model computes with it. `low` is what the rounding left: added as integers they are the
-master, bit for bit. Gradients are summed in float32 where they lie: autograd casts each row's to
-`grad_dtype` and adds it. A step joins the halves of some elements, updates them by torch's own
-fused AdamW, and splits them again. Weight 4 bytes, gradient 4, moments 8: what FSDP takes, without
-its copies.
+Gradients are summed in float32 where they lie. On a GPU the matmul itself adds a row's gradient of
+a linear layer to the sum; elsewhere autograd casts it to `grad_dtype` and adds it.
 
 With moments in bfloat16 (4 bytes) an update is far below half the distance of two neighbours, and
 rounding to the nearest would lose it. So it is rounded up or down at random, up the more likely the
@@ -25,6 +20,7 @@ the step has.
 In a checkpoint weights are float32, as FSDP's are: either kind reads the other's.
 """
 
+import functools
 import itertools
 import weakref
 from collections.abc import Iterable, Iterator
@@ -32,23 +28,13 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+import kernels
+from kernels.split_adamw import join, split
 from nanomed.config import InputError
 
-CHUNK = 2**24  # elements of a parameter that are float32 at once in a step
-
-
-def split(master: Tensor) -> tuple[Tensor, Tensor]:
-    """float32 -> (the nearest bfloat16, what is lacking from its bits as int16)."""
-    bits = master.view(torch.int32)
-    upper = (bits + 0x8000) >> 16
-    return upper.to(torch.int16).view(torch.bfloat16), (bits - (upper << 16)).to(torch.int16)
-
-
-def join(upper: Tensor, low: Tensor) -> Tensor:
-    """The float32 that split() was given."""
-    bits = upper.view(torch.int16).to(torch.int32) << 16
-    return bits.add_(low).view(torch.float32)
+CHUNK = 2**24  # elements of a parameter that one call updates
 
 
 def master(param: nn.Parameter) -> Tensor:
@@ -56,12 +42,6 @@ def master(param: nn.Parameter) -> Tensor:
     if not hasattr(param, "low"):
         return param.detach()
     return join(param.detach().to(param.low.device), param.low)
-
-
-def rounded_at_random(x: Tensor) -> Tensor:
-    """float32 -> bfloat16, one of its two neighbours; its mean is x."""
-    bits = x.view(torch.int32)
-    return ((bits + torch.randint_like(bits, 2**16)) >> 16).to(torch.int16).view(torch.bfloat16)
 
 
 def split_weights(model: nn.Module, optimizer: str) -> None:
@@ -74,8 +54,44 @@ def split_weights(model: nn.Module, optimizer: str) -> None:
         if param.low.device != param.device:
             page_lock(param.low)
         param.grad_dtype = torch.float32
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module.weight.is_cuda:
+            module.forward = functools.partial(_linear, module)
     model.register_state_dict_post_hook(_masters)
     model.register_load_state_dict_pre_hook(_from_masters)
+
+
+def _linear(module: nn.Linear, x: Tensor) -> Tensor:
+    return _SummingLinear.apply(x, module.weight, module.bias)
+
+
+class _SummingLinear(torch.autograd.Function):
+    """F.linear whose backward adds to weight.grad by the matmul that computes what is added. Of a
+    row autograd would move 20 bytes for each weight: write the product in bfloat16, cast it, add
+    it. This moves 8, and rounds nothing to bfloat16."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: nn.Parameter, bias: nn.Parameter | None):
+        ctx.save_for_backward(x, weight)
+        ctx.weight, ctx.has_bias = weight, bias is not None
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        x, weight = ctx.saved_tensors
+        dx = dy @ weight if ctx.needs_input_grad[0] else None
+        if ctx.needs_input_grad[1]:
+            add_product(ctx.weight, dy.flatten(0, -2).T, x.flatten(0, -2))
+        dbias = dy.flatten(0, -2).sum(0, dtype=torch.float32) if ctx.has_bias else None
+        return dx, None, dbias
+
+
+def add_product(param: nn.Parameter, a: Tensor, b: Tensor) -> None:
+    """param.grad += a @ b, in float32."""
+    if param.grad is None:
+        param.grad = torch.mm(a, b, out_dtype=torch.float32)
+    else:
+        torch.addmm(param.grad, a, b, out_dtype=torch.float32, out=param.grad)
 
 
 def page_lock(x: Tensor) -> None:
@@ -113,7 +129,7 @@ class SplitAdamW(torch.optim.Optimizer):
         self.scale: Tensor | None = None
         dtype = torch.bfloat16 if optimizer == "split_bf16" else torch.float32
         for param in self._params():
-            state = {"step": torch.zeros((), dtype=torch.float32, device=param.device)}
+            state = {"step": torch.zeros(())}  # in the host's memory: the host asks for it
             for name in ("exp_avg", "exp_avg_sq"):
                 state[name] = torch.zeros_like(param, dtype=dtype, device=param.low.device)
                 if param.low.device != param.device:
@@ -150,30 +166,21 @@ class SplitAdamW(torch.optim.Optimizer):
         state = self.state[param]
         whole = param, param.low, param.grad, state["exp_avg"], state["exp_avg_sq"]
         chunks = zip(*(x.detach().view(-1).split(CHUNK) for x in whole), strict=True)
+        constants = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
         for chunk, turn in zip(chunks, turns, strict=False):  # of turns there is no end
             with turn:
-                self._update_chunk(*chunk, state["step"], group)
+                self._update_chunk(*chunk, n_steps=int(state["step"]), **constants)
 
     def _update_chunk(
-        self, upper: Tensor, low: Tensor, grad: Tensor, mean: Tensor, square: Tensor,
-        step: Tensor, group: dict,
-    ) -> None:  # fmt: skip
-        here = {"device": upper.device, "non_blocking": True}
-        master = join(upper, low.to(**here))
-        mean32, square32 = (x.to(dtype=torch.float32, **here) for x in (mean, square))
-        beta1, beta2 = group["betas"]
-        torch._fused_adamw_(
-            [master], [grad if self.scale is None else grad * self.scale],
-            [mean32], [square32], [], [step],
-            lr=group["lr"], beta1=beta1, beta2=beta2, weight_decay=group["weight_decay"],
-            eps=group["eps"], amsgrad=False, maximize=False,
-        )  # fmt: skip
-        for half, value in zip((upper, low), split(master), strict=True):
-            half.copy_(value, non_blocking=True)
-        for moment, value in ((mean, mean32), (square, square32)):
-            if moment is not value:  # it lies elsewhere, or in bfloat16
-                narrow = moment.dtype == torch.bfloat16
-                moment.copy_(rounded_at_random(value) if narrow else value, non_blocking=True)
+        self, upper: Tensor, low: Tensor, grad: Tensor, mean: Tensor, square: Tensor, **constants
+    ) -> None:
+        kept = low, mean, square
+        here = [x.to(upper.device, non_blocking=True) for x in kept]
+        low, mean, square = here
+        kernels.update_split(upper, low, grad, mean, square, self.scale, **constants)
+        for there, value in zip(kept, here, strict=True):
+            if there is not value:
+                there.copy_(value, non_blocking=True)
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Moments and counts; torch's own would cast them to the dtype of the weights."""

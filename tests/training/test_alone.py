@@ -10,6 +10,8 @@ from unittest import mock
 import pytest
 import torch
 
+import kernels
+from kernels.split_adamw import join, rounded_at_random, split
 from nanomed.batches.packing import row_from
 from nanomed.config import MODELS, SFT, InputError
 from nanomed.distributed import World
@@ -19,7 +21,7 @@ from nanomed.run.log import RunFolder
 from nanomed.stages import link, memory, stage
 from nanomed.stages.hardware import Hardware
 from nanomed.training import alone
-from nanomed.training.alone import join, rounded_at_random, split, split_weights
+from nanomed.training.alone import split_weights
 from nanomed.training.optim import adamw
 from nanomed.training.reference import fingerprint
 from nanomed.training.trainer import fit
@@ -91,6 +93,7 @@ def test_fifty_steps_are_float32_adamw_bit_for_bit(small, monkeypatch, way, clip
 def test_what_lies_in_the_hosts_memory_passes_over_the_gpu(small, monkeypatch):
     """Page-locked, there and back; the host waits at the end of a step; and a checkpoint of it."""
     monkeypatch.setattr(alone, "CHUNK", 4096)
+    kernels.use("reference")
     on_cpu = halves(small)
     with pretended() as gpu:
         with torch.device("meta"):

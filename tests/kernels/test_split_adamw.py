@@ -1,0 +1,81 @@
+"""The Triton step of AdamW on weights in two halves: on a GPU, or in the interpreter."""
+
+import pytest
+import torch
+
+from kernels import split_adamw, split_adamw_triton
+from kernels.split_adamw import join, split
+from tests.kernel_cases import DEVICE
+
+CONSTANTS = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+
+
+def start(n: int, dtype=torch.float32) -> list[torch.Tensor]:
+    """upper, low, mean, square."""
+    draw = torch.Generator().manual_seed(n)
+    halves = split(torch.randn(n, generator=draw) * 0.02)
+    return [
+        x.to(DEVICE) for x in (*halves, torch.zeros(n, dtype=dtype), torch.zeros(n, dtype=dtype))
+    ]
+
+
+def gradients(n: int, steps: int) -> list[torch.Tensor]:
+    draw = torch.Generator().manual_seed(1)
+    return [(torch.randn(n, generator=draw) * 10.0 ** -(k % 5)).to(DEVICE) for k in range(steps)]
+
+
+def steps(adamw, n: int, scale: torch.Tensor | None) -> list[torch.Tensor]:
+    """Weights and moments after seven steps."""
+    upper, low, mean, square = start(n)
+    for k, grad in enumerate(gradients(n, 7), 1):
+        before = grad.clone()
+        adamw(upper, low, grad, mean, square, scale, k, **CONSTANTS)
+        assert torch.equal(grad, before)
+    assert torch.equal(upper.float(), split(join(upper, low))[0].float())
+    return [join(upper, low), mean, square]
+
+
+def in_float64(n: int, scale: torch.Tensor | None) -> list[torch.Tensor]:
+    """By torch's AdamW, from the same float32 weights."""
+    p = join(*start(n)[:2]).double().requires_grad_()
+    optimizer = torch.optim.AdamW([p], **CONSTANTS)
+    for grad in gradients(n, 7):
+        p.grad = grad.double() * (1 if scale is None else scale.double())
+        optimizer.step()
+    return [p.detach(), optimizer.state[p]["exp_avg"], optimizer.state[p]["exp_avg_sq"]]
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("n", [1, 2047, 5000])
+def test_it_is_as_exact_as_torchs(n, scaled):
+    """Each number is off by at most a few roundings of float32 in all seven steps."""
+    scale = torch.tensor(0.37, device=DEVICE) if scaled else None
+    ours, usual = (steps(op.adamw, n, scale) for op in (split_adamw_triton, split_adamw))
+    for mine, theirs, true in zip(ours, usual, in_float64(n, scale), strict=True):
+        size = true.abs().max().clamp(min=7 * CONSTANTS["lr"])  # what the steps moved
+        assert (mine - true).abs().max() <= 2 * (theirs - true).abs().max() + 3e-7 * size
+        assert mine.isfinite().all()
+
+
+def test_narrow_moments_are_neighbours_and_right_on_average():
+    """Of the moments that float32 gives, over 400 steps from the same start."""
+    n, times = 64, 400
+    (grad,) = gradients(n, 1)
+    wide = start(n)
+    split_adamw.adamw(*wide[:2], grad, *wide[2:], None, 1, **CONSTANTS)
+    drawn: list[list[torch.Tensor]] = [[], []]
+    torch.manual_seed(0)
+    for _ in range(times):
+        upper, low, mean, square = start(n, torch.bfloat16)
+        split_adamw_triton.adamw(upper, low, grad, mean, square, None, 1, **CONSTANTS)
+        assert (join(upper, low) - join(*wide[:2])).abs().max() < 1e-8
+        for kept, x in zip(drawn, (mean, square), strict=True):
+            kept.append(x.double())
+    for kept, true in zip(drawn, wide[2:], strict=True):
+        kept, true = torch.stack(kept), true.double()
+        assert ((kept - true).abs() <= 2**-7 * true.abs()).all()
+        error = kept.std(0) / times**0.5 + 2**-7 * true.abs() / times  # one that was never seen
+        assert ((kept.mean(0) - true).abs() <= 4.5 * error).all()
+    apart = [(k > k.mean(0)).double() for k in map(torch.stack, drawn)]
+    both = (apart[0] * apart[1]).mean() - apart[0].mean() * apart[1].mean()
+    assert both.abs() < 0.05  # the two are rounded independently
