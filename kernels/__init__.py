@@ -15,8 +15,9 @@ __all__ = ["attention", "linear_nll", "rmsnorm", "rope", "swiglu", "update_split
 
 CHOICES = ("auto", "triton", "reference")
 
-# Ops whose Triton version "auto" leaves alone, with the reason that the run's first lines give.
-LEFT_ALONE = {"attention": "torch's varlen_attn, until the bench has shown a faster one"}
+# Where Triton's attention was measured, and was faster than torch's own (docs/results.md).
+FAST_ATTENTION = ((9, 0),)  # compute capability: H100, H200
+HALF = (torch.bfloat16, torch.float16)  # in float32 its matmuls use no tensor cores
 
 _chosen = "auto"
 
@@ -47,7 +48,9 @@ def reasons(device: torch.device) -> str:
         return "Triton is for CUDA tensors"
     if triton_error():
         return f"Triton does not import: {triton_error()}"
-    return "; ".join(f"{op}: {reason}" for op, reason in LEFT_ALONE.items())
+    if _version("attention", device) == "reference":
+        return "attention: torch's varlen_attn, since Triton's was measured on an H200 alone"
+    return ""
 
 
 @functools.cache
@@ -72,8 +75,17 @@ def _version(op: str, device: torch.device, dtype: torch.dtype = torch.bfloat16)
     if _chosen != "auto":
         return _chosen
     # The kernels compute in float32, so float64 stays with the definition.
-    on_gpu = device.type == "cuda" and dtype != torch.float64
-    return "triton" if on_gpu and op not in LEFT_ALONE and not triton_error() else "reference"
+    if device.type != "cuda" or dtype == torch.float64 or triton_error():
+        return "reference"
+    if op == "attention" and not (dtype in HALF and _is_measured(device)):
+        return "reference"
+    return "triton"
+
+
+@functools.cache
+def _is_measured(device: torch.device) -> bool:
+    found = torch.cuda.is_available() and torch.cuda.get_device_capability(device)
+    return found in FAST_ATTENTION
 
 
 def _takes_triton(op: str, x: Tensor) -> bool:
@@ -115,7 +127,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:  # gate[..., F], up[..., F]
 def attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int
 ) -> Tensor:  # q[T,H,E], k[T,K,E], v[T,K,E], cu_seqlens[n+1] -> [T,H,E]
-    if _takes_triton("attention", q):
+    if _takes_triton("attention", q) and (_chosen == "triton" or q.shape[2] in triton_head_sizes()):
         from kernels import attention_triton
 
         return attention_triton.attention(q, k, v, cu_seqlens, max_seqlen)

@@ -187,24 +187,36 @@ class _LinearNLL(torch.autograd.Function):
         if not has_logits:
             workspace = _workspace(len(scored), hidden, weight)
         blocks, dhidden = _blocks(weight), torch.zeros_like(hidden)
-        # float32 whatever the weight's dtype: bfloat16 sums over chunks lose small gradients.
-        dweight = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
+        dweight, add = _place_of_gradient(weight)
         parts = _chunks(scored, workspace)
         for n, part in enumerate(reversed(parts)):
             h, dlogits = hidden[part], workspace[: len(part)]
             if n or not has_logits:
                 _compute_logits(dlogits, h, blocks)
             _launch_backward(len(weight), dlogits, part, labels, dnll, dboth, lse)
-            dhidden[part] = _backward_matmuls(dweight, dlogits, h, blocks, add=n > 0).to(h.dtype)
-        if not parts:
+            dh = _backward_matmuls(dweight, dlogits, h, blocks, add or n > 0)
+            dhidden[part] = dh.to(h.dtype)
+        if not (parts or add):
             dweight.zero_()
-        workspace = dlogits = h = None  # before the cast takes memory
-        return dhidden, dweight.to(_gradients_dtype(weight)), None, None
+        workspace = dlogits = h = dh = None  # before the cast takes memory
+        if _sums_where_they_lie(weight):
+            weight.grad = dweight
+            return dhidden, None, None, None
+        return dhidden, dweight.to(weight.dtype), None, None
 
 
-def _gradients_dtype(weight: Tensor) -> torch.dtype:
-    """In which autograd wants it: float32 for the halves of training/alone.py."""
-    return weight.grad_dtype or weight.dtype if weight.is_leaf else weight.dtype
+def _sums_where_they_lie(weight: Tensor) -> bool:
+    """Whether gradients of this bfloat16 weight are summed in float32 (training/alone.py). Then a
+    row's own is never whole: at the peak of memory that saves 4 V D bytes."""
+    return weight.is_leaf and weight.dtype != torch.float32 and weight.grad_dtype == torch.float32
+
+
+def _place_of_gradient(weight: Tensor) -> tuple[Tensor, bool]:
+    """(float32 [V,D], whether something is there to be added to). float32 whatever the weight's
+    dtype: bfloat16 sums over chunks lose small gradients."""
+    if _sums_where_they_lie(weight) and weight.grad is not None:
+        return weight.grad, True
+    return torch.empty(weight.shape, dtype=torch.float32, device=weight.device), False
 
 
 def _chunks(tokens: Tensor, workspace: Tensor) -> list[Tensor]:

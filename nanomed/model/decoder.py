@@ -147,7 +147,7 @@ class Aquila(nn.Module):
 def init_weights(model: Aquila, seed: int = 0) -> None:
     """Normal with standard deviation 0.02, less for what adds to the residual stream (Radford et
     al. 2019); norms 1, biases 0. Each tensor has a generator of its own, so the values do not
-    depend on how the model is sharded."""
+    depend on how the model is sharded. A GPU draws other numbers than a CPU from the same seed."""
     std = {"o_proj.weight": 0.02 / (2 * model.config.n_layers) ** 0.5}
     std["down_proj.weight"] = std["o_proj.weight"]
     for number, (name, param) in enumerate(model.named_parameters()):

@@ -104,8 +104,8 @@ def head_moment(config: ModelConfig, c: Run, n_gpus: int) -> dict[str, float]:
     loss = {"loss's chunk": loss_chunk(config, c) + part, "gradients here": 4 * matrix + dhidden}
     if not is_plain(c):  # and its gradient, in float32 and rounded
         loss["loss's chunk"] += part + 4 * chunk(config, c) * config.d_model
-    if is_alone(c, n_gpus):
-        return kept | loss
+    if is_alone(c, n_gpus):  # added to the sum chunk by chunk
+        return kept | loss | {"gradients here": dhidden}
     cast = {"gradients here": (4 + (b if b < 4 else 0)) * matrix + dhidden}
     if is_plain(c):
         cast["loss's chunk"] = b * chunk(config, c) * config.vocab_size + part
@@ -158,6 +158,13 @@ def layer_moment(config: ModelConfig, c: Run, n_gpus: int, layers: int) -> dict[
     return parts
 
 
+def embedding_moment(config: ModelConfig, c: Run) -> dict[str, float]:
+    """Bytes while one GPU alone adds the embedding's gradient, the last one, to its sum: as it came
+    and in float32. Under FSDP the head's gradient takes as much, with all activations beside it."""
+    matrix, b = config.vocab_size * config.d_model, width(c)
+    return {"gradients here": (b + 4) * matrix + b * config.d_model * c.micro_tokens}
+
+
 def layer_params(config: ModelConfig) -> int:
     """How many parameters one layer has; all have the same number."""
     return (config.n_params() - (2 * config.vocab_size + 1) * config.d_model) // config.n_layers
@@ -170,6 +177,8 @@ def memory(config: ModelConfig, c: Run, n_gpus: int) -> dict[str, float]:
     n_full = by_layer(c.recompute, config.n_layers).count("full")
     at = {max(1, config.n_layers - 1), max(1, min(n_full, config.n_layers - 1))}
     moments = [head_moment(config, c, n_gpus), *(layer_moment(config, c, n_gpus, n) for n in at)]
+    if is_alone(c, n_gpus):
+        moments.append(embedding_moment(config, c))
     peak = max(moments, key=lambda parts: sum(parts.values()))
     parts = states(config, n_gpus, c.sum_gradients == "step") | peak
     if c.optimizer == "split_bf16":

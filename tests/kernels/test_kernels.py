@@ -203,8 +203,11 @@ def test_the_choice_is_said_with_its_reason(monkeypatch, chosen_again):
         "reference",
         "Triton is for CUDA tensors",
     )
+    monkeypatch.setattr(kernels, "_is_measured", lambda device: True)
+    assert (kernels.in_force(CUDA), kernels.reasons(CUDA)) == ("triton", "")
+    monkeypatch.setattr(kernels, "_is_measured", lambda device: False)
     assert kernels.in_force(CUDA) == "triton, attention reference"
-    assert "attention: torch's varlen_attn, until" in kernels.reasons(CUDA)
+    assert "attention: torch's varlen_attn, since" in kernels.reasons(CUDA)
     monkeypatch.setattr(kernels, "triton_error", lambda: "No module named 'triton'")
     assert kernels.in_force(CUDA) == "reference"
     assert kernels.reasons(CUDA) == "Triton does not import: No module named 'triton'"

@@ -287,3 +287,30 @@ def test_one_gpu_takes_what_fits_it(monkeypatch, capsys):
             InputError, match=r"split_host takes 107\.2 GiB of the host's memory, 107"
         ):
             stage.without_fsdp(dataclasses.replace(c, optimizer="split_host"), config, one)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_gradients_are_summed_by_their_matmuls(small):
+    """Of three rows, each no further from those of float32 than twice what sums of bfloat16
+    gradients are. The linear layers and the head go past autograd."""
+    config = dataclasses.replace(small, vocab_size=1003)
+    exact, usual, ours = (Aquila(config).to("cuda") for _ in range(3))
+    init_weights(ours)
+    split_weights(ours, "split")
+    usual.bfloat16()
+    for p, *others in zip(ours.parameters(), exact.parameters(), usual.parameters(), strict=True):
+        for other in others:
+            other.data.copy_(p.detach())
+    sums = [torch.zeros_like(p) for p in exact.parameters()]
+    for lengths in ([40], [7, 30], [9]):
+        row = row_from([range(n) for n in lengths]).to("cuda")
+        for model in (exact, usual, ours):
+            model(row).nll.sum().backward()
+        for total, p in zip(sums, usual.parameters(), strict=True):
+            total += p.grad
+            p.grad = None
+    for (name, p), q, total in zip(ours.named_parameters(), exact.parameters(), sums, strict=True):
+        assert p.grad.dtype == torch.float32
+        off, allowed = (p.grad - q.grad).norm(), 2 * (total - q.grad).norm()
+        assert off <= allowed + 1e-6 * q.grad.norm(), name
