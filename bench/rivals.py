@@ -27,10 +27,15 @@ def compiled(s: Setting, function: Callable) -> Works:
     return {"torch.compile": torch.compile(function, dynamic=False)} if s.on_gpu else {}
 
 
+def made_for_gpus(s: Setting, module: str, name: str) -> Callable | None:
+    """A function of a package that takes no tensors of a CPU, and is perhaps not installed."""
+    return installed(module, name) if s.on_gpu else None
+
+
 def rmsnorm(s: Setting, eps: float) -> Works:
     works = {"F.rms_norm": lambda x, w, eps: F.rms_norm(x, (x.shape[-1],), w, eps)}
     works |= compiled(s, reference.rmsnorm)
-    if liger := installed("liger_kernel.ops.rms_norm", "LigerRMSNormFunction"):
+    if liger := made_for_gpus(s, "liger_kernel.ops.rms_norm", "LigerRMSNormFunction"):
         works["Liger"] = liger.apply
     return works
 
@@ -54,7 +59,7 @@ def rope(s: Setting, positions: Tensor, theta: float) -> Works:
 def swiglu(s: Setting) -> Works:
     works = {"sigmoid by hand": lambda gate, up: gate * torch.sigmoid(gate) * up}
     works |= compiled(s, reference.swiglu)
-    if liger := installed("liger_kernel.ops.swiglu", "LigerSiLUMulFunction"):
+    if liger := made_for_gpus(s, "liger_kernel.ops.swiglu", "LigerSiLUMulFunction"):
         works["Liger"] = liger.apply
     return works
 
@@ -76,7 +81,7 @@ def attention(s: Setting, cu_seqlens: Tensor, max_seqlen: int) -> Works:
     if int(cu_seqlens[-1]) <= 4096:
         mask = document_mask(cu_seqlens)
         works["every score"] = lambda q, k, v, *_: every_score(q, k, v, mask)
-    if flash := installed("flash_attn", "flash_attn_varlen_func"):
+    if flash := made_for_gpus(s, "flash_attn", "flash_attn_varlen_func"):
         works["flash-attn"] = lambda q, k, v, cu, n: flash(q, k, v, cu, cu, n, n, causal=True)
     return works
 
@@ -99,7 +104,7 @@ def linear_nll(s: Setting, labels: Tensor) -> Works:
     works = {"every logit": every_logit}
     works |= {f"{name} of every logit": f for name, f in compiled(s, every_logit).items()}
     path = "liger_kernel.ops.fused_linear_cross_entropy"
-    if liger := installed(path, "LigerFusedLinearCrossEntropyFunction"):
+    if liger := made_for_gpus(s, path, "LigerFusedLinearCrossEntropyFunction"):
         # The mean over tokens, not one value each; weight gradients summed in the weight's dtype.
         works["Liger (mean)"] = lambda h, w, labels: liger.apply(h, w, labels)[0]
     works["its matmuls alone"] = lambda h, w, labels: HeadMatmuls.apply(h, w)

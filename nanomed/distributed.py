@@ -38,10 +38,12 @@ class World:
 
 
 def pick_device(asked: str) -> torch.device:
-    """`auto` is the GPU if there is one. A GPU that torch cannot use is an error, not a CPU run."""
+    """`auto` is the GPU if there is one. A GPU that torch cannot use is an error, not a CPU run,
+    unless CUDA_VISIBLE_DEVICES says that no GPU is to be seen."""
     if asked == "auto":
-        gpu_seen = os.path.exists("/proc/driver/nvidia/version")
-        asked = "cuda" if torch.cuda.is_available() or gpu_seen else "cpu"
+        is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+        is_seen = torch.cuda.is_available() or os.path.exists("/proc/driver/nvidia/version")
+        asked = "cuda" if is_seen and not is_hidden else "cpu"
     if asked == "cuda" and not torch.cuda.is_available():
         raise InputError(
             f"torch {torch.__version__} (built for CUDA {torch.version.cuda}) cannot use "

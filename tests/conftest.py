@@ -1,11 +1,15 @@
-"""Fixtures that the tests share. Everything here runs on a CPU, without network."""
+"""Fixtures that the tests share. Everything here runs on a CPU, without network.
+
+A machine's GPU is met by the tests marked `gpu` and by those of the kernels alone.
+"""
 
 import functools
 import os
 import sys
 import tempfile
-from contextlib import suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -52,6 +56,24 @@ from nanomed.text import template, tokenizer  # noqa: E402
 from tests.ranks import Pool  # noqa: E402
 
 torch.set_num_threads(1)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """Around a test and the fixtures that are made for it, of any scope."""
+    meets_gpus = item.get_closest_marker("gpu") or item.path.parent.name == "kernels"
+    with nullcontext() if meets_gpus else no_gpu():
+        return (yield)
+
+
+@contextmanager
+def no_gpu():
+    """There is no GPU for this process, nor for those that it starts."""
+    hidden = mock.patch.dict(os.environ, CUDA_VISIBLE_DEVICES="")
+    # CUDA has read that variable before, and does so once in a process.
+    absent = mock.patch.multiple(torch.cuda, is_available=lambda: False, device_count=lambda: 0)
+    with hidden, absent:
+        yield
 
 
 @pytest.fixture(autouse=True)

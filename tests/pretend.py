@@ -11,6 +11,7 @@ full of NaN. What it does not have: streams that run beside one another, NCCL, F
 """
 
 import contextlib
+import os
 from unittest import mock
 
 import torch
@@ -315,6 +316,7 @@ def pretended():
         for name, function in known.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, function))
         stack.enter_context(mock.patch.object(torch, "Generator", _Generator))
+        stack.enter_context(mock.patch.dict(os.environ, CUDA_VISIBLE_DEVICES="0,1,2,3,4,5,6,7"))
         stack.enter_context(gpu)
         yield gpu
     _current = None

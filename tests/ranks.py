@@ -56,6 +56,7 @@ class Pool:
 
 def _serve(pipe) -> None:
     torch.set_num_threads(1)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the test that started it may have seen a GPU
     while True:
         function, arguments, rank, n_ranks, folder = pipe.recv()
         try:

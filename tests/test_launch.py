@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from nanomed import distributed
-from nanomed.distributed import keep_freed_memory
+from nanomed.distributed import keep_freed_memory, pick_device
 from tests.conftest import ROOT
 from tests.training.test_exactness import metrics_of
 from tests.training.test_signals import _runs, _until
@@ -116,6 +116,26 @@ def test_a_killed_worker_takes_the_launch_down(tmp_path):
     code, output = launch.end()  # soon enough: it does not wait for what may take hours
     assert code != 0 and "Signal 9 (SIGKILL)" in output
     assert not any(map(_runs, workers))
+
+
+@pytest.mark.parametrize(
+    "visible, wanted", [("", "cpu"), ("-1", "cpu"), ("0", "cuda:0"), (None, "cuda:0")]
+)
+def test_a_gpu_that_is_hidden_is_not_taken(monkeypatch, visible, wanted):
+    """By the variable by which CUDA itself has it hidden."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert str(pick_device("auto")) == wanted
+
+
+def test_tests_meet_no_gpu():
+    """But those of tests/conftest.py; nor do the processes that they start."""
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "" and not torch.cuda.is_available()
+    assert pick_device("auto") == torch.device("cpu")
 
 
 @pytest.mark.parametrize(

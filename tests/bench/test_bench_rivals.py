@@ -1,10 +1,13 @@
 """bench/: what the kernels are compared with, and which of their passes are timed."""
 
+import inspect
 from functools import partial
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
+from torch.nn.attention.varlen import varlen_attn
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import cases, counts, kernels, measure, rivals, setting
@@ -54,15 +57,38 @@ def test_a_compiled_rivals_graph_is_kept_too():
         assert all(map(torch.equal, kernels._tuple(first), kernels._tuple(again))), what
 
 
-def test_torchs_varlen_attn_takes_part_in_bfloat16_on_a_gpu():
-    one, bf16 = torch.tensor([0, 16], dtype=torch.int32), torch.bfloat16
+ONE = torch.tensor([0, 16], dtype=torch.int32)  # the borders of a row that is one document
+
+
+def test_rivals_that_are_made_for_gpus_take_no_part_on_a_cpu(monkeypatch):
+    monkeypatch.setattr(rivals, "installed", lambda *_: mock.Mock())
+    monkeypatch.setattr(rivals, "compiled", lambda *_: {})
+    for on_gpu in (True, False):
+        s = SimpleNamespace(on_gpu=on_gpu, dtype=torch.float32)
+        all_of = rivals.swiglu(s) | rivals.attention(s, ONE, 16) | rivals.linear_nll(s, ONE)
+        found = {"Liger", "Liger (mean)", "flash-attn"} & {*all_of}
+        assert len(found) == 3 * on_gpu == 3 * ("Liger" in rivals.rmsnorm(s, 1e-5))
+
+
+@pytest.mark.parametrize("takes_groups", [True, False])
+def test_torchs_varlen_attn_takes_part_in_bfloat16_on_a_gpu(monkeypatch, takes_groups):
+    """If it takes grouped keys. An older torch's does not."""
+
+    def newer(*tensors, window_size=(-1, -1), enable_gqa=False): ...
+    def older(*tensors, window_size=(-1, -1)): ...
+
+    torchs = {"varlen_attn": newer if takes_groups else older}
+    monkeypatch.setattr(rivals, "installed", lambda _, name: torchs.get(name))
+    bf16 = torch.bfloat16
     for dtype, on_gpu in ((bf16, True), (torch.float32, True), (bf16, False)):
-        found = rivals.attention(SimpleNamespace(on_gpu=on_gpu, dtype=dtype), one, 16)
-        assert ("varlen_attn" in found) == (dtype == bf16 and on_gpu)
+        found = rivals.attention(SimpleNamespace(on_gpu=on_gpu, dtype=dtype), ONE, 16)
+        assert ("varlen_attn" in found) == (takes_groups and dtype == bf16 and on_gpu)
 
 
 def test_varlen_attn_takes_grouped_keys():
     """On the meta device, where shapes and flags are checked."""
+    if "enable_gqa" not in inspect.signature(varlen_attn).parameters:
+        pytest.skip(f"varlen_attn of torch {torch.__version__} takes no grouped keys")
     q, kv = (torch.empty(8, n, 64, dtype=torch.bfloat16, device="meta") for n in (4, 2))
     borders = torch.tensor([0, 3, 8], dtype=torch.int32)
     s = SimpleNamespace(on_gpu=True, dtype=torch.bfloat16)

@@ -115,8 +115,9 @@ def test_a_label_that_shares_the_largest_logit_is_right():
 
 @pytest.mark.parametrize("n_chunks", [1, 4])
 def test_linear_nll_computes_the_last_chunks_logits_once(monkeypatch, n_chunks):
-    n_tokens, n_ids = 29, 97
-    monkeypatch.setattr(linear_nll_chunked, "LOGITS_CPU", -(-n_tokens // n_chunks) * n_ids)
+    n_ids, chunk = 97, -(-29 // n_chunks)  # 29 of the case's tokens have a label
+    monkeypatch.setattr(linear_nll_chunked, "LOGITS_CPU", chunk * n_ids)
+    monkeypatch.setattr(linear_nll_chunked, "CHUNK_CUDA", chunk)
     check_the_last_chunk_serves_once(linear_nll_chunked.linear_nll, n_chunks)
 
 

@@ -63,8 +63,6 @@ def write(path, *records) -> str:
     ],
 )
 def test_bad_input_is_met_before_the_first_step(world, tmp_path, monkeypatch, flags, message):
-    if "cuda" in flags and torch.cuda.is_available():
-        pytest.skip("this machine has a GPU")
     (tmp_path / "FRESH").mkdir()
     (tmp_path / "USED").mkdir()
     (tmp_path / "USED/config.json").write_text("{}")
