@@ -1,5 +1,6 @@
 """bench/: what the kernels are compared with, and which of their passes are timed."""
 
+import dataclasses
 import inspect
 from functools import partial
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ import torch
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import cases, counts, kernels, measure, rivals, setting
+from bench import cases, ceilings, counts, kernels, measure, rivals, setting
 
 
 @pytest.fixture
@@ -97,17 +98,20 @@ def test_varlen_attn_takes_grouped_keys():
 
 
 def test_the_heads_matmuls_are_linear_nlls_products(tiny, monkeypatch):
-    """Over three chunks: one product forward, three in all, of the counted size."""
+    """Over three chunks: one product forward, three in all, of the counted size, but for the
+    weight's rows past a multiple of PAD."""
     monkeypatch.setattr(rivals, "chunk_tokens", lambda t, d: 4)
     case = cases.build(tiny, "linear_nll", [10])
     assert "its matmuls alone" not in list(case.works)[:2]  # what the gate compares
     hidden, weight = (x.requires_grad_() for x in case.inputs)
-    forward, backward = counts.linear_nll(tiny.config, [10], 4)
+    whole = len(weight) // ceilings.PAD * ceilings.PAD
+    config = dataclasses.replace(tiny.config, vocab_size=whole)
+    forward, backward = counts.linear_nll(config, [10], 4)
     with FlopCounterMode(display=False) as seen:
         out = case.works["its matmuls alone"](hidden, weight)
     assert seen.get_total_flops() == forward.flops and out.shape == (10,)
     with FlopCounterMode(display=False) as seen:
         dhidden, dweight = torch.autograd.grad(out.sum(), (hidden, weight))
     assert seen.get_total_flops() == backward.flops and dweight.shape == weight.shape
-    logits = (hidden[8:] @ weight.T).detach()
-    torch.testing.assert_close(dhidden[8:], logits @ weight.detach())
+    used = weight[:whole].detach()
+    torch.testing.assert_close(dhidden[8:], hidden[8:].detach() @ used.T @ used)
