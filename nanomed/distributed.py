@@ -40,15 +40,16 @@ class World:
 def pick_device(asked: str) -> torch.device:
     """`auto` is the GPU if there is one. A GPU that torch cannot use is an error, not a CPU run,
     unless CUDA_VISIBLE_DEVICES says that no GPU is to be seen."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "not set")
     if asked == "auto":
-        is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
         is_seen = torch.cuda.is_available() or os.path.exists("/proc/driver/nvidia/version")
-        asked = "cuda" if is_seen and not is_hidden else "cpu"
+        asked = "cuda" if is_seen and visible not in ("", "-1") else "cpu"
     if asked == "cuda" and not torch.cuda.is_available():
         raise InputError(
             f"torch {torch.__version__} (built for CUDA {torch.version.cuda}) cannot use "
-            f"this machine's GPU; NVIDIA driver: {_driver()}. Install the torch build that fits "
-            "the driver (README, 'Which torch'), or ask for the CPU with --device cpu."
+            f"this machine's GPU; NVIDIA driver: {_driver()}; CUDA_VISIBLE_DEVICES: "
+            f"{visible or 'empty'}. Install the torch build that fits the driver (README, 'Which "
+            "torch'), or ask for the CPU with --device cpu."
         )
     if asked != "cuda":
         return torch.device("cpu")

@@ -59,7 +59,7 @@ def write(path, *records) -> str:
         (["--init", "FRESH", "--tokenizer", "TOKENIZER"], "config.json: .*No such file"),
         (["--tokenizer", "none"], "no tokenizer at none"),
         (["--kernels", "trition"], "--kernels.*did you mean triton"),
-        (["--device", "cuda"], "cannot use this machine's GPU.*--device cpu"),
+        (["--device", "cuda"], "this machine's GPU.*DEVICES: empty.*--device cpu"),
     ],
 )
 def test_bad_input_is_met_before_the_first_step(world, tmp_path, monkeypatch, flags, message):
