@@ -304,7 +304,7 @@ def test_on_a_gpu_gradients_are_summed_by_their_matmuls(small):
             other.data.copy_(p.detach())
     sums = [torch.zeros_like(p) for p in exact.parameters()]
     for lengths in ([40], [7, 30], [9]):
-        row = row_from([range(n) for n in lengths]).to("cuda")
+        row = row_from([range(n) for n in lengths]).to(torch.device("cuda"))
         for model in (exact, usual, ours):
             model(row).nll.sum().backward()
         for total, p in zip(sums, usual.parameters(), strict=True):
