@@ -39,16 +39,14 @@ part() { # name, seconds that it needs at least, seconds that it may take, comma
 }
 
 export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True # 122 GiB of states leave little for gaps
-step=(python3 -m bench.step_gpu)
+step=(python3 -m bench.step_gpu --tokens 4096)
 part machine 5 30 python3 -m bench.measure
 part tests 20 110 python3 -m pytest -q -m "gpu and not slow" $(grep -l 'mark.gpu' tests/*/test_*.py)
 part ceilings 15 40 python3 -m bench.ceilings --tokens 8192 "${flags[@]}"
-part step 60 140 "${step[@]}" --only cpt sft dpo --tokens 8192 4096 "${flags[@]}" ||
-    part "step without Triton" 60 100 "${step[@]}" --only cpt --tokens 8192 --kernels reference \
-        "${flags[@]}"
-part "step without FSDP" 60 100 "${step[@]}" --only cpt sft --tokens 4096 --optimizer split "${flags[@]}"
-part "step, bf16 moments" 60 100 "${step[@]}" --only cpt --tokens 4096 --optimizer split_bf16 \
-    "${flags[@]}"
+part step 60 100 "${step[@]}" --only cpt sft dpo --optimizer split "${flags[@]}" ||
+    part "step without Triton" 60 100 "${step[@]}" --only sft --kernels reference "${flags[@]}"
+part "step, bf16 moments" 60 100 "${step[@]}" --only cpt sft dpo --optimizer split_bf16 "${flags[@]}"
+part "step, FSDP" 30 60 "${step[@]}" --only sft --optimizer fsdp "${flags[@]}"
 part attention 20 60 python3 -m bench.kernels --ops attention --tokens 4096 8192 "${flags[@]}"
 part kernels 30 110 python3 -m bench.kernels --ops rmsnorm linear_nll swiglu rope --tokens 8192 \
     "${flags[@]}"
@@ -56,8 +54,7 @@ part layer 20 45 python3 -m bench.kernels --ops layer --tokens 8192 "${flags[@]}
 part growth 30 75 "${step[@]}" --only scaling fsdp "${flags[@]}"
 part rows 30 120 python3 -m bench.kernels --ops attention rmsnorm swiglu rope linear_nll \
     --tokens 32768 "${flags[@]}"
-part "step, host memory" 60 100 "${step[@]}" --only cpt --tokens 4096 --optimizer split_host \
-    "${flags[@]}"
+part "step, host memory" 60 100 "${step[@]}" --only sft --optimizer split_host "${flags[@]}"
 
 if ((${#failed[@]})); then
     echo "== not whole: ${failed[*]}" | tee -a "$log"

@@ -1,7 +1,7 @@
 """Fills docs/results.md, and README's figures, from the measurements in bench/results/*.jsonl.
 
 No figure is typed: what stands between <!-- NAME --> and <!-- end of NAME --> is written here. NAME
-is a kind of measurement, `waiting` (what waits for a GPU), or `figures`.
+is a kind of measurement, `waiting` (what waits for a GPU), or README's `figures` and `gpu`.
 
 python -m bench.results            writes them
 python -m bench.results --check    fails if they are not what the files give
@@ -27,6 +27,7 @@ RIVALS = {
     "DPO: TRL as shipped": "TRL as shipped",
     "CPT: transformers loop, full rows": "a plain transformers loop over full rows of text",
 }
+WHOLE = "AquilaMed "  # begins the name of a step of all its 8.2 billion parameters
 ON_GPU = {  # by kind: its heading, and which parts of bench/ measure it there
     "ceiling": ("Ceilings", "ceilings"),
     "parity": (
@@ -34,7 +35,7 @@ ON_GPU = {  # by kind: its heading, and which parts of bench/ measure it there
         "kernels --parity --ops rmsnorm rope swiglu attention linear_nll layer",
     ),
     "kernel": ("Kernels", "kernels --tokens 4096 8192 16384 32768", "kernels --ops layer"),
-    "step": ("A training step", "step_gpu --only cpt sft --optimizer split", "step_gpu"),
+    "step": ("A training step", "step_gpu --optimizer split"),
     "scaling": ("How a step grows", "step_gpu --only scaling fsdp"),
 }
 
@@ -46,7 +47,8 @@ def filled(text: str, paths: list[Path]) -> str:
     lines, runs = read(paths)
 
     def block(found: re.Match) -> str:
-        write = {"figures": figures, "waiting": waiting}.get(found[2], partial(tables, found[2]))
+        special = {"figures": figures, "gpu": whole_steps, "waiting": waiting}
+        write = special.get(found[2], partial(tables, found[2]))
         return found[1] + write(lines, runs) + found[4]
 
     return re.sub(BLOCK, block, text)
@@ -136,6 +138,26 @@ def figures(lines: Lines, runs: Runs) -> str:
         )
     wrap = dict(width=100, initial_indent="  ", subsequent_indent="    ")
     return "".join(textwrap.fill(part, **wrap) + "\n" for part in parts)
+
+
+def whole_steps(lines: Lines, runs: Runs) -> str:
+    """README's table: AquilaMed's step on a GPU, of rows of chats, pairs, or one document each."""
+    rows = [
+        {
+            "GPU": runs[line["run"]]["gpu"],
+            "stage": line["name"].removeprefix(WHOLE),
+            "tokens a row": line["shapes"]["row"],
+            **{f"`--{flag}`": line["facts"][flag] for flag in ("optimizer", "recompute")},
+            "tokens/s": line["facts"]["real_tokens_per_s"],
+            "MFU": line["facts"]["MFU"],
+            "peak GiB": round(line["facts"]["peak_GiB"], 1),
+            "predicted": round(line["facts"]["predicted_GiB"], 1),
+        }
+        for line in lines
+        if line["name"].startswith(WHOLE)
+        and (line["shapes"]["documents"] <= 16 or "CPT" not in line["name"])
+    ]
+    return table(rows) + "\n"
 
 
 def _times(ratio: str) -> str:

@@ -8,7 +8,7 @@ def chunk_tokens(n_tokens: int, d_model: int) -> int:
     Small chunks cost time: each adds its part to the head's float32 gradient, reading and writing
     8 V D bytes beside matmuls of 6 C V D operations. An H100 moves 3.35e12 bytes and computes
     about 7e14 operations in a second, so this takes 280 / C of the matmuls' time: 27% at 1,024
-    tokens, 7% at 4,096, 3% at 8,192 (computed, not measured). Large chunks cost memory: 2 C V bytes
+    tokens, 7% at 4,096, 3% at 8,192 (computed). Large chunks cost memory: 2 C V bytes
     of logits in bfloat16, beside the 4 V D of that gradient; C = 2 D takes as much again. Both
     costs grow with V alike, so the best C depends on D alone: most_tokens(D).
     """

@@ -20,7 +20,7 @@ from nanomed.run.log import flops_of
 from nanomed.stages import memory
 from nanomed.stages.hardware import REACHED, Hardware
 
-ROOM = 1.0  # GiB that advice and `auto` leave free: no prediction was measured on a GPU
+ROOM = 1.0  # GiB that advice and `auto` leave free: nothing was measured on several GPUs
 
 
 def copies(c: Run, hw: Hardware) -> int:

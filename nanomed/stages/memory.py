@@ -14,7 +14,7 @@ import torch
 
 from kernels.chunk import most_tokens
 from kernels.linear_nll_chunked import CHUNK_CUDA
-from nanomed.config import OPTIMIZER_BYTES, SAVED_BYTES, WEIGHT_BYTES, ModelConfig, Run
+from nanomed.config import DPO, OPTIMIZER_BYTES, SAVED_BYTES, WEIGHT_BYTES, ModelConfig, Run
 from nanomed.model.recompute import by_layer
 
 GIB = 2**30
@@ -61,6 +61,8 @@ def kept_per_token(config: ModelConfig, c: Run, policy: str) -> dict[str, float]
         "gate, up": 2 * b * f,
         "dropout masks": 2 * d * (c.dropout > 0),
     }
+    if isinstance(c, DPO):  # for each segment, and once for a pair's prompt
+        kept["attention's output by token"] = b * q
     if config.qk_norm:  # plain: their inputs in float32, and their values before the weight
         size = 4 + b if is_plain(c) else b
         kept["inside norms of q, k"] = size * (q + kv) + 4 * (config.n_heads + config.n_kv_heads)

@@ -16,7 +16,7 @@ from tests.conftest import ROOT
 from tests.training.test_exactness import metrics_of
 
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-GPU = [pytest.mark.gpu, NEEDS_GPU]
+GPU = [pytest.mark.gpu, pytest.mark.slow, NEEDS_GPU]  # half a minute each
 STEPS = "--steps=12", "--log_every=1", "--eval_every=6"
 # A GPU draws other fresh weights than a CPU, so all begin with the same ones, and learn much.
 LIKE_FRESH = "--lr=1e-3", "--batch_size=8", "--val_fraction=0.1"
