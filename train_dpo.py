@@ -111,7 +111,7 @@ def main() -> None:
         shows = stage.may_show_text(c) and len(loader.val)
         if not run.resume_from:
             pairs_alone = loss(dataclasses.replace(c, sft_weight=0.0))
-            check_start(model, loader, pairs_alone, dtype == torch.float32, run)
+            check_start(model, loader, pairs_alone, c.beta, dtype == torch.float32, run)
             if shows:
                 show_answers(model, encoder, loader, run, "the model as it starts")
         fit(c, model, loader, loss(c), run)

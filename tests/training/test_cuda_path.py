@@ -185,7 +185,9 @@ def test_the_reference_of_dpo_on_a_gpu(gpu, small, tmp_path):
     reference = reference_logps(model, loader, run, {"data": "x"})
     assert reference.is_cuda
     kinds = torch.zeros(24, dtype=torch.int64, device=CUDA)
-    check_start(model, loader, train_dpo.preference_loss(reference, kinds, [], c), True, run)
+    check_start(
+        model, loader, train_dpo.preference_loss(reference, kinds, [], c), c.beta, True, run
+    )
 
 
 # ---------------------------------------------------------------- copies, generation
