@@ -130,6 +130,12 @@ def policies(config: ModelConfig) -> list[str]:
     return ["none", "lean", *(f"full:{n}" for n in range(1, config.n_layers)), "full"]
 
 
+def stays_on_the_gpu(config: ModelConfig, c: Run, hw: Hardware) -> str:
+    """The fastest --recompute with which one GPU holds all that --optimizer split keeps; or ""."""
+    ways = (dataclasses.replace(c, recompute=p, optimizer="split") for p in policies(config))
+    return next((way.recompute for way in ways if fits(config, way, hw)), "")
+
+
 def advice(config: ModelConfig, c: Run, hw: Hardware, step: Step) -> Run | None:
     """The settings of speed and memory, of those that fit, with which a step takes least; of equal
     ones that with the fewest and then the shortest rows. None if nothing fits."""

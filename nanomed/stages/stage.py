@@ -174,7 +174,10 @@ def without_fsdp(c: Run, config: ModelConfig, world: World) -> str:
         chosen = ""
     if not link.fits(config, way, hw):
         chosen = ""
-    print(f"optimizer: {chosen + ', without FSDP' if chosen else 'by FSDP'}", flush=True)
+    said = f"{chosen}, without FSDP" if chosen else "by FSDP"
+    if chosen == "split_host" and (policy := link.stays_on_the_gpu(config, c, hw)):
+        said += f"; --recompute {policy} would fit without the host's memory, which is faster"
+    print(f"optimizer: {said}", flush=True)
     return chosen
 
 

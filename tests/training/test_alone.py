@@ -283,6 +283,11 @@ def test_one_gpu_takes_what_fits_it(monkeypatch, capsys):
             assert (f"{wanted}, without" if wanted else "by FSDP") in capsys.readouterr().out
             planned = link.decided(config, c, Hardware(1, gpu_gib, 1.0, 1.0)).optimizer
             assert planned == ("auto" if wanted == "split" else "split_host")
+        gpu.total_memory = 140 * memory.GIB
+        monkeypatch.setattr(stage, "host_room", lambda: 108 * memory.GIB)
+        assert stage.without_fsdp(dataclasses.replace(c, recompute="none"), config, one)
+        assert "split_host, without FSDP; --recompute lean would fit" in capsys.readouterr().out
+        monkeypatch.setattr(stage, "host_room", lambda: 107 * memory.GIB)
         with pytest.raises(
             InputError, match=r"split_host takes 107\.2 GiB of the host's memory, 107"
         ):
