@@ -104,6 +104,10 @@ def launch(op: str, n: int) -> None:
         out = module.rmsnorm(tensor(n, 4096), tensor(4096), 1e-5)
     elif op == "swiglu":
         out = module.swiglu(tensor(n, 14336), tensor(n, 14336))
+    elif op == "split_adamw":
+        numbers = [torch.zeros(16 * n, dtype=d) for d in (torch.bfloat16, torch.int16)]
+        numbers += [torch.zeros(16 * n) for _ in range(3)]
+        return module.adamw(*numbers, torch.tensor(0.5), n, 1e-3, (0.9, 0.95), 1e-8, 0.1)
     elif op == "rope":
         q, k, _ = tensor(n, 48, 128).split((32, 8, 8), 1)
         out = torch.cat(module.rope(q, k, lists, 1e6), 1)
@@ -118,7 +122,7 @@ def main(architecture: int, ops: list[str], n_tokens: list[int], folder: Path) -
     reports = {}
     for op in ops:
         module = importlib.import_module(f"kernels.{op}_triton")
-        names = [name for name in ("_forward", "_backward") if hasattr(module, name)]
+        names = [name for name in ("_forward", "_backward", "_step") if hasattr(module, name)]
         kernels = compiling(architecture, module, tuple(names))
         for n in n_tokens:
             launch(op, n)

@@ -1,10 +1,14 @@
 """The Triton step of AdamW on weights in two halves: on a GPU, or in the interpreter."""
 
+import importlib.util
+
 import pytest
 import torch
 
 from kernels import split_adamw, split_adamw_triton
 from kernels.split_adamw import join, split
+from tests import aot
+from tests.conftest import ROOT
 from tests.kernel_cases import DEVICE
 
 CONSTANTS = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
@@ -45,16 +49,53 @@ def in_float64(n: int, scale: torch.Tensor | None) -> list[torch.Tensor]:
     return [p.detach(), optimizer.state[p]["exp_avg"], optimizer.state[p]["exp_avg_sq"]]
 
 
-@pytest.mark.parametrize("scaled", [False, True])
-@pytest.mark.parametrize("n", [1, 2047, 5000])
-def test_it_is_as_exact_as_torchs(n, scaled):
+def check(adamw, n: int, scaled: bool) -> None:
     """Each number is off by at most a few roundings of float32 in all seven steps."""
     scale = torch.tensor(0.37, device=DEVICE) if scaled else None
-    ours, usual = (steps(op.adamw, n, scale) for op in (split_adamw_triton, split_adamw))
+    ours, usual = (steps(op, n, scale) for op in (adamw, split_adamw.adamw))
     for mine, theirs, true in zip(ours, usual, in_float64(n, scale), strict=True):
         size = true.abs().max().clamp(min=7 * CONSTANTS["lr"])  # what the steps moved
         assert (mine - true).abs().max() <= 2 * (theirs - true).abs().max() + 3e-7 * size
         assert mine.isfinite().all()
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("n", [1, 2047, 5000])
+def test_it_is_as_exact_as_torchs(n, scaled):
+    check(split_adamw_triton.adamw, n, scaled)
+
+
+@pytest.mark.parametrize(
+    "right, wrong",
+    [
+        ("w -= decay * w", "w -= lr * decay * w"),
+        ("rest2 * g * g", "rest1 * g * g"),
+        ("tl.sqrt_rn(v) / unbias2 + eps", "tl.sqrt_rn(v / unbias2) + eps"),
+        ("if SCALED", "if not SCALED"),
+        ("upper = (bits + 0x8000) >> 16", "upper = bits >> 16"),
+        ("(upper << 16) + low", "(upper << 16) | low"),
+        ("tl.store(square_ptr + i, v, mask=inside)", "tl.store(square_ptr + i, v, mask=i + 1 < n)"),
+    ],
+)
+def test_a_planted_bug_is_seen(right, wrong, tmp_path):
+    text = (ROOT / "kernels/split_adamw_triton.py").read_text("utf-8")
+    assert text.count(right) == 1
+    path = tmp_path / "mutant.py"
+    path.write_text(text.replace(right, wrong), "utf-8")
+    spec = importlib.util.spec_from_file_location("mutant", path)
+    mutant = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(mutant)
+    with pytest.raises(AssertionError):
+        check(mutant.adamw, 100, True)
+        check(mutant.adamw, 100, False)
+
+
+@pytest.mark.parametrize("architecture", [90, 80])
+def test_compiled_once_and_nothing_is_spilled(architecture, tmp_path):
+    """For GPUs that are not here, whatever the number of weights."""
+    reports = aot.elsewhere("tests.aot", tmp_path, architecture, ["split_adamw"], [1, 3, 16])
+    (made,) = reports.values()
+    assert (made["times"], made["stack"]) == (1, 0)
 
 
 def test_narrow_moments_are_neighbours_and_right_on_average():
