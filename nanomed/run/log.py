@@ -260,7 +260,7 @@ class Meter:
         """Rates since the last call, from the counts summed over all ranks."""
         seconds = time.perf_counter() - self.started
         values = {"tokens_per_s": tokens / seconds, "peak_memory_gb": peak_memory() / 2**30}
-        if (peak := _peak_flops()) is not None:
+        if (peak := peak_flops()) is not None:
             flops = flops_of(self.config, computed, squares)
             values["mfu_causal"] = flops / seconds / (peak * self.world_size)
         self.restart()
@@ -275,7 +275,8 @@ def flops_of(config: ModelConfig, tokens: float, squares: float) -> float:
     return 6 * matmul * tokens + 6 * config.n_layers * config.q_size * squares
 
 
-def _peak_flops() -> float | None:
+def peak_flops() -> float | None:
+    """Of this run's GPU, if it has one that is known."""
     name = torch.cuda.get_device_name() if _peak_on_gpu() else ""
     return next((peak for gpu, peak in PEAK_FLOPS.items() if gpu in name), None)
 
@@ -301,5 +302,5 @@ def step_line(step: int, n_steps: int, values: dict[str, float]) -> str:
         f"mem {values['peak_memory_gb']:.2f} GiB",
     ]
     if "mfu_causal" in values:
-        parts.append(f"MFU {values['mfu_causal']:.1%} (causal count, of the data sheet's bf16)")
+        parts.append(f"MFU {values['mfu_causal']:.1%}")
     return "  ".join(parts)

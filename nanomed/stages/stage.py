@@ -18,7 +18,7 @@ from nanomed.meeting import rank_from_env
 from nanomed.model.decoder import Aquila, init_weights
 from nanomed.model.recompute import set_recompute
 from nanomed.run import checkpoint, tensorboard
-from nanomed.run.log import RunFolder
+from nanomed.run.log import RunFolder, peak_flops
 from nanomed.stages import data_report, link, memory
 from nanomed.stages.hardware import Hardware
 from nanomed.stages.host import host_room
@@ -290,6 +290,7 @@ def announce(
     run.print(
         f"model: {config.n_params():,} parameters, masters and gradient sums in float32, "
         f"computing in {dtype} on {run.world.size} x {name}"
+        + (f" (MFU: of {peak / 1e12:.0f} TFLOP/s, causal count)" if (peak := peak_flops()) else "")
     )
     kept = getattr(model, "sharing", None)  # none without FSDP
     if kept and (run.world.size > 1 or kept.once):
