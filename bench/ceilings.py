@@ -39,8 +39,8 @@ def head(s: Setting, t: int) -> None:
     v, d = s.config.vocab_size, s.config.d_model
     hidden, weight = (s.randn(n, d) for n in (t, v))
     hidden_grad, weight_grad = torch.empty_like(hidden), torch.empty_like(weight)
-    works = {}
-    for z in (s.randn(t, v), padded(t, v, s), padded(t, v, s)[:, : v // PAD * PAD]):
+    padded, works = s.randn(t, -(-v // PAD) * PAD), {}
+    for z in (s.randn(t, v), padded[:, :v], padded[:, : v // PAD * PAD]):
         n = z.shape[1]
         w, dw, count = weight[:n], weight_grad[:n], 2 * t * n * d
         about = f"{n:,} columns, rows {z.stride(0):,} apart"
@@ -50,11 +50,6 @@ def head(s: Setting, t: int) -> None:
             f"head, dweight, {about}": (lambda z=z, dw=dw: torch.mm(z.T, hidden, out=dw), count),
         }
     _rates(s, works)
-
-
-def padded(t: int, v: int, s: Setting) -> Tensor:
-    """Random [t, v] whose rows start at multiples of PAD elements."""
-    return s.randn(t, -(-v // PAD) * PAD)[:, :v]
 
 
 def _rates(

@@ -1,7 +1,7 @@
 """Fills docs/results.md, and README's figures, from the measurements in bench/results/*.jsonl.
 
 No figure is typed: what stands between <!-- NAME --> and <!-- end of NAME --> is written here. NAME
-is a kind of measurement, `waiting` (what waits for a GPU), or README's `figures` and `gpu`.
+is a kind of measurement, or one of README's, `figures` and `gpu`.
 
 python -m bench.results            writes them
 python -m bench.results --check    fails if they are not what the files give
@@ -28,16 +28,6 @@ RIVALS = {
     "CPT: transformers loop, full rows": "a plain transformers loop over full rows of text",
 }
 WHOLE = "AquilaMed "  # begins the name of a step of all its 8.2 billion parameters
-ON_GPU = {  # by kind: its heading, and which parts of bench/ measure it there
-    "ceiling": ("Ceilings", "ceilings"),
-    "parity": (
-        "Correct first",
-        "kernels --parity --ops rmsnorm rope swiglu attention linear_nll layer",
-    ),
-    "kernel": ("Kernels", "kernels --tokens 4096 8192 16384 32768", "kernels --ops layer"),
-    "step": ("A training step", "step_gpu --optimizer split"),
-    "scaling": ("How a step grows", "step_gpu --only scaling fsdp"),
-}
 
 Lines, Runs = list[dict], dict[str, dict]  # measurements; where each was taken
 
@@ -47,8 +37,8 @@ def filled(text: str, paths: list[Path]) -> str:
     lines, runs = read(paths)
 
     def block(found: re.Match) -> str:
-        special = {"figures": figures, "gpu": whole_steps, "waiting": waiting}
-        write = special.get(found[2], partial(tables, found[2]))
+        of_readme = {"figures": figures, "gpu": whole_steps}
+        write = of_readme.get(found[2], partial(tables, found[2]))
         return found[1] + write(lines, runs) + found[4]
 
     return re.sub(BLOCK, block, text)
@@ -58,23 +48,13 @@ def tables(kind: str, lines: Lines, runs: Runs) -> str:
     parts = []
     for run in dict.fromkeys(line["run"] for line in lines if line["kind"] == kind):
         its = [line for line in lines if (line["kind"], line["run"]) == (kind, run)]
-        by = f", by {commands(kind)}" if "gpu" in runs[run] else ""
-        parts.append(f"{machine(runs[run])}{by}:\n")
+        parts.append(f"{machine(runs[run])}:\n")
         for sizes in dict.fromkeys(tuple(line["shapes"]) for line in its):
             alike = [shown(line) for line in its if tuple(line["shapes"]) == sizes]
             parts.append(f"{table(alike)}\n")
         parts += fastest(its)
         parts += [f"{note}.\n" for note in dict.fromkeys(x["convention"] for x in its) if note]
     return "\n".join(parts)
-
-
-def commands(kind: str) -> str:
-    return " and ".join(f"`python -m bench.{part}`" for part in ON_GPU[kind][1:])
-
-
-def waiting(lines: Lines, runs: Runs) -> str:
-    kinds = ON_GPU.keys() - {line["kind"] for line in lines if "gpu" in runs[line["run"]]}
-    return "".join(f"- {ON_GPU[k][0]}: {commands(k)}\n" for k in ON_GPU if k in kinds)
 
 
 def fastest(lines: list[dict]) -> list[str]:

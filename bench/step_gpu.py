@@ -1,14 +1,12 @@
 """The full AquilaMed step on one GPU: CPT, SFT and DPO, in its parts, against what the GPU can do.
 
-    python -m bench.step_gpu [--tokens 8192 65536] [--only cpt scaling fsdp]
+    python -m bench.step_gpu [--tokens 4096 8192] [--only cpt scaling fsdp] [--optimizer split]
     python -m bench.step_gpu --device cpu --quick          the same code with a tiny model
 
-The weights are initialised on the device from a seed, float32 masters and moments. Documents are
-random tokens: CPT's are all as long (4,096; 1,024 and 256 at the first size of a row), SFT's have
-the lengths of real medical chats in a fixed order (bench/cases.py), a pair is two such chats.
-Rows of up to 65,536 tokens beside the states of 8.2 billion parameters need more than one GPU has:
-how the step grows, and what FSDP2 costs, is measured with AquilaMed cut to four layers.
-Nothing but nanomed's core packages is needed.
+Weights are initialised on the device from a seed. Documents are random tokens: CPT's are all as
+long (4,096; 1,024 and 256 at the first size of a row), SFT's have the lengths of real medical chats
+in a fixed order (bench/cases.py), a pair is two such chats. How the step grows, up to rows of
+65,536 tokens, and what FSDP2 costs is measured with AquilaMed cut to four layers.
 """
 
 import dataclasses
@@ -26,7 +24,7 @@ from kernels.chunk import even
 from nanomed.config import CPT, DPO, SFT, ModelConfig, Run
 from nanomed.distributed import start
 from nanomed.model.recompute import set_recompute
-from nanomed.run.log import PEAK_FLOPS
+from nanomed.run.log import peak_flops
 from nanomed.stages import link, memory
 from nanomed.training.alone import split_weights
 from nanomed.training.optim import adamw
@@ -143,8 +141,7 @@ def measure(s: Setting, stage: str, ours: Ours, rounds: int) -> dict:
     lengths = [n for row in packed for n in row.cu_seqlens.diff().tolist()]
     c = dataclasses.replace(ours.c, micro_tokens=longest, seq_len=2)
     counted, executed = flops(s.config, lengths, c)
-    name = torch.cuda.get_device_name() if s.on_gpu else "a CPU, no data sheet"
-    peak = next((p for gpu, p in PEAK_FLOPS.items() if gpu in name), None)
+    peak, name = peak_flops(), torch.cuda.get_device_name() if s.on_gpu else ""
     rate = rounds / sum(seconds)
     predicted = memory.memory(s.config, c, s.world.size)
     return s.results.add(

@@ -19,31 +19,22 @@ def test_the_page_of_results_and_readmes_figures_are_what_the_files_give():
         text = path.read_text("utf-8")
         assert results.filled(text, files) == text, "python -m bench.results"
     blocks = [name for _, name, *_ in re.findall(results.BLOCK, results.PAGE.read_text("utf-8"))]
-    assert {*blocks} == {"waiting", *(line["kind"] for line in measure.read(files)[0])}
+    assert {*blocks} == {*(line["kind"] for line in measure.read(files)[0])}
 
 
-def test_a_page_shows_what_was_measured_and_lists_what_waits_for_a_gpu(tmp_path):
+def test_a_page_shows_what_was_measured(tmp_path):
     path = tmp_path / "x.jsonl"
     found = measure.Results(path)
     found.add("step", "CPT", [2.0], shapes={"T": 4096}, convention="MFU counts causal pairs")
     found.add("step", "start", [1.0, 2.0])
     found.add("a new kind", "x", [3], "GiB")
     page = "# Title\n<!-- step -->\nold\n<!-- end of step -->\n"
-    page += "<!-- waiting -->\n<!-- end of waiting -->\n"
     text = results.filled(page, [path])
-    step, waiting = text.split("<!-- end of step -->")
+    step = text.partition("<!-- end of step -->")[0]
     assert "2,000" in step and "MFU counts causal pairs." in step and "old" not in step
     assert step.count("| name ") == 2  # other sizes, another table
-    assert "step_gpu" not in step and "GiB" not in step and step.startswith("# Title")
-    for kind, (title, *_) in results.ON_GPU.items():
-        assert f"- {title}: {results.commands(kind)}\n" in waiting
+    assert "GiB" not in step and step.startswith("# Title")
     assert results.filled(text, [path]) == text
-    # Measured there: it waits no more, and the command is the GPU's.
-    path.write_text(
-        path.read_text().replace('"device"', '"gpu": "H200", "memory_gib": 1, "cuda": 1, "device"')
-    )
-    text = results.filled(page, [path])
-    assert "by `python -m bench.step_gpu" in text and "A training step: " not in text
     path.write_text(path.read_text().replace("2.0]", "2.5]"))
     assert results.filled(page, [path]) != text
 
