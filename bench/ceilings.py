@@ -10,7 +10,6 @@ do; but cuBLAS asks for sizes at multiples of 8, too, which the first 151,808 co
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
 from bench.measure import interleaved, quartiles, show
 from bench.setting import Setting, arguments, flags

@@ -288,9 +288,16 @@ def test_the_mask_of_documents():
     assert rivals.document_mask(borders).int().tolist() == [[1, 0, 0], [0, 1, 0], [0, 1, 1]]
 
 
-def test_head_rows_are_padded(tiny):
-    z = ceilings.padded(3, 151_851, tiny)
-    assert z.shape == (3, 151_851) and z.stride() == (151_936, 1)
+def test_the_heads_matmuls_with_padded_rows(tiny):
+    """The logits as they are, in padded rows, and of those the columns up to a multiple of 128."""
+    ceilings.head(tiny, 3)
+    names = [line["name"] for line in tiny.results.lines]
+    assert [name for name in names if "logits" in name] == [
+        "head, logits, 1,003 columns, rows 1,003 apart",
+        "head, logits, 1,003 columns, rows 1,024 apart",
+        "head, logits, 896 columns, rows 1,024 apart",
+    ]
+    assert len(names) == 9
 
 
 def test_a_layer_is_judged_in_every_version_of_ours(tiny):
