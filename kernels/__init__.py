@@ -15,8 +15,8 @@ __all__ = ["attention", "linear_nll", "rmsnorm", "rope", "swiglu", "update_split
 
 CHOICES = ("auto", "triton", "reference")
 
-# Where Triton's attention was measured, and was faster than torch's own (docs/results.md).
-FAST_ATTENTION = ((9, 0),)  # compute capability: H100, H200
+# Where Triton's attention is faster than torch's own: as measured on an H200 (docs/results.md).
+FAST_ATTENTION = ((9, 0),)  # compute capability: H100 and H200, whose cores are the same
 HALF = (torch.bfloat16, torch.float16)  # in float32 its matmuls use no tensor cores
 
 _chosen = "auto"
@@ -82,7 +82,6 @@ def _version(op: str, device: torch.device, dtype: torch.dtype = torch.bfloat16)
     return "triton"
 
 
-@functools.cache
 def _is_measured(device: torch.device) -> bool:
     found = torch.cuda.is_available() and torch.cuda.get_device_capability(device)
     return found in FAST_ATTENTION

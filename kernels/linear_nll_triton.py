@@ -207,8 +207,10 @@ class _LinearNLL(torch.autograd.Function):
 
 def _sums_where_they_lie(weight: Tensor) -> bool:
     """Whether gradients of this bfloat16 weight are summed in float32 (training/alone.py). Then a
-    row's own is never whole: at the peak of memory that saves 4 V D bytes."""
-    return weight.is_leaf and weight.dtype != torch.float32 and weight.grad_dtype == torch.float32
+    row's own is never whole: at the peak of memory that saves 4 V D bytes. A frozen weight has no
+    such sum."""
+    is_summed = weight.is_leaf and weight.requires_grad and weight.dtype != torch.float32
+    return is_summed and weight.grad_dtype == torch.float32
 
 
 def _place_of_gradient(weight: Tensor) -> tuple[Tensor, bool]:

@@ -14,16 +14,6 @@ BLOCK, WARPS = 512, 4  # weights of a program, 4 for each thread: 8 took half as
 
 
 @triton.jit
-def _random_bits(i, seed):
-    """32 bits that look random, of i and the seed, by multiplying and shifting (constants: Wellons'
-    lowbias32). Triton's own generator takes ten times as many instructions, half of a step."""
-    x = i.to(tl.uint32) + seed.to(tl.uint32) * 0x9E3779B9
-    x = (x ^ (x >> 16)) * 0x7FEB352D
-    x = (x ^ (x >> 15)) * 0x846CA68B
-    return x ^ (x >> 16)
-
-
-@triton.jit
 def _rounded_at_random(x, random):
     """float32 -> the bits of one of its two neighbours in bfloat16; `random` is 16 bits."""
     return ((x.to(tl.int32, bitcast=True) + random) >> 16).to(tl.int16)

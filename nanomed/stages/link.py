@@ -40,9 +40,11 @@ def fits(config: ModelConfig, c: Run, hw: Hardware) -> bool:
 def decided(config: ModelConfig, c: Run, hw: Hardware) -> Run:
     """The settings with `auto` of --nodes_share and --sum_gradients decided: of the ways that fit
     the one that exchanges least, else the one that takes least memory. On one GPU --optimizer may
-    become split_host; one that stays `auto` is split. Raises InputError where it cannot be."""
+    become split_host; one that stays `auto` is split. On several it is fsdp, even where each GPU
+    is a node that holds a whole model. Raises InputError where it cannot be."""
     bf16 = c.dtype != "fp32"
     refuse_split(c, hw.n_gpus, bf16)
+    c = dataclasses.replace(c, optimizer="fsdp") if hw.n_gpus > 1 else c
     nodes = ["replicate"] * (hw.n_nodes > 1) + ["shard"]
     nodes = nodes if c.nodes_share == "auto" else [c.nodes_share]
     sums = ["step", "row"] if c.sum_gradients == "auto" else [c.sum_gradients]

@@ -229,7 +229,7 @@ def export(c: Run, model: Aquila, encoder: template.Encoder, run: RunFolder) -> 
     if run.world.device.type == "cuda":
         kept = getattr(model, "sharing", Sharing())
         c = dataclasses.replace(c, sum_gradients="step" if kept.once else "row")
-        c = dataclasses.replace(c, optimizer=getattr(model, "split_as", c.optimizer))
+        c = dataclasses.replace(c, optimizer=getattr(model, "split_as", "fsdp"))
         run.print(memory.compared(model.config, c, run.world.size // kept.copies))
     if unsaid(model.config):  # announce() has warned
         return run.print(f"not exported; run folder: {run.path.absolute()}")

@@ -219,6 +219,15 @@ def test_the_choice_is_said_with_its_reason(monkeypatch, chosen_again):
         kernels.use("cuda")
 
 
+def test_the_gpu_is_asked_anew(monkeypatch):
+    """A test that hides the GPU must not decide for one that meets it later in the process."""
+    pytest.importorskip("triton")
+    for capability, attention in (((8, 0), ", attention reference"), ((9, 0), "")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_, it=capability: it)
+        assert kernels.in_force(CUDA) == "triton" + attention
+
+
 def test_a_call_goes_to_what_is_chosen_at_that_time(monkeypatch, chosen_again):
     triton = SimpleNamespace(swiglu=lambda gate, up: "triton")
     monkeypatch.setattr(kernels, "swiglu_triton", triton, raising=False)

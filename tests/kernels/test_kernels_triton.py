@@ -118,6 +118,34 @@ def test_head_without_any_label_has_a_graph_and_zero_gradients():
     assert not hidden.grad.any() and not weight.grad.any()
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("v", [29, 128, 131])
+def test_the_head_adds_to_the_sum_of_gradients_unless_it_is_frozen(monkeypatch, v, frozen):
+    """float32 sums of a bfloat16 weight, over two rows of three chunks each, one with no label."""
+
+    def matmul(out, a, b, add):  # a CPU has no product of bfloat16 in float32
+        out.copy_(a.float() @ b.float() + (out if add else 0))
+
+    monkeypatch.setattr(module_of("linear_nll"), "_matmul", matmul)
+    monkeypatch.setattr(module_of("linear_nll"), "chunk_tokens", lambda n, d: 4)
+    weight = torch.nn.Parameter(torch.randn(v, 6, device=DEVICE).bfloat16())
+    weight.grad_dtype = torch.float32
+    weight.requires_grad_(not frozen)
+    exact, losses = weight.detach().double().requires_grad_(), []
+    for n in (10, 0, 9):
+        hidden = torch.randn(n + 2, 6, device=DEVICE).bfloat16().requires_grad_()
+        labels = torch.tensor([*range(n), -100, -100], device=DEVICE)
+        triton_op("linear_nll")(hidden, weight, labels)[0].sum().backward()
+        losses.append(reference.linear_nll(hidden.detach().double(), exact, labels)[0].sum())
+        assert (n == 0) == (not hidden.grad.any())
+    if frozen:
+        assert weight.grad is None
+        return
+    sum(losses).backward()
+    assert weight.grad.dtype == torch.float32
+    assert (weight.grad - exact.grad).norm() < 1e-2 * exact.grad.norm()
+
+
 def test_a_label_outside_the_vocabulary_is_nan():
     hidden, weight = torch.randn(2, 6, device=DEVICE), torch.randn(29, 6, device=DEVICE)
     labels = torch.tensor([28, 29], device=DEVICE)

@@ -204,7 +204,18 @@ def test_auto_is_what_fits():
         "16x20,312,300": ("shard", "row"),
     }
     asked = dataclasses.replace(c, nodes_share="shard", sum_gradients="row")
-    assert link.decided(MED, asked, parse_hardware("16xA100-80G")) == asked
+    decided = link.decided(MED, asked, parse_hardware("16xA100-80G"))
+    assert decided == dataclasses.replace(asked, optimizer="fsdp")
+
+
+def test_nodes_of_one_gpu_are_counted_with_fsdps_copies():
+    """A whole model on each of two is not what one GPU alone holds: it fits as FSDP's does."""
+    c = SFT(recompute="lean", micro_tokens=4096, dtype="bf16", kernels="triton")
+    copies = dataclasses.replace(c, nodes_share="replicate", sum_gradients="row")
+    nodes = Hardware(2, 139.5, 1, 1, per_node=1)  # it takes 137.4 GiB alone, 142.3 with FSDP
+    needed = link.gib(MED, dataclasses.replace(copies, optimizer="fsdp"), nodes)
+    assert link.gib(MED, link.decided(MED, copies, nodes), nodes) == needed > nodes.gib
+    assert link.decided(MED, c, nodes).nodes_share == "shard"
 
 
 # ---------------------------------------------------------------- --hardware
