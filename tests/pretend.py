@@ -128,7 +128,7 @@ class Pretended(Tensor):
         _refuse_mixtures(func, args, kwargs)
         if _waits(func, args, kwargs):
             _current.waits.append(str(func))
-        inner = _ATTENTION.get(str(func), func)
+        inner = _FOR_GPUS_ALONE.get(str(func), func)
         out = inner(*tree_map(_inside, args), **tree_map(_inside, kwargs))
         if func is aten._local_scalar_dense.default:
             return out
@@ -274,9 +274,20 @@ def _varlen_backward(dout, q, k, v, out, lse, cu_q, *_, **__):
     return dq, *(x.unflatten(1, (n_kv, -1)).sum(2).to(q.dtype) for x in (dk, dv))
 
 
-_ATTENTION = {
+def _wide_mm(a: Tensor, b: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """A product in a wider format than its factors'."""
+    return a.to(out_dtype) @ b.to(out_dtype)
+
+
+def _wide_addmm(total: Tensor, a: Tensor, b: Tensor, out_dtype: torch.dtype, *, out: Tensor):
+    return torch.addmm(total, a.to(out_dtype), b.to(out_dtype), out=out)
+
+
+_FOR_GPUS_ALONE = {
     "torch_attn._varlen_attn.default": _varlen,
     "torch_attn._varlen_attn_backward.default": _varlen_backward,
+    "aten.mm.dtype": _wide_mm,
+    "aten.addmm.dtype_out": _wide_addmm,
 }
 
 
