@@ -74,13 +74,18 @@ def segments(encoder) -> list[tuple[list[int], list[bool]]]:
 
 
 def test_logits_of_a_packed_row(folder, theirs, segments):
-    row, start = row_from([ids for ids, _ in segments]), 0
+    """As near to float64's as transformers' are in float32: of logits up to 39, 1e-4 off."""
+    from transformers import AutoModelForCausalLM
+
+    exact = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+    row = row_from([ids for ids, _ in segments])
     with torch.no_grad():
-        ours = hf.load(folder)(row, logits=True)
-        for ids, _ in segments:
-            expected = theirs(torch.tensor([ids])).logits[0]
-            assert (ours[start : start + len(ids)] - expected).abs().max() < 1e-4
-            start += len(ids)
+        packed = hf.load(folder)(row, logits=True).split(row.cu_seqlens.diff().tolist())
+        for ours, (ids, _) in zip(packed, segments, strict=True):
+            one = torch.tensor([ids])
+            wanted, rounded = exact(one).logits[0], theirs(one).logits[0]
+            assert (ours - wanted).norm() < 1.5 * (rounded - wanted).norm()  # measured: up to 1.2
+            assert (ours - wanted).abs().max() < 2 * (rounded - wanted).abs().max()
 
 
 def test_its_template_and_twenty_greedy_answers(folder, theirs, encoder):
