@@ -21,7 +21,6 @@ from nanomed.batches.packing import filler, row_from
 from nanomed.config import DPO, InputError
 from nanomed.distributed import full
 from nanomed.model.decoder import Aquila, Scores, init_weights
-from nanomed.records import PreferencePair
 from nanomed.run.log import Meter, RunFolder
 from nanomed.training.losses import segment_logps
 from nanomed.training.optim import adamw
@@ -285,32 +284,7 @@ def test_eight_pairs_are_learned(world, small, tmp_path):
     assert last["rewards/accuracies/subjective"] == last["rewards/accuracies/objective"] == 1
 
 
-# ---------------------------------------------------------------- pairs and their template
-
-
-def test_both_answers_follow_the_same_prompt(encoder):
-    pair = PreferencePair([("user", "问")], "好的答案", "坏答案")
-    (chosen, rejected), cut = encoder.pair(pair, 100)
-    prompt = [i for i, t in zip(*chosen, strict=True) if not t]
-    for (ids, trained), answer in ((chosen, "好的答案"), (rejected, "坏答案")):
-        n = trained.index(True)
-        learned = [i for i, t in zip(ids, trained, strict=True) if t]
-        assert encoder.tokenizer.decode(learned) == answer + "<|im_end|>"
-        assert ids[:n] == prompt[:n] and cut == 0
-
-
-def test_a_long_prompt_loses_its_oldest_turns_on_both_sides(encoder):
-    turns = [("user", "甲" * 40), ("assistant", "乙"), ("user", "丙")]
-    pair = PreferencePair(turns, "短", "长" * 20)
-    (chosen, rejected), _ = encoder.pair(pair, 1000)
-    fitting = len(rejected[0])
-    (short, long), cut = encoder.pair(pair, fitting - 1)
-    assert cut == 2 and len(long[0]) < fitting
-    for ids, _ in (short, long):
-        text = encoder.tokenizer.decode(ids)
-        assert "甲" not in text and "丙" in text
-    assert encoder.pair(pair, 30)[0] == []  # not even the last question fits: dropped, and counted
-    assert len(chosen[0]) < len(rejected[0])
+# ---------------------------------------------------------------- real pairs, and settings
 
 
 def test_real_pairs_train_as_they_are(shared_data, encoder):
