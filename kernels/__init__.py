@@ -31,16 +31,16 @@ def use(name: str) -> None:
     _chosen = name
 
 
-def in_force(device: torch.device) -> str:
+def in_force(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> str:
     """A label for the versions that run on this device's tensors. Two equal labels mean that the
     same code ran; DPO's reference compares them."""
-    versions = {op: _version(op, device) for op in __all__}
+    versions = {op: _version(op, device, dtype) for op in __all__}
     usual = versions["rmsnorm"]
     others = [f", {op} {version}" for op, version in versions.items() if version != usual]
     return usual + "".join(others)
 
 
-def reasons(device: torch.device) -> str:
+def reasons(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> str:
     """Why, for the run's first lines; empty where --kernels said so."""
     if _chosen != "auto":
         return ""
@@ -48,7 +48,9 @@ def reasons(device: torch.device) -> str:
         return "Triton is for CUDA tensors"
     if triton_error():
         return f"Triton does not import: {triton_error()}"
-    if _version("attention", device) == "reference":
+    if dtype not in HALF:
+        return "attention: torch's, since Triton's would use no tensor cores in float32"
+    if _version("attention", device, dtype) == "reference":
         return "attention: torch's varlen_attn, since Triton's was measured on an H200 alone"
     return ""
 

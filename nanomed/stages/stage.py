@@ -302,8 +302,9 @@ def announce(
             f"WARNING: Hugging Face's config.json has no word for {', '.join(names)}: this model "
             "can be trained and talked to here, and there will be no export/"
         )
-    reasons = kernels.reasons(device)
-    run.print(f"kernels: {kernels.in_force(device)}" + (f" ({reasons})" if reasons else ""))
+    kind = device, compute_dtype(c, device)
+    reasons = kernels.reasons(*kind)
+    run.print(f"kernels: {kernels.in_force(*kind)}" + (f" ({reasons})" if reasons else ""))
     spare = config.vocab_size - encoder.tokenizer.vocab_size
     run.print(
         f"vocabulary: {encoder.tokenizer.vocab_size:,} ids of {encoder.tokenizer.path}"

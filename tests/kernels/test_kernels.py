@@ -206,6 +206,8 @@ def test_the_choice_is_said_with_its_reason(monkeypatch, chosen_again):
     )
     monkeypatch.setattr(kernels, "_is_measured", lambda device: True)
     assert (kernels.in_force(CUDA), kernels.reasons(CUDA)) == ("triton", "")
+    assert kernels.in_force(CUDA, torch.float32) == "triton, attention reference"
+    assert "no tensor cores in float32" in kernels.reasons(CUDA, torch.float32)
     monkeypatch.setattr(kernels, "_is_measured", lambda device: False)
     assert kernels.in_force(CUDA) == "triton, attention reference"
     assert "attention: torch's varlen_attn, since" in kernels.reasons(CUDA)
