@@ -97,15 +97,18 @@ def check_start(
 ) -> None:
     """Before the first step policy and reference are the same, so the loss is ln 2 and every margin
     is 0. If a row is packed as in the reference pass and all is in float32 (`exact`), the margins
-    are exactly 0; otherwise they are within rounding. Runs one row of each kind, in training mode,
-    and raises InputError if it is not so. `loss` is the pairs' own, without --sft_weight's."""
+    are exactly 0; otherwise they are within rounding. Runs such a row, and the rows of the first
+    step, in training mode, and raises InputError if it is not so. `loss` is the pairs' own, without
+    --sft_weight's."""
     model.train()
     reference_pass = next(iter(loader.rows(np.arange(len(loader.data)))))
-    margin = abs(_mean(model, loss, reference_pass, "rewards/margins", run)[0])
-    mean, n_pairs, n_tokens = _mean(model, loss, loader.step(0)[0], "loss", run)
+    margin = abs(_mean(model, loss, [reference_pass], "rewards/margins", run)[0])
+    mean, n_pairs, n_tokens = _mean(model, loss, loader.step(0), "loss", run)
     off, allowed = abs(mean - math.log(2)), 1e-2
-    if not exact:  # four standard errors of the mean difference of a pair; -log sigmoid halves it
-        allowed += 4 * beta / 2 * ROUNDING * math.sqrt(n_tokens) / n_pairs
+    if not exact:
+        apart = beta * ROUNDING * math.sqrt(n_tokens / n_pairs)  # a pair's two rewards, in the rms
+        # -log sigmoid(x) is about ln 2 - x/2 + x^2/8: four standard errors of the mean, and a shift
+        allowed += 4 * apart / 2 / math.sqrt(n_pairs) + apart**2 / 8
     if not (off <= allowed and (margin <= 1e-6 or not exact)):  # nor if one of them is NaN
         raise InputError(
             f"DPO does not start at ln 2: the loss is {off:.1e} off, where rounding explains "
@@ -116,13 +119,14 @@ def check_start(
 
 
 def _mean(
-    model: nn.Module, loss: Loss, row: Row, name: str, run: RunFolder
+    model: nn.Module, loss: Loss, rows: list[Row], name: str, run: RunFolder
 ) -> tuple[float, float, float]:
-    """Of the pairs of a row on each rank, and how many pairs and trained tokens they are."""
-    row = row.to(run.world.device)
-    total, metrics = loss(model(row), row)
-    value = {"loss": total, **metrics}[name]
-    counts = (row.examples[::2] >= 0).sum(), (row.labels >= 0).sum()
-    sums = torch.stack([value.double(), *(n.double() for n in counts)])
+    """Of the pairs of all ranks' rows, and how many pairs and trained tokens they are."""
+    sums = torch.zeros(3, dtype=torch.float64, device=run.world.device)
+    for row in rows:
+        row = row.to(run.world.device)
+        total, metrics = loss(model(row), row)
+        counts = (row.examples[::2] >= 0).sum(), (row.labels >= 0).sum()
+        sums += torch.stack([x.double() for x in ({"loss": total, **metrics}[name], *counts)])
     total, n_pairs, n_tokens = sum_over_ranks(sums).tolist()
     return total / max(1, n_pairs), max(1, n_pairs), n_tokens
