@@ -45,7 +45,7 @@ part tests 20 110 python3 -m pytest -q -m "gpu and not slow" $(grep -l 'mark.gpu
 part ceilings 15 40 python3 -m bench.ceilings --tokens 8192 "${flags[@]}"
 part step 60 100 "${step[@]}" --only cpt sft dpo --optimizer split "${flags[@]}" ||
     part "step without Triton" 60 100 "${step[@]}" --only sft --kernels reference "${flags[@]}"
-part "step, bf16 moments" 60 100 "${step[@]}" --only cpt sft dpo --optimizer split_bf16 "${flags[@]}"
+part "step, bf16 moments" 60 110 "${step[@]}" 8192 --only cpt sft --optimizer split_bf16 "${flags[@]}"
 part "step, FSDP" 30 60 "${step[@]}" --only sft --optimizer fsdp "${flags[@]}"
 part attention 20 60 python3 -m bench.kernels --ops attention --tokens 4096 8192 "${flags[@]}"
 part kernels 30 110 python3 -m bench.kernels --ops rmsnorm linear_nll swiglu rope --tokens 8192 \

@@ -1,7 +1,8 @@
 """Fused ops as plain functions of plain tensors. They know nothing of the model above them.
 
-Each has a definition in reference.py, which says what it computes, and a Triton version in a file
-of its own, *_triton.py. use() chooses between them, once, at start.
+Each has a definition in reference.py (AdamW's step is in split_adamw.py), which says what it
+computes, and a Triton version in a file of its own, *_triton.py. use() chooses between them, once,
+at start.
 """
 
 import functools
@@ -32,8 +33,8 @@ def use(name: str) -> None:
 
 
 def in_force(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> str:
-    """A label for the versions that run on this device's tensors. Two equal labels mean that the
-    same code ran; DPO's reference compares them."""
+    """A label for the versions that run on this device's tensors of this dtype. Two equal labels of
+    one dtype mean that the same code ran; DPO's reference compares both."""
     versions = {op: _version(op, device, dtype) for op in __all__}
     usual = versions["rmsnorm"]
     others = [f", {op} {version}" for op, version in versions.items() if version != usual]

@@ -6,7 +6,7 @@ Matmuls are torch's own. Between them a kernel reads a chunk of logits once in f
 backward overwrites it by its gradient; the definition makes several float32 copies of it instead.
 
 AquilaMed's V, 151,851, is odd, and fast matmul kernels ask for sizes and rows at multiples of 16
-bytes: on an H200 the three matmuls reached 100 to 150 of 800 TFLOP/s. So the weight takes part in
+bytes: on an H200 the three matmuls reached 90 to 150 of 800 TFLOP/s. So the weight takes part in
 two blocks: its first 151,808 rows as they lie, and the 43 others padded with zeros to 128.
 
 Backward needs the logits again. It begins with the last chunk, which forward leaves in the

@@ -55,7 +55,7 @@ def start(tmp_path_factory) -> Path:
 )
 @pytest.mark.parametrize("stage", ["cpt", "sft", "dpo"])
 def test_a_script_learns_what_it_learns_on_a_cpu(start, tmp_path, stage, device, dtype, tolerance):
-    """Every loss of 12 steps, and of a run that goes on from its checkpoint of step 6."""
+    """Every loss of 12 steps and three validations."""
     given = [f"train_{stage}.py", *STEPS, "--init", str(start), *LIKE_FRESH * (stage != "dpo")]
     command(*given, "--device=cpu", "--out", str(tmp_path / "cpu"))
     there = [*given, f"--device={device}", f"--dtype={dtype}", "--out", str(tmp_path / "there")]
@@ -68,7 +68,7 @@ def test_a_script_learns_what_it_learns_on_a_cpu(start, tmp_path, stage, device,
     "device", [pytest.param("cpu", marks=pytest.mark.slow), pytest.param("cuda", marks=GPU)]
 )
 def test_the_evaluation_scores_as_on_a_cpu(start, tmp_path, device):
-    """Log-likelihoods of the exam's options, in float32, and answers that are text."""
+    """The same tasks, and the loss of held-out chats, in float32."""
     items = []
     for where in ("cpu", device):
         out = tmp_path / f"evals-{len(items)}"
