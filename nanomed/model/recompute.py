@@ -99,7 +99,9 @@ class _Rebuilt(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         tensors, out = _again(ctx)
         ctx.again = None  # its memory is free when this returns
-        return None, None, None, *torch.autograd.grad(out, tensors, grad)
+        grads = iter(torch.autograd.grad(out, [x for x in tensors if x.requires_grad], grad))
+        its = [next(grads) if x.requires_grad else None for x in tensors]  # of frozen ones None
+        return None, None, None, *its
 
 
 def _is_rebuilt(x: object) -> bool:

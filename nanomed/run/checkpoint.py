@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from nanomed.config import SAVED_BYTES, InputError
+from nanomed.config import SAVED_BYTES, WEIGHT_BYTES, InputError
 from nanomed.distributed import from_all, from_main
 from nanomed.run.progress import progress
 
@@ -40,7 +40,8 @@ UNFINISHED = ".unfinished"
 
 def size_of(model: nn.Module) -> int:
     """Bytes of one checkpoint: 98.7 GB for 8.22 billion parameters."""
-    return SAVED_BYTES * sum(param.numel() for param in model.parameters())
+    bytes_of = {True: SAVED_BYTES, False: WEIGHT_BYTES}  # of a frozen weight there are no moments
+    return sum(bytes_of[param.requires_grad] * param.numel() for param in model.parameters())
 
 
 def free_space(folder: Path) -> int:

@@ -14,8 +14,9 @@ BETAS, EPS = (0.9, 0.95), 1e-8
 
 def adamw(model: nn.Module, weight_decay: float) -> torch.optim.Optimizer:
     """Decay on matrices only: norms and biases have a scale to keep. A group's rate is lr_scale
-    times the step's. What Adam keeps of a parameter is OPTIMIZER_BYTES in config.py."""
-    named = list(model.named_parameters())
+    times the step's. What Adam keeps of a parameter is OPTIMIZER_BYTES in config.py; of a frozen
+    one (requires_grad_(False)) it keeps nothing."""
+    named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
     no_decay = [name for name, _ in named if "norm" in name or name.endswith(".bias")]
     matrices = [param for name, param in named if name not in no_decay]
     others = [param for name, param in named if name in no_decay]
@@ -23,7 +24,7 @@ def adamw(model: nn.Module, weight_decay: float) -> torch.optim.Optimizer:
         {"params": matrices, "weight_decay": weight_decay, "lr_scale": 1.0},
         {"params": others, "weight_decay": 0.0, "lr_scale": 1.0},
     ]
-    if hasattr(matrices[0], "low"):
+    if hasattr(model, "split_as"):
         return SplitAdamW(groups, BETAS, EPS, model.split_as)
     return torch.optim.AdamW(groups, lr=0.0, betas=BETAS, eps=EPS, fused=True)
 

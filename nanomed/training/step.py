@@ -72,7 +72,8 @@ def train_step(
         (row_loss / divisor).backward()
         rows.append((examples, row_loss.detach()))
         _add(sums, {"loss": row_loss.detach(), **metrics})
-    grad_norm = full(get_total_norm([param.grad for param in model.parameters()]))
+    trained = [param for param in model.parameters() if param.requires_grad]
+    grad_norm = full(get_total_norm([param.grad for param in trained]))
 
     # Every rank decides from the same three numbers. Here the CPU waits for the GPU, and nowhere
     # else in a step but in linear_nll. A NaN on one rank makes the sum NaN on all.
@@ -85,7 +86,7 @@ def train_step(
             if hasattr(optimizer, "scale"):
                 optimizer.scale = c.grad_clip / (grad_norm + 1e-6)  # as torch does
             else:
-                clip_grads_with_norm_(model.parameters(), c.grad_clip, grad_norm)
+                clip_grads_with_norm_(trained, c.grad_clip, grad_norm)
         optimizer.step()
     optimizer.zero_grad()
     return Step(total / divisor, norm, applied, stops > 0, sums, rows, layers)
@@ -94,7 +95,8 @@ def train_step(
 def gradient_norms(model: nn.Module) -> dict[str, float]:
     """By layer, over all ranks; every rank calls it."""
     squares: dict[str, float] = {}
-    for name, param in model.named_parameters():
+    trained = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
+    for name, param in trained:
         parts = name.split(".")
         layer = ".".join(parts[:2]) if parts[0] == "layers" else parts[0]
         squares[layer] = squares.get(layer, 0.0) + full(param.grad.norm() ** 2).item()
