@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from nanomed.batches.loader import Loader, split
+from nanomed.batches.packing import row_from
+from nanomed.batches.prompts import share_prompts
 from nanomed.batches.slices import Slices
 from nanomed.config import SAVED_BYTES, InputError, ModelConfig, Run
 from nanomed.meeting import rank_from_env
@@ -51,7 +53,11 @@ def counted_work(c: Run, data: Store | Slices) -> tuple[Work, Work]:
 
     def work(part: np.ndarray) -> Work:
         squares = np.diff(data.borders).astype(float).reshape(len(data), -1) ** 2
-        return Work(float(data.lengths[part].sum()), float(squares[part].sum()), len(part))
+        tokens, shared = float(data.lengths[part].sum()), 0.0
+        if c.stage == "dpo":
+            rows = (share_prompts(row_from([s.ids for s in data[i]])) for i in part)
+            shared = tokens - sum(len(row.tokens) for row in rows)
+        return Work(tokens, float(squares[part].sum()), len(part), shared=shared)
 
     train, val = split(data, c.val_fraction, len(c.data) if c.val_data else None)
     return work(train), work(val)
@@ -100,7 +106,7 @@ def disk(c: Run, config: ModelConfig, tokens: float) -> dict[str, float]:
 
 def step_of(c: Run, train: Work) -> link.Step:
     share = c.batch_size / train.examples
-    return link.Step(train.tokens * share, train.squares * share)
+    return link.Step(train.tokens * share, train.squares * share, shared=train.shared * share)
 
 
 def show(c: Run, config: ModelConfig, load: Callable[[], Store | Slices]) -> None:
@@ -131,9 +137,11 @@ def _work_lines(c: Run, config: ModelConfig, train: Work, val: Work, hw: Hardwar
     needed = disk(c, config, train.tokens + val.tokens)
     most = "at most " if c.examples else ""
     note = " (--examples, each of full length; --examples 0 reads --data)" if c.examples else ""
+    twice = f", {train.shared / train.tokens:.0%} of them a prompt's second time, not computed"
     return [
         f"data: {train.examples:,} examples to train on, {val.examples:,} held out{note}",
-        f"steps: {steps:,} of {c.batch_size} examples; {most}{passes * train.tokens:.4g} tokens",
+        f"steps: {steps:,} of {c.batch_size} examples; {most}{passes * train.tokens:.4g} tokens"
+        + twice * (train.shared > 0),
         f"compute: {most}{total:.3g} FLOPs, {n_validations(c, train)} validations included (causal "
         "count: 6 per matmul weight and token, 6 L D S per token of a segment of S)",
         f"time: {most}{_duration(seconds)} at an assumed MFU of {c.mfu:.0%} of {hw.n_gpus} x "

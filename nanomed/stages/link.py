@@ -11,7 +11,7 @@ between launches, ranks that wait for the slowest. The link is taken to work whi
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from nanomed.config import InputError, ModelConfig, Run
 from nanomed.distributed import Sharing
@@ -67,14 +67,16 @@ def refuse_split(c: Run, n: int, bf16: bool) -> None:
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step: tokens of all GPUs, the sum of the squared lengths of their segments."""
+    """One optimizer step: tokens of all GPUs, the sum of the squared lengths of their segments, and
+    how many of the tokens are in both segments of a pair, which computes them once."""
 
     tokens: float
     squares: float
+    shared: float = field(default=0.0, kw_only=True)
 
     def flops(self, config: ModelConfig) -> float:
         """Of forward and backward."""
-        return flops_of(config, self.tokens, self.squares)
+        return flops_of(config, self.tokens - self.shared, self.squares)
 
     def rows(self, c: Run, hw: Hardware) -> int:
         """On each GPU, if they are full."""
@@ -103,7 +105,8 @@ def sent(config: ModelConfig, c: Run, hw: Hardware, n_rows: int) -> tuple[float,
 def executed(config: ModelConfig, c: Run, step: Step) -> float:
     """FLOPs of a step, what is computed again included."""
     counted = step.flops(config)
-    layers = counted / 3 - 2 * config.vocab_size * config.d_model * step.tokens  # forward alone
+    head = 2 * config.vocab_size * config.d_model * (step.tokens - step.shared)
+    layers = counted / 3 - head  # forward alone
     share = by_layer(c.recompute, config.n_layers).count("full") / config.n_layers
     return counted + share * layers
 

@@ -3,7 +3,8 @@
 Nothing here is fitted. Each function counts tensors that the code keeps, and the tests compare it
 with what autograd and torch's own FSDP memory tracker count. D model width, F feed-forward width,
 H query heads, K key/value heads, E head size, V vocabulary, L layers, T tokens in a row
-(--micro_tokens), N parameters.
+(--micro_tokens), N parameters. A row of pairs has fewer tokens if answers share a prompt; what is
+counted is the most, as if none did.
 
 The peak is in backward. Weights, gradients and moments are there all the time; activations of all
 layers are there when backward begins. To them comes what is needed for a moment: the head's

@@ -9,7 +9,9 @@ import pytest
 import kernels
 from nanomed import store
 from nanomed.arguments import parse
+from nanomed.batches.loader import Loader
 from nanomed.config import CPT, DPO, MODELS, SFT, InputError, Run
+from nanomed.run.log import Meter, flops_of
 from nanomed.stages import dry_run, link, memory, stage
 from nanomed.stages.hardware import parse_hardware
 from tests.conftest import ROOT
@@ -230,6 +232,22 @@ def test_without_published_numbers_the_data_are_counted(encoder, monkeypatch, ca
     assert f"{n_train:,} examples to train on, {len(data) - n_train} held out" in text
     assert f"steps: {-(-n_train // c.batch_size) * c.epochs:,} of {c.batch_size}" in text
     assert "at most" not in text and "fits" in text
+
+
+def test_a_prompt_that_two_answers_share_is_counted_once(encoder):
+    """The FLOPs of an epoch are those of its rows, as a run counts them; without, 1.8 times."""
+    c = parse(DPO, [])
+    data, m = store.pairs(c.data, encoder, c.seq_len, c.allow_drop), MODELS["tiny"]
+    train, val = dry_run.counted_work(c, data)
+    loader = Loader.of(c, data)
+    for part, work in ((loader.train, train), (loader.val, val)):
+        meter = Meter(m, 1)
+        for row in loader.rows(part):
+            meter.count(row)
+        assert work.tokens == meter.tokens > 1.5 * meter.computed
+        assert work.flops(m) == flops_of(m, meter.computed, meter.squares)
+        epoch = dry_run.step_of(c, work).flops(m) * len(part) / c.batch_size
+        assert epoch == pytest.approx(work.flops(m))
 
 
 def test_what_does_not_fit_gets_a_remedy(capsys):
