@@ -105,7 +105,7 @@ def main() -> None:
         stage.announce(c, model, encoder, loader, run)
 
         dtype = stage.compute_dtype(c, device)
-        reference = reference_logps(model, loader, run, {"dtype": str(dtype)})
+        reference = reference_logps(model, loader, run, dtype)
         kinds = torch.from_numpy(np.array(data.kinds)).to(device)
         loss = partial(preference_loss, reference, kinds, data.meta["kinds"])
         shows = stage.may_show_text(c) and len(loader.val)

@@ -51,7 +51,7 @@ def main() -> None:
     s.dtype, s.rounds = torch.bfloat16, 2 if given.quick else 5
     kernels.use(given.kernels)
     with start(s.device) as s.world:
-        version = kernels.in_force(s.device)
+        version = kernels.in_force(s.device, s.dtype, s.config.head_size)
         print(f"{s.config.n_params():,} parameters on {s.device}, float32 masters, ops: {version}")
         if set(given.only) - {"scaling", "fsdp"}:
             steps(s, given)
@@ -148,7 +148,8 @@ def measure(s: Setting, stage: str, ours: Ours, rounds: int) -> dict:
         "step", f"{'AquilaMed' if s.on_gpu else 'tiny'} {stage.upper()}", seconds, dtype=s.dtype,
         convention=CONVENTION.format(peak=peak / 1e12, name=name) if peak else "",
         shapes={"row": longest, "rows": len(packed), "documents": len(lengths)},
-        ops=kernels.in_force(s.device), recompute=c.recompute, optimizer=c.optimizer,
+        ops=kernels.in_force(s.device, s.dtype, s.config.head_size), recompute=c.recompute,
+        optimizer=c.optimizer,
         real_tokens_per_s=round(sum(lengths) * rate), **parts,
         MFU=f"{counted * rate / peak:.1%}" if peak else None,
         HFU=f"{executed * rate / peak:.1%}" if peak else None,

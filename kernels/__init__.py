@@ -32,16 +32,16 @@ def use(name: str) -> None:
     _chosen = name
 
 
-def in_force(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> str:
+def in_force(device: torch.device, dtype: torch.dtype, head_size: int) -> str:
     """A label for the versions that run on this device's tensors of this dtype. Two equal labels of
     one dtype mean that the same code ran; DPO's reference compares both."""
-    versions = {op: _version(op, device, dtype) for op in __all__}
+    versions = {op: _version(op, device, dtype, head_size) for op in __all__}
     usual = versions["rmsnorm"]
     others = [f", {op} {version}" for op, version in versions.items() if version != usual]
     return usual + "".join(others)
 
 
-def reasons(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> str:
+def reasons(device: torch.device, dtype: torch.dtype, head_size: int) -> str:
     """Why, for the run's first lines; empty where --kernels said so."""
     if _chosen != "auto":
         return ""
@@ -51,7 +51,11 @@ def reasons(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> str:
         return f"Triton does not import: {triton_error()}"
     if dtype not in HALF:
         return "attention: torch's, since Triton's would use no tensor cores in float32"
-    if _version("attention", device, dtype) == "reference":
+    if head_size not in triton_head_sizes():
+        return (
+            f"attention: torch's varlen_attn, since Triton's takes heads of {triton_head_sizes()}"
+        )
+    if not _is_measured(device):
         return "attention: torch's varlen_attn, since Triton's was measured on an H200 alone"
     return ""
 
@@ -74,15 +78,14 @@ def triton_head_sizes() -> tuple[int, ...]:
     return HEAD_SIZES
 
 
-def _version(op: str, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> str:
+def _version(op: str, device: torch.device, dtype: torch.dtype, head_size: int) -> str:
     if _chosen != "auto":
         return _chosen
     # The kernels compute in float32, so float64 stays with the definition.
     if device.type != "cuda" or dtype == torch.float64 or triton_error():
         return "reference"
-    if op == "attention" and not (dtype in HALF and _is_measured(device)):
-        return "reference"
-    return "triton"
+    takes = dtype in HALF and head_size in triton_head_sizes() and _is_measured(device)
+    return "triton" if takes or op != "attention" else "reference"
 
 
 def _is_measured(device: torch.device) -> bool:
@@ -90,8 +93,8 @@ def _is_measured(device: torch.device) -> bool:
     return found in FAST_ATTENTION
 
 
-def _takes_triton(op: str, x: Tensor) -> bool:
-    triton = _version(op, x.device, x.dtype) == "triton"
+def _takes_triton(op: str, x: Tensor) -> bool:  # x[..., E] if the op is attention
+    triton = _version(op, x.device, x.dtype, x.shape[-1]) == "triton"
     if triton and x.dtype == torch.float64:
         raise TypeError(f"the Triton version of {op} computes in float32; float64 is the reference")
     return triton
@@ -129,7 +132,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:  # gate[..., F], up[..., F]
 def attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int
 ) -> Tensor:  # q[T,H,E], k[T,K,E], v[T,K,E], cu_seqlens[n+1] -> [T,H,E]
-    if _takes_triton("attention", q) and (_chosen == "triton" or q.shape[2] in triton_head_sizes()):
+    if _takes_triton("attention", q):
         from kernels import attention_triton
 
         return attention_triton.attention(q, k, v, cu_seqlens, max_seqlen)

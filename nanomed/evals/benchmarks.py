@@ -45,12 +45,13 @@ class Prepared:
 def identity(model: Aquila, tasks: Sequence[Prepared], data: Path) -> dict[str, Any]:
     """What the numbers depend on besides the settings: weights, code, files, and all that is asked
     and counts as right."""
-    device = next(model.parameters()).device
+    param = next(model.parameters())
+    used = kernels.in_force(param.device, param.dtype, model.config.head_size)
     asked = {task.name: "".join(r.to_json() for r in task.requests) for task in tasks}
     return {
-        "dtype": str(next(model.parameters()).dtype),
+        "dtype": str(param.dtype),
         "weights": short_hash(sums_of_bits(model).cpu().numpy().tobytes()),
-        "kernels": f"{kernels.in_force(device)}, torch {torch.__version__}",
+        "kernels": f"{used}, torch {torch.__version__}",
         "files": {
             str(path.relative_to(data)): sha256(path) for task in tasks for path in task.split.files
         },

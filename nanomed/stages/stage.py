@@ -302,7 +302,7 @@ def announce(
             f"WARNING: Hugging Face's config.json has no word for {', '.join(names)}: this model "
             "can be trained and talked to here, and there will be no export/"
         )
-    kind = device, compute_dtype(c, device)
+    kind = device, compute_dtype(c, device), config.head_size
     reasons = kernels.reasons(*kind)
     run.print(f"kernels: {kernels.in_force(*kind)}" + (f" ({reasons})" if reasons else ""))
     spare = config.vocab_size - encoder.tokenizer.vocab_size

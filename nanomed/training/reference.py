@@ -28,16 +28,16 @@ from nanomed.training.step import Loss
 ROUNDING = 0.09
 
 
-def reference_logps(model: nn.Module, loader: Loader, run: RunFolder, parts: dict) -> Tensor:
+def reference_logps(model: nn.Module, loader: Loader, run: RunFolder, dtype: torch.dtype) -> Tensor:
     """[pairs, 2] float32, (chosen, rejected), on the run's device. Every rank calls it, with the
-    start weights in the model.
+    start weights in the model, which computes in `dtype`.
 
     A resumed run reads what its first start computed. Raises InputError, with the difference, if
-    that was computed with other weights, kernels or `parts`: what else the numbers depend on. The
-    data are not in the key, because RunFolder has already compared them.
+    that was computed with other weights, kernels or another dtype. The data are not in the key,
+    because RunFolder has already compared them.
     """
-    in_force = kernels.in_force(run.world.device)
-    key = {"weights": fingerprint(model), "kernels": in_force, **parts}
+    used = kernels.in_force(run.world.device, dtype, model.config.head_size)
+    key = {"weights": fingerprint(model), "kernels": used, "dtype": str(dtype)}
     key_path, path = run.path / "reference.json", run.path / "reference.npy"
     if run.resume_from:
         _check_key(run, json.loads(key_path.read_text("utf-8")), key)

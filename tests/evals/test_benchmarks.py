@@ -1,5 +1,6 @@
 """A whole evaluation: its three files, its figures beside lm-eval's, kills and refusals."""
 
+import dataclasses
 import json
 import math
 import os
@@ -11,14 +12,17 @@ import pytest
 import torch
 
 import evaluate
+import kernels
 from nanomed.config import InputError
 from nanomed.evals import benchmarks
+from nanomed.model.decoder import Aquila
 from nanomed.model.scoring import Scorer
 from nanomed.text import tokenizer
 from tests.conftest import ROOT
 from tests.evals.test_requests import GOLDEN, RECORDED, write_golden, write_lines
 from tests.folders import write_model
 from tests.forks import Group, server
+from tests.pretend import CUDA, pretended
 
 MEDQA, MMLU = GOLDEN[2], GOLDEN[0]
 
@@ -212,3 +216,19 @@ def test_lm_evals_own_figures(tmp_path):
         recorded = json.loads((RECORDED / f"{task}-0shot.json").read_text())["results"]
         assert found[task]["acc"] == pytest.approx(recorded["acc,none"], abs=1e-12)
         assert found[task]["stderr"] == pytest.approx(recorded["acc_stderr,none"], abs=1e-12)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real GPU")
+def test_the_record_says_which_attention_ran(small, monkeypatch):
+    """In float32 and for heads of 80 it is torch's, also where Triton's is measured."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(kernels, "_is_measured", lambda device: True)
+    wide = dataclasses.replace(small, d_model=160)
+    mixed, bf16 = "triton, attention reference", torch.bfloat16
+    cases = (small, torch.float32, mixed), (wide, bf16, mixed), (small, bf16, "triton")
+    for config, dtype, label in cases:
+        with pretended():
+            with torch.device("meta"):
+                model = Aquila(config).to(dtype)
+            found = benchmarks.identity(model.to_empty(device=CUDA), [], ROOT)
+        assert found["kernels"] == f"{label}, torch {torch.__version__}"

@@ -200,23 +200,25 @@ def chosen_again():
 
 def test_the_choice_is_said_with_its_reason(monkeypatch, chosen_again):
     """in_force() and reasons() need no device: a run says what it is going to do."""
-    assert (kernels.in_force(CPU), kernels.reasons(CPU)) == (
-        "reference",
-        "Triton is for CUDA tensors",
-    )
+
+    def said(device=CUDA, dtype=torch.bfloat16, head_size=128) -> tuple[str, str]:
+        kind = device, dtype, head_size
+        return kernels.in_force(*kind), kernels.reasons(*kind)
+
+    mixed = "triton, attention reference"
+    assert said(CPU) == ("reference", "Triton is for CUDA tensors")
     monkeypatch.setattr(kernels, "_is_measured", lambda device: True)
-    assert (kernels.in_force(CUDA), kernels.reasons(CUDA)) == ("triton", "")
-    assert kernels.in_force(CUDA, torch.float32) == "triton, attention reference"
-    assert "no tensor cores in float32" in kernels.reasons(CUDA, torch.float32)
+    assert said() == ("triton", "")
+    assert said(dtype=torch.float32)[0] == said(head_size=80)[0] == mixed
+    assert "no tensor cores in float32" in said(dtype=torch.float32)[1]
+    assert said(head_size=80)[1].endswith("since Triton's takes heads of (16, 32, 64, 128)")
     monkeypatch.setattr(kernels, "_is_measured", lambda device: False)
-    assert kernels.in_force(CUDA) == "triton, attention reference"
-    assert "attention: torch's varlen_attn, since" in kernels.reasons(CUDA)
+    assert said()[0] == mixed and "attention: torch's varlen_attn, since" in said()[1]
     monkeypatch.setattr(kernels, "triton_error", lambda: "No module named 'triton'")
-    assert kernels.in_force(CUDA) == "reference"
-    assert kernels.reasons(CUDA) == "Triton does not import: No module named 'triton'"
+    assert said() == ("reference", "Triton does not import: No module named 'triton'")
     for name in ("triton", "reference"):
         kernels.use(name)
-        assert (kernels.in_force(CUDA), kernels.reasons(CUDA)) == (name, "")
+        assert said() == (name, "")
     with pytest.raises(ValueError, match="must be one of"):
         kernels.use("cuda")
 
@@ -227,7 +229,7 @@ def test_the_gpu_is_asked_anew(monkeypatch):
     for capability, attention in (((8, 0), ", attention reference"), ((9, 0), "")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_, it=capability: it)
-        assert kernels.in_force(CUDA) == "triton" + attention
+        assert kernels.in_force(CUDA, torch.bfloat16, 64) == "triton" + attention
 
 
 def test_a_call_goes_to_what_is_chosen_at_that_time(monkeypatch, chosen_again):

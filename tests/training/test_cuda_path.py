@@ -182,7 +182,7 @@ def test_the_reference_of_dpo_on_a_gpu(gpu, small, tmp_path):
     c = dataclasses.replace(test_dpo.C, out=str(tmp_path / "x"))
     run, loader = RunFolder(c, WORLD), test_dpo.loader_of(WORLD, c, 24)
     model = model_on_gpu(small, torch.float32)
-    reference = reference_logps(model, loader, run, {"data": "x"})
+    reference = reference_logps(model, loader, run, torch.float32)
     assert reference.is_cuda
     kinds = torch.zeros(24, dtype=torch.int64, device=CUDA)
     check_start(

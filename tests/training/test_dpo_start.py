@@ -16,7 +16,7 @@ from tests.training.test_dpo import fresh_run, loader_of, loss_of
 def test_the_run_starts_at_ln_2(world, small, tmp_path):
     """And does not start elsewhere, for example with dropout or other weights."""
     c, model, run, loader = fresh_run(world, small, tmp_path)
-    reference = reference_logps(model, loader, run, {"data": "x"})
+    reference = reference_logps(model, loader, run, torch.float32)
     check_start(model, loader, loss_of(reference, c), c.beta, True, run)
     with pytest.raises(InputError, match=r"does not start at ln 2.*margin"):
         check_start(model, loader, loss_of(reference + 0.1 * reference.sin(), c), c.beta, True, run)
@@ -26,7 +26,7 @@ def test_the_run_starts_at_ln_2(world, small, tmp_path):
     with torch.no_grad():  # large weights, so that dropout is felt
         for p in model.parameters():
             p.mul_(3)
-    reference = reference_logps(model, loader, run, {"data": "x"})
+    reference = reference_logps(model, loader, run, torch.float32)
     with pytest.raises(InputError, match="Policy and reference differ"):
         check_start(model, loader, loss_of(reference, c), c.beta, True, run)
     run.close()
@@ -51,7 +51,7 @@ def test_in_bfloat16_it_starts_near_ln_2_at_any_packing(world, small, tmp_path, 
 
     with monkeypatch.context() as other_matmuls:
         other_matmuls.setattr(torch.nn.functional, "linear", to_either_neighbour)
-        reference = reference_logps(model, loader, run, {})
+        reference = reference_logps(model, loader, run, torch.float32)
     loss, offs, planted = loss_of(reference, c), [], []
     for micro_tokens in (128, 300, 4096):
         other = loader_of(world, dataclasses.replace(c, micro_tokens=micro_tokens), 24, n_val=6)
@@ -72,7 +72,7 @@ def test_in_bfloat16_rounding_is_allowed_and_other_weights_are_not(world, small,
     with torch.no_grad():
         for p in model.parameters():  # so that two models differ as trained ones do
             p.mul_(3)
-    kept = reference_logps(model, loader, run, {})
+    kept = reference_logps(model, loader, run, torch.float32)
     tokens = torch.tensor([[s.trained.sum() for s in pair] for pair in loader.data])
     for seed in range(20):
         draw = torch.Generator().manual_seed(seed)

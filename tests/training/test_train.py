@@ -94,7 +94,7 @@ def test_triton_without_a_gpu_is_refused_and_never_replaced(monkeypatch):
     monkeypatch.setattr(kernels, "_chosen", "auto")  # and back to it
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     stage.choose_kernels(c, model, cpu)
-    assert kernels.in_force(cpu) == "triton"
+    assert kernels.in_force(cpu, torch.bfloat16, 64) == "triton"
     odd = dataclasses.replace(model, n_heads=2, n_kv_heads=1, d_model=160)
     with pytest.raises(InputError, match=r"heads of \(16, 32, 64, 128\), the model's are 80 wide"):
         stage.choose_kernels(c, odd, cpu)
@@ -105,7 +105,7 @@ def test_triton_without_a_gpu_is_refused_and_never_replaced(monkeypatch):
     with pytest.raises(InputError, match=r"No module named 'triton'.*--kernels reference"):
         stage.choose_kernels(c, model, cuda)
     stage.choose_kernels(SFT(), model, cuda)
-    assert kernels.in_force(cuda) == "reference"
+    assert kernels.in_force(cuda, torch.bfloat16, 64) == "reference"
 
 
 def test_an_embedding_is_never_resized_silently():
