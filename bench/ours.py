@@ -77,7 +77,7 @@ class Ours:
             self.c, self.model, self.optimizer, self.loader, self.loss, self.k, LR, self.meter
         )
         assert done.applied, "a step that is not finite is not worth timing"
-        self.tokens.append(int(done.sums["tokens"]))
+        self.tokens.append(int(done.sums["trained_share" + step.COUNT]))
         self.k += 1
 
 

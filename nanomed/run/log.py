@@ -20,7 +20,7 @@ from tqdm import tqdm
 from nanomed import locks
 from nanomed.batches.packing import Row
 from nanomed.config import InputError, ModelConfig, Run
-from nanomed.distributed import World, from_all, from_main
+from nanomed.distributed import World, from_all, from_main, sum_over_ranks
 from nanomed.run import checkpoint
 from nanomed.run.tensorboard import Board
 
@@ -256,8 +256,10 @@ class Meter:
         self.squares += int((lengths**2).sum())
         return lengths.sum()
 
-    def read(self, tokens: float, computed: float, squares: float) -> dict[str, float]:
-        """Rates since the last call, from the counts summed over all ranks."""
+    def read(self, device: torch.device) -> dict[str, float]:
+        """Rates since the last call; every rank calls it."""
+        counts = torch.tensor([self.tokens, self.computed, self.squares], dtype=torch.float64)
+        tokens, computed, squares = sum_over_ranks(counts.to(device)).tolist()
         seconds = time.perf_counter() - self.started
         values = {"tokens_per_s": tokens / seconds, "peak_memory_gb": peak_memory() / 2**30}
         if (peak := peak_flops()) is not None:

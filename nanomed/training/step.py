@@ -65,7 +65,7 @@ def train_step(
         examples, n_tokens = row.examples, meter.count(row)
         row = row.to(device)
         row_loss, metrics = loss(model(row), row)
-        metrics |= {"tokens": n_tokens, "trained_tokens": (row.labels >= 0).sum()}
+        metrics["trained_share"] = (row.labels >= 0).sum(), n_tokens
         # A sum divided by what the whole step trains on: the gradient does not depend on how the
         # examples were packed, accumulated and distributed.
         sum_in_backward(model, last=n == len(packed))
@@ -134,13 +134,8 @@ def evaluate(
 
 def reduced(result: Step, divisor: int, meter: Meter) -> dict[str, float]:
     """What a logged step shows: its sums over all ranks, and the rates since the last one."""
-    # With a space before them, as no metric of a loss is called.
-    counts = {" tokens": meter.tokens, " computed": meter.computed, " squares": meter.squares}
-    totals = _over_ranks(result.sums | {name: torch.tensor(n) for name, n in counts.items()})
-    rates = meter.read(*(totals.pop(name) for name in counts))
-    share = totals.pop("trained_tokens") / totals.pop("tokens")
-    means = _means(totals, divisor)
-    return {**means, "grad_norm": result.grad_norm, "trained_share": share, **rates}
+    means = _means(_over_ranks(result.sums), divisor)
+    return {**means, "grad_norm": result.grad_norm, **meter.read(result.sums["loss"].device)}
 
 
 def _over_ranks(sums: dict[str, Tensor]) -> dict[str, float]:

@@ -291,12 +291,12 @@ def test_an_export_on_a_gpu_says_so(monkeypatch):
     assert printed[0].startswith("memory: 1.50 GiB at most allocated on this GPU, ")
 
 
-def test_a_run_on_the_cpu_of_a_machine_with_a_gpu(monkeypatch, small):
+def test_a_run_on_the_cpu_of_a_machine_with_a_gpu(world, monkeypatch, small):
     """Its rates and its memory are not the GPU's."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)  # a save looks for streams
-    assert "mfu_causal" not in Meter(small, 1).read(10, 10, 10)
+    assert "mfu_causal" not in Meter(small, 1).read(world.device)
     assert log.peak_memory() > 2**20
 
 
