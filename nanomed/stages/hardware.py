@@ -1,9 +1,16 @@
-"""--hardware: what a plan needs to know of the GPUs that it is made for."""
+"""What a plan needs to know of the GPUs that it is made for: of --hardware, or of this machine."""
 
+import math
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
-from nanomed.config import InputError, nearest
+import torch
+
+from nanomed.config import InputError, Run, nearest
+from nanomed.distributed import World, from_all
+from nanomed.meeting import rank_from_env
+from nanomed.stages.memory import GIB
 
 PER_NODE = 8  # GPUs of one machine, where a plan is for more
 # Of the links' data sheets this much is assumed to be reached: a ring of NCCL over 8 A100 was seen
@@ -19,6 +26,7 @@ class Hardware:
     link: float  # bytes/s that one sends to the others of its node, by the data sheet
     between: float = 25e9  # bytes/s that it has to itself between nodes; 25 GB/s: a 200 Gb/s card
     per_node: int = PER_NODE
+    host: float = math.inf  # GiB of the host's memory that are free
 
     @property
     def n_nodes(self) -> int:
@@ -65,3 +73,60 @@ def _numbers(text: str) -> tuple[float, ...] | None:
     except ValueError:
         return None
     return values if len(values) in (3, 4) and all(value > 0 for value in values) else None
+
+
+# ---------------------------------------------------------------- this machine
+
+
+def this_machine(c: Run, world: World) -> Hardware:
+    """What link.py decides by: the least memory that a GPU has, and how many of them a node has.
+    A CPU's memory is not predicted: it counts as none."""
+    rank, _, local_rank, n_local = rank_from_env()
+    gib, host = 0.0, math.inf
+    if world.device.type == "cuda":
+        gib = torch.cuda.get_device_properties(world.device).total_memory / GIB
+        host = host_room() / GIB
+    ranks = from_all((gib, n_local, rank % n_local == local_rank))
+    even = all(neighbours and n == n_local for _, n, neighbours in ranks)
+    if c.nodes_share == "replicate" and not even:
+        raise InputError(
+            "--nodes_share replicate: each node needs as many processes as the others, with ranks "
+            "that follow one another (Slurm: --distribution=block); or use --nodes_share shard"
+        )
+    per_node = n_local if even else world.size
+    return Hardware(world.size, min(ranks)[0], flops=1, link=1, per_node=per_node, host=host)
+
+
+GROUPS = {  # of processes, by the version of Linux's control groups: (folder, limit, used)
+    "memory": ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    "": ("/sys/fs/cgroup", "memory.max", "memory.current"),
+}
+
+
+def host_room(root: Path = Path("/")) -> float:
+    """Bytes of the host's memory that this process may still take: what Linux calls available, and
+    no more than a container or job leaves. Files that only wait to be read again count as free."""
+    try:
+        lines = (root / "proc/meminfo").read_text("utf-8").splitlines()
+        own = (root / "proc/self/cgroup").read_text("utf-8").splitlines()
+    except OSError:  # no Linux
+        return float("inf")
+    room = next(1024.0 * int(x.split()[1]) for x in lines if x.startswith("MemAvailable:"))
+    for line in own:
+        _, kinds, path = line.split(":", 2)
+        for kind in set(kinds.split(",")) & set(GROUPS):
+            home, limit, used = GROUPS[kind]
+            group = Path(path.strip("/"))
+            for folder in (root / home[1:] / part for part in (group, *group.parents)):
+                room = min(room, _left(folder, limit, used))
+    return room
+
+
+def _left(folder: Path, limit: str, used: str) -> float:
+    try:
+        most, now = (int((folder / name).read_text("utf-8")) for name in (limit, used))
+        lines = (folder / "memory.stat").read_text("utf-8").splitlines()
+        stat = dict(line.split() for line in lines)
+    except (OSError, ValueError):  # "max", or of another container
+        return float("inf")
+    return most - now + int(stat.get("inactive_file", 0))

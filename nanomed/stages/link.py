@@ -34,32 +34,35 @@ def gib(config: ModelConfig, c: Run, hw: Hardware) -> float:
 
 
 def fits(config: ModelConfig, c: Run, hw: Hardware) -> bool:
-    return gib(config, c, hw) <= hw.gib - ROOM
+    in_host = sum(memory.in_host(config, c).values()) if c.optimizer == "split_host" else 0
+    return gib(config, c, hw) <= hw.gib - ROOM and in_host <= hw.host
 
 
 def decided(config: ModelConfig, c: Run, hw: Hardware) -> Run:
-    """The settings with `auto` of --nodes_share and --sum_gradients decided: of the ways that fit
-    the one that exchanges least, else the one that takes least memory. On one GPU --optimizer may
-    become split_host; one that stays `auto` is split. On several it is fsdp, even where each GPU
-    is a node that holds a whole model. Raises InputError where it cannot be."""
+    """The settings with `auto` of --optimizer, --nodes_share and --sum_gradients decided: of the
+    ways that fit the one that exchanges least, else the one that takes least memory. On several
+    GPUs --optimizer is fsdp, even where each of them is a node that holds a whole model. Raises
+    InputError where it cannot be."""
     bf16 = c.dtype != "fp32"
-    refuse_split(c, hw.n_gpus, bf16)
-    c = dataclasses.replace(c, optimizer="fsdp") if hw.n_gpus > 1 else c
+    alone = hw.n_gpus == 1 and bf16
+    if c.optimizer.startswith("split") and not alone:
+        raise InputError(
+            f"--optimizer {c.optimizer} is for one process that computes in bfloat16; here are "
+            f"{hw.n_gpus}" + ("" if bf16 else " in float32 (--dtype bf16)")
+        )
+    optimizers = [c.optimizer]
+    if c.optimizer == "auto":
+        optimizers = ["split", "split_host"] if alone else ["fsdp"]
     nodes = ["replicate"] * (hw.n_nodes > 1) + ["shard"]
     nodes = nodes if c.nodes_share == "auto" else [c.nodes_share]
     sums = ["step", "row"] if c.sum_gradients == "auto" else [c.sum_gradients]
-    ways = [dataclasses.replace(c, nodes_share=n, sum_gradients=s) for n in nodes for s in sums]
-    if c.optimizer == "auto" and hw.n_gpus == 1 and bf16:
-        ways += [dataclasses.replace(way, optimizer="split_host") for way in ways]
+    ways = [
+        dataclasses.replace(c, optimizer=o, nodes_share=n, sum_gradients=s)
+        for o in optimizers
+        for n in nodes
+        for s in sums
+    ]
     return next((way for way in ways if fits(config, way, hw)), ways[-1])
-
-
-def refuse_split(c: Run, n: int, bf16: bool) -> None:
-    if c.optimizer.startswith("split") and not (n == 1 and bf16):
-        raise InputError(
-            f"--optimizer {c.optimizer} is for one process that computes in bfloat16; here are "
-            f"{n}" + ("" if bf16 else " in float32 (--dtype bf16)")
-        )
 
 
 # ---------------------------------------------------------------- counting

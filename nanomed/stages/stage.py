@@ -11,7 +11,7 @@ import kernels
 from nanomed import hf
 from nanomed.batches.loader import Loader
 from nanomed.config import MODELS, ROOT, InputError, ModelConfig, Run, beside_the_scripts
-from nanomed.distributed import Sharing, World, from_all, from_main, shard
+from nanomed.distributed import Sharing, World, from_main, shard
 from nanomed.hf import pretrained
 from nanomed.hf.config import unsaid
 from nanomed.meeting import rank_from_env
@@ -20,8 +20,7 @@ from nanomed.model.recompute import set_recompute
 from nanomed.run import checkpoint, tensorboard
 from nanomed.run.log import RunFolder, peak_flops
 from nanomed.stages import data_report, link, memory
-from nanomed.stages.hardware import Hardware
-from nanomed.stages.host import host_room
+from nanomed.stages.hardware import Hardware, this_machine
 from nanomed.text import template, tokenizer
 from nanomed.training.alone import split_weights
 from nanomed.training.optim import lr_at
@@ -132,12 +131,15 @@ def build_model(c: Run, config: ModelConfig, world: World) -> Aquila:
     """The sharded model with its weights: no rank ever holds more than its share. Nothing has been
     written when bad weights raise InputError here."""
     choose_kernels(c, config, world.device)
+    hw = this_machine(c, world)
+    way = decided_here(c, config, world.device, hw)
     with torch.device("meta"):
         model = Aquila(config, c.dropout)
+    model.decided = way
     set_recompute(model, c.recompute)
-    alone = without_fsdp(c, config, world)
-    if not alone:
-        shard(model, world, compute_dtype(c, world.device), sharing(c, config, world))
+    if way.optimizer == "fsdp":
+        sharing = Sharing(link.copies(way, hw), way.sum_gradients == "step")
+        shard(model, world, compute_dtype(c, world.device), sharing)
     model.to_empty(device=world.device)
     if not c.init:
         init_weights(model, c.seed)
@@ -145,60 +147,31 @@ def build_model(c: Run, config: ModelConfig, world: World) -> Aquila:
         if world.is_main:
             print(f"reading {c.init}", flush=True)
         pretrained.load_weights(model, c.init)
-    if alone:
-        split_weights(model, alone)
+    if way.optimizer != "fsdp":
+        split_weights(model, way.optimizer)
     return model
 
 
-def without_fsdp(c: Run, config: ModelConfig, world: World) -> str:
-    """Which --optimizer split... one process trains with, without FSDP (training/alone.py); "" if
-    it is shard() that decides."""
-    on_gpu, bf16 = world.device.type == "cuda", compute_dtype(c, world.device) == torch.bfloat16
-    link.refuse_split(c, world.size, bf16)
-    needed, free = sum(memory.in_host(config, c).values()), host_room() / memory.GIB
-    lacks = ""
-    if on_gpu and needed > free:
-        lacks = f"split_host takes {needed:.1f} GiB of the host's memory, {free:.1f} are free"
-    if c.optimizer != "auto":
-        if c.optimizer == "split_host" and lacks:
-            raise InputError(f"--optimizer {lacks}")
-        return "" if c.optimizer == "fsdp" else c.optimizer
-    if world.size > 1 or not on_gpu or not bf16:
-        return ""
-    room = torch.cuda.get_device_properties(world.device).total_memory / memory.GIB
-    hw = Hardware(1, room, flops=1, link=1)
-    way = link.decided(config, c, hw)
-    chosen = "split_host" if way.optimizer == "split_host" else "split"
-    if chosen == "split_host" and lacks:
-        print(lacks, flush=True)
-        chosen = ""
+def decided_here(c: Run, config: ModelConfig, device: torch.device, hw: Hardware) -> Run:
+    """The settings with every `auto` of memory and speed decided: what fits, else what takes least,
+    by FSDP. Raises InputError where it cannot be."""
+    bf16 = compute_dtype(c, device) == torch.bfloat16
+    way = link.decided(config, dataclasses.replace(c, dtype="bf16" if bf16 else "fp32"), hw)
+    needed = sum(memory.in_host(config, c).values())
+    lacks = f"split_host takes {needed:.1f} GiB of the host's memory, {hw.host:.1f} are free"
+    if c.optimizer == "split_host" and needed > hw.host:
+        raise InputError(f"--optimizer {lacks}")
+    if c.optimizer != "auto" or way.optimizer == "fsdp":
+        return way
+    said = f"{way.optimizer}, without FSDP"
     if not link.fits(config, way, hw):
-        chosen = ""
-    said = f"{chosen}, without FSDP" if chosen else "by FSDP"
-    if chosen == "split_host" and (policy := link.stays_on_the_gpu(config, c, hw)):
+        way = dataclasses.replace(way, optimizer="fsdp")
+        said = "by FSDP" + (f"; {lacks}" if needed > hw.host else "")
+    elif way.optimizer == "split_host" and (policy := link.stays_on_the_gpu(config, c, hw)):
         said += f"; --recompute {policy} would fit without the host's memory, which is faster"
-    print(f"optimizer: {said}", flush=True)
-    return chosen
-
-
-def sharing(c: Run, config: ModelConfig, world: World) -> Sharing:
-    """What --nodes_share and --sum_gradients come to here: `auto` is what fits every GPU. A CPU's
-    memory is not predicted: there it is what takes least."""
-    rank, _, local_rank, n_local = rank_from_env()
-    gib = 0.0
-    if world.device.type == "cuda":
-        gib = torch.cuda.get_device_properties(world.device).total_memory / memory.GIB
-    ranks = from_all((gib, n_local, rank % n_local == local_rank))
-    even = all(neighbours and n == n_local for _, n, neighbours in ranks)
-    if c.nodes_share == "replicate" and not even:
-        raise InputError(
-            "--nodes_share replicate: each node needs as many processes as the others, with ranks "
-            "that follow one another (Slurm: --distribution=block); or use --nodes_share shard"
-        )
-    per_node = n_local if even else world.size
-    hw = Hardware(world.size, min(ranks)[0], flops=1, link=1, per_node=per_node)
-    c = link.decided(config, c, hw)
-    return Sharing(link.copies(c, hw), c.sum_gradients == "step")
+    if device.type == "cuda":
+        print(f"optimizer: {said}", flush=True)
+    return way
 
 
 def with_newest_sft(c: Run) -> Run:
@@ -227,10 +200,8 @@ def load_best(model: Aquila, run: RunFolder) -> None:
 def export(c: Run, model: Aquila, encoder: template.Encoder, run: RunFolder) -> None:
     """The Hugging Face folder of the weights that the model now has; the last line says where."""
     if run.world.device.type == "cuda":
-        kept = getattr(model, "sharing", Sharing())
-        c = dataclasses.replace(c, sum_gradients="step" if kept.once else "row")
-        c = dataclasses.replace(c, optimizer=getattr(model, "split_as", "fsdp"))
-        run.print(memory.compared(model.config, c, run.world.size // kept.copies))
+        copies = getattr(model, "sharing", Sharing()).copies
+        run.print(memory.compared(model.config, model.decided, run.world.size // copies))
     if unsaid(model.config):  # announce() has warned
         return run.print(f"not exported; run folder: {run.path.absolute()}")
     folder, dtype = run.path / "export", compute_dtype(c, run.world.device)

@@ -15,8 +15,7 @@ from nanomed.distributed import Sharing
 from nanomed.model.recompute import POLICIES
 from nanomed.run.log import Meter
 from nanomed.stages import link, memory
-from nanomed.stages.hardware import KINDS, PER_NODE, Hardware, parse_hardware
-from nanomed.stages.host import host_room
+from nanomed.stages.hardware import KINDS, PER_NODE, Hardware, host_room, parse_hardware
 from nanomed.training.step import train_step
 from tests.training.test_exactness import Recorder, loader_of, next_token_loss, settings, sharded
 
@@ -156,7 +155,7 @@ def test_split_weights_are_for_one_process_in_bfloat16():
         with pytest.raises(InputError, match=f"for one process .* here are {said}"):
             link.decided(MED, c, parse_hardware(text))
     plain = link.decided(MED, SFT(dtype="fp32"), parse_hardware("1xH100"))
-    assert plain.optimizer == "auto" and "more GPUs" in link.remedy(
+    assert plain.optimizer == "fsdp" and "more GPUs" in link.remedy(
         MED, plain, parse_hardware("1xH100"), link.Step(4096.0, 4096.0**2)
     )
 

@@ -13,12 +13,12 @@ import torch
 import kernels
 from kernels.split_adamw import join, rounded_at_random, split
 from nanomed.batches.packing import row_from
-from nanomed.config import MODELS, SFT, InputError
+from nanomed.config import MODELS, SFT, InputError, ModelConfig
 from nanomed.distributed import World
 from nanomed.model.decoder import Aquila, init_weights
 from nanomed.run import checkpoint
 from nanomed.run.log import RunFolder
-from nanomed.stages import link, memory, stage
+from nanomed.stages import hardware, link, memory, stage
 from nanomed.stages.hardware import Hardware
 from nanomed.training import alone
 from nanomed.training.alone import split_weights
@@ -245,23 +245,27 @@ def test_a_resume_is_bitwise(world, small, tmp_path):
 # ---------------------------------------------------------------- the choice
 
 
+def optimizer_of(c: SFT, config: ModelConfig, world: World) -> str:
+    return stage.decided_here(c, config, world.device, hardware.this_machine(c, world)).optimizer
+
+
 def test_who_trains_without_fsdp(world, small):
     cpu = World(0, 1, torch.device("cpu"))
     for c, wanted in (
         (SFT(dtype="bf16", optimizer="split"), "split"),
         (SFT(dtype="bf16", optimizer="split_bf16"), "split_bf16"),
         (SFT(dtype="bf16", optimizer="split_host"), "split_host"),
-        (SFT(dtype="bf16"), ""),  # a CPU
-        (SFT(dtype="bf16", optimizer="fsdp"), ""),
+        (SFT(dtype="bf16"), "fsdp"),  # a CPU
+        (SFT(dtype="bf16", optimizer="fsdp"), "fsdp"),
     ):
-        assert stage.without_fsdp(c, small, cpu) == wanted
+        assert optimizer_of(c, small, cpu) == wanted
         model = stage.build_model(c, small, dataclasses.replace(world, mesh=world.mesh))
-        assert hasattr(model.norm.weight, "low") == bool(wanted)
+        assert hasattr(model.norm.weight, "low") == (wanted != "fsdp")
     with pytest.raises(InputError, match=r"is for one process .* here are 1 in float32"):
-        stage.without_fsdp(SFT(dtype="fp32", optimizer="split"), small, cpu)
+        optimizer_of(SFT(dtype="fp32", optimizer="split"), small, cpu)
     with pytest.raises(InputError, match=r"is for one process .* here are 2"):
         two = World(0, 2, torch.device("cpu"))
-        stage.without_fsdp(SFT(dtype="bf16", optimizer="split"), small, two)
+        optimizer_of(SFT(dtype="bf16", optimizer="split"), small, two)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real GPU")
@@ -275,23 +279,24 @@ def test_one_gpu_takes_what_fits_it(monkeypatch, capsys):
         for gpu_gib, host_gib, wanted in (
             (140, 0, "split"),
             (80, 108, "split_host"),
-            (80, 107, ""),
+            (80, 107, "fsdp"),
         ):
             gpu.total_memory = gpu_gib * memory.GIB
-            monkeypatch.setattr(stage, "host_room", lambda gib=host_gib: gib * memory.GIB)
-            assert stage.without_fsdp(c, config, one) == wanted
-            assert (f"{wanted}, without" if wanted else "by FSDP") in capsys.readouterr().out
+            monkeypatch.setattr(hardware, "host_room", lambda gib=host_gib: gib * memory.GIB)
+            assert optimizer_of(c, config, one) == wanted
+            said = "by FSDP; split_host takes 107.2" if wanted == "fsdp" else f"{wanted}, without"
+            assert said in capsys.readouterr().out
             planned = link.decided(config, c, Hardware(1, gpu_gib, 1.0, 1.0)).optimizer
-            assert planned == ("auto" if wanted == "split" else "split_host")
+            assert planned == ("split" if wanted == "split" else "split_host")
         gpu.total_memory = 140 * memory.GIB
-        monkeypatch.setattr(stage, "host_room", lambda: 108 * memory.GIB)
-        assert stage.without_fsdp(dataclasses.replace(c, recompute="none"), config, one)
+        monkeypatch.setattr(hardware, "host_room", lambda: 108 * memory.GIB)
+        assert optimizer_of(dataclasses.replace(c, recompute="none"), config, one) == "split_host"
         assert "split_host, without FSDP; --recompute lean would fit" in capsys.readouterr().out
-        monkeypatch.setattr(stage, "host_room", lambda: 107 * memory.GIB)
+        monkeypatch.setattr(hardware, "host_room", lambda: 107 * memory.GIB)
         with pytest.raises(
             InputError, match=r"split_host takes 107\.2 GiB of the host's memory, 107"
         ):
-            stage.without_fsdp(dataclasses.replace(c, optimizer="split_host"), config, one)
+            optimizer_of(dataclasses.replace(c, optimizer="split_host"), config, one)
 
 
 @pytest.mark.gpu

@@ -283,7 +283,7 @@ def test_a_runs_end_has_the_measured_peak_beside_the_prediction(monkeypatch):
 def test_an_export_on_a_gpu_says_so(monkeypatch):
     printed = []
     run = SimpleNamespace(world=WORLD, path=Path("x"), print=printed.append)
-    model = SimpleNamespace(config=MODELS["tiny"])
+    model = SimpleNamespace(config=MODELS["tiny"], decided=SFT())
     encoder = SimpleNamespace(tokenizer=None, template=None)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 * 2**29)
     monkeypatch.setattr(stage.hf, "export", lambda *_, **__: None)
