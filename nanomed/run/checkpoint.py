@@ -83,14 +83,10 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> di
     InputError, on all ranks, for a damaged checkpoint, naming the file."""
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-    # Moments are the checkpoint's. Rates, decay and what else a group has are the settings'.
-    ours = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     weights, moments = get_state_dict(model, optimizer)
-    moments["param_groups"] = [{"params": group["params"]} for group in moments["param_groups"]]
-    _read({"model": weights, "optimizer": moments}, folder)
+    _read({"model": weights, "optimizer": {"state": moments["state"]}}, folder)
+    # Rates, decay and what else a group has are no tensors, and stay the settings'.
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
-    for group, settings in zip(optimizer.param_groups, ours, strict=True):
-        group.update(settings)
     return read_state(folder)
 
 

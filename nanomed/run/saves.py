@@ -65,7 +65,7 @@ def begin(
         _together(lambda: _check_finite(model))
         _on_main(lambda: _prepare(folder, unfinished, checkpoint.size_of(model)))
         weights, moments = get_state_dict(model, optimizer)
-        tensors = {"model": weights, "optimizer": moments}
+        tensors = {"model": weights, "optimizer": {"state": moments["state"]}}
         if host:
             _together(lambda: host.take(tensors))
             tensors = host.tensors
@@ -99,13 +99,9 @@ class HostCopy:
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             torch.cuda.current_stream().synchronize()
 
-    def _copied(self, value: Any, place: tuple) -> Any:
+    def _copied(self, value: dict | Tensor, place: tuple) -> dict | Tensor:
         if isinstance(value, dict):
             return {key: self._copied(item, (*place, key)) for key, item in value.items()}
-        if isinstance(value, list):
-            return [self._copied(item, (*place, i)) for i, item in enumerate(value)]
-        if not isinstance(value, Tensor):
-            return value
         source = local(value.detach())
         if place not in self._buffers:
             pinned = source.is_cuda

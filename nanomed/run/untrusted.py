@@ -1,8 +1,9 @@
 """Reads checkpoints that somebody else may have written, and runs no code that is in them.
 
 torch.distributed.checkpoint reads `.metadata`, and every value that is no tensor, with plain
-pickle, which calls whatever function a file names. Here both go through readers that admit only
-what a checkpoint consists of; tensors are read by torch.load(weights_only=True) already.
+pickle, which calls whatever function a file names. Here `.metadata` goes through a reader that
+admits only what it consists of, and tensors alone are loaded: torch.load(weights_only=True) reads
+them already.
 """
 
 import io
@@ -83,10 +84,4 @@ class Planner(DefaultLoadPlanner):
         self.bar.update()
 
     def load_bytes(self, read_item, value: io.BytesIO) -> None:
-        """What is no tensor (the optimizer's settings): read without the right to call anything,
-        and handed on in the encoding that DefaultLoadPlanner reads."""
-        plain = io.BytesIO()
-        torch.save(torch.load(value, weights_only=True), plain)
-        plain.seek(0)
-        super().load_bytes(read_item, plain)
-        self.bar.update()
+        raise InputError(f"{read_item.dest_index.fqn} is no tensor there, and is not unpickled")

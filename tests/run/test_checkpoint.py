@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.distributed.checkpoint.state_dict import get_state_dict
+import torch.distributed.checkpoint as dcp
 
 from nanomed.config import InputError
 from nanomed.distributed import from_all, local
@@ -122,18 +122,20 @@ def test_a_payload_in_the_metadata_is_not_run(world, tmp_path):
     assert (tmp_path / "ran").exists()
 
 
-def test_a_payload_among_the_settings_of_the_optimizer_is_not_run(world, tmp_path):
+def test_a_payload_in_the_place_of_a_tensor_is_not_run(world, tmp_path):
     """What is no tensor is pickled inside a shard, and DCP's own planner reads it with
-    weights_only=False. load() does not ask for these settings; who asks is refused."""
+    weights_only=False."""
     model, optimizer = trained(world)
-    optimizer.param_groups[0]["eps"] = Payload(tmp_path / "ran")
     saved = saves.save(tmp_path, model, optimizer, {"step": 3})
-    optimizer.param_groups[0]["eps"] = 1e-8
-    _, moments = get_state_dict(model, optimizer)
-    with pytest.raises(InputError, match=r"Weights only load failed"):
-        checkpoint._read({"optimizer": moments}, saved)
-    checkpoint.load(saved, model, optimizer)
+    planted = {"model": {"norm.weight": Payload(tmp_path / "ran")}}
+    dcp.save(planted, checkpoint_id=tmp_path / "planted")
+    for path in (tmp_path / "planted").iterdir():
+        rewritten(saved, path.name, path.read_bytes())
+    with pytest.raises(InputError, match=r"model\.norm\.weight is no tensor there"):
+        checkpoint._read({"model": {"norm.weight": model.norm.weight}}, saved)
     assert not (tmp_path / "ran").exists()
+    dcp.load(planted, checkpoint_id=saved)  # and it would have run
+    assert (tmp_path / "ran").exists()
 
 
 def test_rates_and_decay_are_the_settings_and_moments_the_checkpoints(world, tmp_path):
