@@ -1,6 +1,6 @@
 """Text from a model: a key/value cache, sampling, batches of prompts of different lengths."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -45,13 +45,13 @@ def generate(
     stop: set[int],
     sampling: Sampling,
     first: int = 0,
-    agree: Callable[[Tensor], Tensor] = lambda tokens: tokens,
+    lockstep: bool = False,
 ) -> list[tuple[list[int], str]]:
     """(ids without the stop token, "stop" or "length") for each prompt, all in one batch. What
     comes out for a prompt depends on its number (first, first + 1, ...), not on its neighbours."""
     answers: list[list[int]] = [[] for _ in prompts]
     ends = ["length"] * len(prompts)
-    for i, token in stream(model, prompts, stop, sampling, first, agree):
+    for i, token, _ in stream(model, prompts, stop, sampling, first, lockstep):
         if token in stop:
             ends[i] = "stop"
         else:
@@ -66,12 +66,10 @@ def stream(
     stop: set[int],
     sampling: Sampling,
     first: int = 0,
-    agree: Callable[[Tensor], Tensor] = lambda tokens: tokens,
-    watch: Callable[[list[int], Tensor], None] = lambda prompts, logits: None,
-) -> Iterator[tuple[int, int]]:
-    """Yields (index of the prompt, its next token) as they come, stop tokens included. `agree`
-    makes the ranks of a sharded model choose alike; `watch` sees, before each token, the indices of
-    the prompts that are still in the batch and the model's own logits[n,V] for them. Raises
+    lockstep: bool = False,
+) -> Iterator[tuple[int, int, Tensor]]:
+    """Yields (index of the prompt, its next token, the model's own logits[V] for it) as they come,
+    stop tokens included. In lockstep rank 0 chooses for all ranks of a sharded model. Raises
     InputError for a prompt that leaves no room for an answer."""
     limits = limits_of(model, prompts, sampling)
     device = next(model.parameters()).device
@@ -83,11 +81,11 @@ def stream(
     logits = _next(model, row_from(prompts).to(device), cache)  # [B,V]
     done = set()
     while True:
-        watch(batch, logits)
-        tokens = agree(choose(logits, seen, sampling, [generators[i] for i in batch]))
-        for i, token in zip(batch, tokens.tolist(), strict=True):
+        tokens = choose(logits, seen, sampling, [generators[i] for i in batch])
+        tokens = from_main_tensor(tokens) if lockstep else tokens
+        for i, token, of_token in zip(batch, tokens.tolist(), logits, strict=True):
             if i not in done:
-                yield i, token
+                yield i, token, of_token
                 lengths[i] += 1
                 if token in stop or lengths[i] >= limits[i]:
                     done.add(i)
@@ -180,5 +178,5 @@ def greedy_in_lockstep(
     hang the others, so all of them run the same batch. Rank 0 decides each token, because of two
     equally likely ones another GPU could take the other."""
     model.eval()
-    answers = generate(model, prompts, stop, Sampling(max_new=max_new), agree=from_main_tensor)
+    answers = generate(model, prompts, stop, Sampling(max_new=max_new), lockstep=True)
     return [ids for ids, _ in answers]

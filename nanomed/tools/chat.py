@@ -135,7 +135,7 @@ def pieces(
     stop = {encoder.turn_end, encoder.document_end}
     ids: list[int] = []
     shown = ""
-    for _, token in stream(model, [prompt], stop, sampling, first=number):
+    for _, token, _ in stream(model, [prompt], stop, sampling, first=number):
         if token not in stop:
             ids.append(token)
         text = encoder.tokenizer.decode(ids)

@@ -81,18 +81,10 @@ class Worker(threading.Thread):
         sampling = replace(batch[0].sampling, max_new=max(j.sampling.max_new for j in batch))
         stop = {self.encoder.turn_end, self.encoder.document_end}
         answers = [Answer(job, self.encoder, stop) for job in batch]
-        growing, logprobs = set(range(len(batch))), {}
-        watches = any(job.top is not None for job in batch)
-
-        def watch(prompts: list[int], logits: Tensor) -> None:
-            if watches:
-                logprobs.update(zip(prompts, logits.float().log_softmax(-1), strict=True))
-
+        growing = set(range(len(batch)))
         prompts, first = [job.prompt for job in batch], batch[0].number
-        for i, token in stream(self.model, prompts, stop, sampling, first, watch=watch):
-            if i in growing and (
-                batch[i].cancelled.is_set() or answers[i].add(token, logprobs.get(i))
-            ):
+        for i, token, logits in stream(self.model, prompts, stop, sampling, first):
+            if i in growing and (batch[i].cancelled.is_set() or answers[i].add(token, logits)):
                 growing.discard(i)
             if not growing:
                 return
@@ -114,13 +106,13 @@ class Answer:
         self.text, self.shown = "", 0
         self.waiting: list[tuple[int, dict]] = []  # (where its text begins, a token)
 
-    def add(self, token: int, logprobs: Tensor | None) -> bool:  # logprobs[V]
+    def add(self, token: int, logits: Tensor) -> bool:  # logits[V]
         """Whether the answer is over."""
         if token in self.stop:
             return self.end("stop")
         self.ids.append(token)
         if self.job.top is not None:
-            entry = self._entry(token, logprobs)
+            entry = self._entry(token, logits.float().log_softmax(-1))
             self.waiting.append((len(self.text.rstrip(HALF)), entry))
         self.text = self.decode(self.ids)
         if found := [at for at in map(self.text.find, self.job.stops) if at >= 0]:

@@ -55,7 +55,7 @@ def prompts_of(monkeypatch, scripted):
         for token in scripted[len(asked) - 1]:
             if token is KeyboardInterrupt:
                 raise KeyboardInterrupt
-            yield 0, token
+            yield 0, token, None
 
     monkeypatch.setattr(tool, "stream", stream)
     return asked

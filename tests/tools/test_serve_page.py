@@ -39,13 +39,12 @@ def url(encoder, small, monkeypatch, page):
     init_weights(model, 0)
     ids = encoder.tokenizer.encode(ANSWER)
 
-    def scripted(model, prompts, stop, sampling, first=0, watch=None):
+    def scripted(model, prompts, stop, sampling, first=0):
         for k, token in enumerate([*ids, encoder.turn_end][: sampling.max_new]):
-            logits = torch.full((1, encoder.tokenizer.vocab_size), -20.0)
-            logits[0, token], logits[0, (token + 1) % 900] = (0.9, 0.1) if k % 2 else (0.1, 0.9)
-            watch([0], logits.clamp(min=1e-9).log())
+            logits = torch.full((encoder.tokenizer.vocab_size,), -20.0)
+            logits[token], logits[(token + 1) % 900] = (0.9, 0.1) if k % 2 else (0.1, 0.9)
             time.sleep(0.02)
-            yield 0, token
+            yield 0, token, logits.clamp(min=1e-9).log()
 
     monkeypatch.setattr(serve_jobs, "stream", scripted)
     with serving(model, encoder) as (url, server):
