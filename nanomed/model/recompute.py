@@ -14,6 +14,7 @@ to them last: what they compute again then finds the memory that the others have
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -48,20 +49,11 @@ def set_layer(layer: nn.Module, policy: str) -> None:
     for module in (layer, *cheap):
         vars(module).pop("forward", None)  # an earlier policy's
     if policy == "full":
-        layer.forward = _run_again(layer.forward)
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     elif policy == "lean":
         for module in cheap:
             module.forward = _rebuilt_by_its_node(module)
         layer.forward = _keeping_nodes(layer.forward)
-
-
-def _run_again(forward: Callable) -> Callable:
-    def keeping_its_input(*inputs) -> Tensor:
-        if torch.is_grad_enabled():
-            return checkpoint(forward, *inputs, use_reentrant=False)
-        return forward(*inputs)
-
-    return keeping_its_input
 
 
 def _rebuilt_by_its_node(module: nn.Module) -> Callable:

@@ -143,8 +143,6 @@ class SplitAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        for param in self._params():
-            self.state[param]["step"] += 1
         with self._turns() as turns:
             for group in self.param_groups:
                 for param in group["params"]:
@@ -164,6 +162,7 @@ class SplitAdamW(torch.optim.Optimizer):
 
     def _update(self, param: nn.Parameter, group: dict, turns: Iterator) -> None:
         state = self.state[param]
+        state["step"] += 1
         whole = param, param.low, param.grad, state["exp_avg"], state["exp_avg_sq"]
         chunks = zip(*(x.detach().view(-1).split(CHUNK) for x in whole), strict=True)
         constants = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
