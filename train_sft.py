@@ -20,7 +20,7 @@ from nanomed.model.decoder import Scores
 from nanomed.run.log import RunFolder
 from nanomed.stages import dry_run, stage
 from nanomed.stages.answers import show_answers, show_example
-from nanomed.stages.world import show_learned
+from nanomed.stages.world import show_results
 from nanomed.training.trainer import fit
 
 
@@ -53,7 +53,7 @@ def main() -> None:
         stage.load_best(model, run)
         if stage.may_show_text(c) and len(loader.val):
             show_answers(model, encoder, loader, run)
-            show_learned(model, encoder, loader, run)
+            show_results(model, encoder, loader, run)
         stage.export(c, model, encoder, run)
 
 

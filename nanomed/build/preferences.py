@@ -15,8 +15,8 @@ from typing import Any
 from nanomed.config import InputError
 from nanomed.records import BadField, Chat, chats_of, names_of, read_records
 from nanomed.records.exams import Exam, asked, exam_of, options_of, wording_for
+from nanomed.records.option_chats import OPTION, as_item
 from nanomed.records.shapes import group_of
-from nanomed.stages.exam import OPTION, as_item
 
 # An option that speaks of others by their letters or their places cannot stand elsewhere.
 REFERS = re.compile(

@@ -29,8 +29,8 @@ from nanomed.distributed import from_all, from_main
 from nanomed.locks import take
 from nanomed.model.scoring import Encoded, Scorer, plan
 from nanomed.records import Chat, names_of, read_chats
+from nanomed.records.option_chats import OPTION
 from nanomed.records.shapes import language
-from nanomed.stages.exam import OPTION
 from nanomed.text.template import Encoder
 
 NUMBERS = ("complexity", "quality", "score", "cr", "answer_loss")  # of a line of scores.jsonl

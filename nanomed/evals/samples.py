@@ -22,7 +22,8 @@ from nanomed.hf import pretrained
 from nanomed.model.scoring import Encoded, plan
 from nanomed.records import read_json
 from nanomed.records.exams import LETTERS
-from nanomed.stages.exam import held_out_items
+from nanomed.records.option_chats import as_item
+from nanomed.stages.answers import held_out_chats
 from nanomed.stages.world import STATED
 from nanomed.text.template import Encoder
 
@@ -65,7 +66,8 @@ def prepared(
 
 def _options(loader: Loader) -> list[Request]:
     requests = []
-    for i, item in enumerate(held_out_items(loader)):
+    items = (as_item(chat) for _, chat in held_out_chats(loader))
+    for i, item in enumerate(filter(None, items)):
         letters = list(LETTERS[: item.n_options])
         requests.append(
             Request(

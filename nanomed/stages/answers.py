@@ -12,12 +12,11 @@ from nanomed.model.decoder import Aquila
 from nanomed.model.generation import greedy_in_lockstep
 from nanomed.records import Chat, chats_of, is_pair, names_of, pair_of, read_records
 from nanomed.run.log import RunFolder
-from nanomed.run.progress import progress
 from nanomed.store import Store, group_key
 from nanomed.text.template import Encoder
 
 SAMPLES = ROOT / "samples"
-AT_ONCE, SHOWN = 32, 5  # questions in one batch, and held-out ones that a run prints
+SHOWN = 5  # held-out questions that a run prints
 SEEN, UNSEEN = "fact stated in training, in other words", "fact not stated in training"
 
 
@@ -45,9 +44,16 @@ def show_answers(
     who: str = "the best checkpoint",
 ) -> None:
     """Prints held-out questions with the model's greedy answers, and keeps them in answers.json.
-    Every rank calls it."""
-    questions = pick_questions(loader)
-    prompts = [encoder.prompt(Chat(chat.turns[:-1], chat.system)) for chat, _ in questions]
+    Chats that leave no room for an answer, as training cuts them, are not asked. Every rank calls
+    it."""
+    questions, prompts = [], []
+    for chat, mark in pick_questions(loader):
+        prompt = encoder.prompt(Chat(chat.turns[:-1], chat.system))
+        if len(prompt) < model.config.max_seq_len:
+            questions.append((chat, mark))
+            prompts.append(prompt)
+    if not questions:
+        return
     stop = {encoder.turn_end, encoder.document_end}
     answers = greedy_in_lockstep(model, prompts, stop, max_new=64)
     run.print(f"held-out questions, answered by {who} (greedy):")
@@ -67,20 +73,6 @@ def show_answers(
         path = run.path / "answers.json"
         earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         run.write_json(path.name, earlier | {who: kept})
-
-
-def greedy_answers(
-    model: Aquila, encoder: Encoder, chats: list[Chat], stop: set[int], max_new: int, what: str
-) -> list[str]:
-    """The most likely answers to chats that end with a question; `what` names the bar. Every rank
-    calls it."""
-    answers: list[list[int]] = []
-    with progress(len(chats), "question", what) as bar:
-        for start in range(0, len(chats), AT_ONCE):
-            prompts = [encoder.prompt(chat) for chat in chats[start : start + AT_ONCE]]
-            answers += greedy_in_lockstep(model, prompts, stop, max_new)
-            bar.update(len(prompts))
-    return [encoder.tokenizer.decode(ids) for ids in answers]
 
 
 def said(name: str, text: str) -> str:

@@ -10,11 +10,12 @@ from nanomed.batches.packing import row_from
 from nanomed.config import ROOT
 from nanomed.distributed import from_main
 from nanomed.model.decoder import Aquila
+from nanomed.model.generation import greedy_in_lockstep
 from nanomed.records import Chat, read_json
 from nanomed.records.exams import exam_of, render
 from nanomed.run.log import RunFolder
-from nanomed.stages.answers import AT_ONCE, greedy_answers, on_samples
-from nanomed.stages.exam import show_exam
+from nanomed.run.progress import progress
+from nanomed.stages.answers import on_samples
 from nanomed.text.template import Encoder
 from nanomed.training.losses import segment_logps
 
@@ -31,21 +32,14 @@ COUNTED = {
     "texts": ("the likeliest option has it", 0.25),
     "letters": ("the answer's letter", 0.25),
 }
-LONGEST = 48  # tokens of an answer
+AT_ONCE, LONGEST = 32, 48  # questions in one batch, tokens of an answer
 
 
-def show_learned(model: Aquila, encoder: Encoder, loader: Loader, run: RunFolder) -> None:
-    """On the sample world its questions and exam, elsewhere the held-out option questions. Every
-    rank calls it."""
-    if on_samples(loader):
-        show_results(model, encoder, run)
-    else:
-        show_exam(model, encoder, loader, run)
-
-
-def show_results(model: Aquila, encoder: Encoder, run: RunFolder) -> None:
-    """Prints what is right of the questions and of the exam, beside chance, and writes it to
-    results.json. Every rank calls it."""
+def show_results(model: Aquila, encoder: Encoder, loader: Loader, run: RunFolder) -> None:
+    """After training on the samples: prints what is right of the questions and of the exam, beside
+    chance, and writes it to results.json. Every rank calls it."""
+    if not on_samples(loader):
+        return
     results = counted(model, encoder)
     run.print("asked in words in which training does not ask (greedy answers):")
     for line in table(results):
@@ -115,9 +109,16 @@ def letter_in(answer: str) -> str:
 
 
 def answers_to(model: Aquila, encoder: Encoder, questions: list[str]) -> list[str]:
-    chats = [Chat([("user", question)]) for question in questions]
+    """The most likely ones."""
     stop = {encoder.turn_end, encoder.document_end}
-    return greedy_answers(model, encoder, chats, stop, LONGEST, "answers")
+    prompts = [encoder.prompt(Chat([("user", question)])) for question in questions]
+    answers: list[list[int]] = []
+    with progress(len(prompts), "question", "answers") as bar:
+        for start in range(0, len(prompts), AT_ONCE):
+            batch = prompts[start : start + AT_ONCE]
+            answers += greedy_in_lockstep(model, batch, stop, LONGEST)
+            bar.update(len(batch))
+    return [encoder.tokenizer.decode(ids) for ids in answers]
 
 
 @torch.no_grad()

@@ -5,8 +5,9 @@ import json
 
 import pytest
 
-from nanomed.records import BadField, chats_of
+from nanomed.records import BadField, Chat, chats_of
 from nanomed.records.exams import Exam, Wording, asked, exam_of, letters_of, options_of, render
+from nanomed.records.option_chats import as_item
 
 DRUGS = {"A": "amlodipine", "B": "valsartan", "C": "metoprolol"}
 LINES = "(A) amlodipine\n(B) valsartan\n(C) metoprolol"
@@ -125,3 +126,26 @@ def test_real_exam_files(shared_data):
         records = map(json.loads, path.read_text(encoding="utf-8").splitlines())
         exams = [exam_of(record | {"answer": record["anwer"]}) for record in records]
         assert len(exams) >= 2000 and all(set(e.answers) <= set(e.options) for e in exams)
+
+
+# ---------------------------------------------------------------- chats with options
+
+QUESTION = "下列哪项正确？\nA. 甲\nB. 乙\nC. 丙\nD. 丁"
+
+
+@pytest.mark.parametrize(
+    "question, answer, letter",
+    [
+        (QUESTION, "B。乙。", "B"),
+        (QUESTION, "D", "D"),
+        (QUESTION, "C. 丙", "C"),
+        (QUESTION, "A fever is common", None),  # an article, not a letter
+        (QUESTION, "乙", None),
+        ("头痛怎么办？", "B。", None),
+    ],
+)
+def test_what_is_an_exam_question(question, answer, letter):
+    item = as_item(Chat([("user", question), ("assistant", answer)]))
+    assert (item.letter if item else None) == letter
+    if item:
+        assert item.n_options == 4 and item.chat.turns == [("user", question)]

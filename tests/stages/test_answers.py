@@ -1,38 +1,19 @@
+"""What a run shows of its text: an example with its mask, and answers to held-out questions."""
+
 import json
 from functools import partial
 from itertools import islice
 from types import SimpleNamespace
 
 import numpy as np
-import pytest
 
 from nanomed import store
-from nanomed.batches.loader import Loader, split
+from nanomed.batches.loader import Loader
 from nanomed.config import SFT
-from nanomed.records import Chat, read_chats
+from nanomed.records import read_chats
 from nanomed.run.log import RunFolder
-from nanomed.stages import answers, exam
+from nanomed.stages import answers
 from tests.conftest import ROOT
-
-QUESTION = "下列哪项正确？\nA. 甲\nB. 乙\nC. 丙\nD. 丁"
-
-
-@pytest.mark.parametrize(
-    "question, answer, letter",
-    [
-        (QUESTION, "B。乙。", "B"),
-        (QUESTION, "D", "D"),
-        (QUESTION, "C. 丙", "C"),
-        (QUESTION, "A fever is common", None),  # an article, not a letter
-        (QUESTION, "乙", None),
-        ("头痛怎么办？", "B。", None),
-    ],
-)
-def test_what_is_an_exam_question(question, answer, letter):
-    item = exam.as_item(Chat([("user", question), ("assistant", answer)]))
-    assert (item.letter if item else None) == letter
-    if item:
-        assert item.n_options == 4 and item.chat.turns == [("user", question)]
 
 
 class Screen:
@@ -41,29 +22,6 @@ class Screen:
 
     def print(self, text=""):
         self.lines.append(text)
-
-
-def test_shares_stand_beside_chance(encoder, monkeypatch, tmp_path):
-    """Of held-out option questions: whoever always says B is right where B is."""
-    letters = "BBCABDACBD"
-    records = [{"messages": [{"role": "user", "content": f"{i}: {QUESTION}"},
-                             {"role": "assistant", "content": f"{letter}。"}]}
-               for i, letter in enumerate(letters)]  # fmt: skip
-    lines = [json.dumps(record) for record in records]
-    (tmp_path / "exam.jsonl").write_text("\n".join(lines))
-    data = store.chats([str(tmp_path / "exam.jsonl")], encoder, 512, 0.0)
-    loader = Loader(SFT(), data, *split(data, 0.6))
-
-    def always_b(model, prompts, stop, max_new):
-        assert max_new == 1 and all("assistant\n" in encoder.tokenizer.decode(p) for p in prompts)
-        return [encoder.tokenizer.encode("B") for _ in prompts]
-
-    monkeypatch.setattr(answers, "greedy_in_lockstep", always_b)
-    screen = Screen()
-    exam.show_exam(None, encoder, loader, screen)
-    held_out = [letters[data.where(int(i))[1] - 1] for i in loader.val]
-    assert f"  {held_out.count('B')} of {len(held_out)} = " in screen.lines[1]
-    assert "chance is 25%" in screen.lines[1]
 
 
 def test_a_run_shows_one_example_with_its_mask(encoder, monkeypatch):
@@ -94,8 +52,9 @@ def test_answers_are_kept_for_the_report(encoder, monkeypatch, tmp_path):
     run = Screen()
     run.path, run.world = tmp_path, SimpleNamespace(is_main=True)
     run.write_json = partial(RunFolder.write_json, run)
-    answers.show_answers(None, encoder, loader, run, "the model as it starts")
-    answers.show_answers(None, encoder, loader, run)
+    model = SimpleNamespace(config=SimpleNamespace(max_seq_len=512))
+    answers.show_answers(model, encoder, loader, run, "the model as it starts")
+    answers.show_answers(model, encoder, loader, run)
     lines = "\n".join(run.lines).splitlines()
     options = [line for line in lines if line.lstrip().startswith(("A. ", "B. ", "C. ", "D. "))]
     assert options and all(line.startswith(" " * 13) for line in options)
@@ -106,3 +65,27 @@ def test_answers_are_kept_for_the_report(encoder, monkeypatch, tmp_path):
         assert one["answer"] == f"回答{i}" and f"  answer     回答{i}" in run.lines
         turns = [*one["history"], ["user", one["question"]], ["assistant", one["reference"]]]
         assert [*map(tuple, turns)] == chat.turns
+
+
+def test_a_chat_that_leaves_no_room_is_not_asked(encoder, monkeypatch, tmp_path):
+    """Training drops the oldest turns of a long chat. Asked with all of them it would end the run
+    after its training, and before its export."""
+    turns = [{"role": role, "content": "头痛怎么办？" * 9} for role in ("user", "assistant") * 9]
+    records = [{"messages": turns[:2]}, {"messages": turns}]
+    lines = "\n".join(json.dumps(record) for record in records)
+    (tmp_path / "chats.jsonl").write_text(lines, encoding="utf-8")
+    data = store.chats([str(tmp_path / "chats.jsonl")], encoder, 400, 0.0)
+    asked = []
+
+    def parrot(model, prompts, stop, max_new):
+        asked.append([len(prompt) for prompt in prompts])
+        return [[] for _ in prompts]
+
+    monkeypatch.setattr(answers, "greedy_in_lockstep", parrot)
+    run = Screen()
+    run.path, run.world = tmp_path, SimpleNamespace(is_main=True)
+    run.write_json = partial(RunFolder.write_json, run)
+    for longest, n in ((400, 1), (10_000, 2), (20, 0)):
+        model = SimpleNamespace(config=SimpleNamespace(max_seq_len=longest))
+        answers.show_answers(model, encoder, Loader(SFT(), data, range(0), range(2)), run)
+        assert len(asked.pop() if n else asked) == n

@@ -8,8 +8,10 @@ import torch
 
 from nanomed.model.decoder import Scores
 from nanomed.records.exams import exam_of, render
-from nanomed.stages import answers, world
+from nanomed.stages import world
 from tests.stages.test_samples import EXAM, QUESTIONS
+
+SAMPLES = SimpleNamespace(data=SimpleNamespace(meta={"files": [str(world.EXAM)]}))  # a loader
 
 
 class Run(SimpleNamespace):
@@ -56,9 +58,9 @@ def results(encoder, monkeypatch, answer) -> tuple[dict, list[str]]:
         asked = [text.removeprefix(prefix[0]).removesuffix(prefix[1]) for text in texts]
         return [encoder.tokenizer.encode(answer(question)) for question in asked]
 
-    monkeypatch.setattr(answers, "greedy_in_lockstep", greedy)
+    monkeypatch.setattr(world, "greedy_in_lockstep", greedy)
     run = Run(lines=[], files={})
-    world.show_results(Favourite(), encoder, run)
+    world.show_results(Favourite(), encoder, SAMPLES, run)
     return run.files["results.json"], run.lines
 
 

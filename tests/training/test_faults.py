@@ -198,7 +198,7 @@ def spiking(world, out: str) -> None:
 # ---------------------------------------------------------------- replay
 
 
-AFTERWARDS = [(train_sft, "show_answers"), (train_sft, "show_learned"), (train_sft.stage, "export")]
+AFTERWARDS = [(train_sft, "show_answers"), (train_sft, "show_results"), (train_sft.stage, "export")]
 
 
 def test_a_bad_batch_replays(tmp_path, monkeypatch, capsys, world):
