@@ -4,7 +4,7 @@ beginning that many segments share. An object for each layer, asked by its atten
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 import kernels
@@ -59,11 +59,6 @@ class LayerCache:
     def keep(self, sequences: Tensor) -> None:
         """Forgets all but these sequences."""
         self.k, self.v = self.k[sequences], self.v[sequences]
-
-
-def new_cache(model: nn.Module, n_sequences: int, max_tokens: int) -> list[LayerCache]:
-    """Room for the keys and values of n_sequences of at most max_tokens, in every layer."""
-    return [LayerCache(n_sequences, max_tokens) for _ in model.layers]
 
 
 class SharedPrefix:

@@ -9,7 +9,7 @@ from torch import Tensor
 from nanomed.batches.packing import Row, row_from
 from nanomed.config import InputError, check_limits
 from nanomed.distributed import from_main_tensor
-from nanomed.model.cache import Cache, new_cache
+from nanomed.model.cache import Cache, LayerCache
 from nanomed.model.decoder import Aquila
 
 
@@ -73,11 +73,12 @@ def stream(
     InputError for a prompt that leaves no room for an answer."""
     limits = limits_of(model, prompts, sampling)
     device = next(model.parameters()).device
-    generators = [_generator(sampling.seed, first + i) for i in range(len(prompts))]
+    start = sampling.seed * 1_000_003 + first
+    generators = [torch.Generator().manual_seed(start + i) for i in range(len(prompts))]
     batch = list(range(len(prompts)))  # the prompts that have a place in the cache
     lengths = [len(prompt) for prompt in prompts]
     seen = _seen(prompts, model.config.vocab_size, device)
-    cache = new_cache(model, len(prompts), max(limits))
+    cache = [LayerCache(len(prompts), max(limits)) for _ in model.layers]
     logits = _next(model, row_from(prompts).to(device), cache)  # [B,V]
     done = set()
     while True:
@@ -119,10 +120,6 @@ def limits_of(model: Aquila, prompts: list[list[int]], sampling: Sampling) -> li
                 "there is room for an answer"
             )
     return [min(most, len(prompt) + sampling.max_new) for prompt in prompts]
-
-
-def _generator(seed: int, number: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed * 1_000_003 + number)
 
 
 def _seen(prompts: list[list[int]], vocab_size: int, device: torch.device) -> Tensor:

@@ -12,7 +12,7 @@ from nanomed.batches.packing import row_from
 from nanomed.config import InputError, ModelConfig
 from nanomed.hf import pretrained
 from nanomed.model import generation as g
-from nanomed.model.cache import LayerCache, new_cache
+from nanomed.model.cache import LayerCache
 from nanomed.model.decoder import Aquila
 from nanomed.model.generation import Sampling, choose, generate
 from nanomed.tools import generate as command
@@ -75,7 +75,7 @@ def test_a_cache_that_is_one_position_off_is_noticed(model, monkeypatch):
 def test_logits_of_the_cache_entry(model):
     """Each sequence's last logits, after the prompts and after one more token of each."""
     rows = prompts(3)
-    cache = new_cache(model, 3, 60)
+    cache = [LayerCache(3, 60) for _ in model.layers]
     after_prompts = g._next(model, row_from(rows), cache)
     more = torch.tensor([5, 6, 7])
     step = g._one_each(more, [len(row) for row in rows])
