@@ -8,7 +8,6 @@ import math
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import kernels
 from nanomed import watchdog
@@ -17,7 +16,7 @@ from nanomed.batches.packing import Row
 from nanomed.config import InputError
 from nanomed.distributed import World, local, sum_over_ranks
 from nanomed.run.log import RunFolder
-from nanomed.run.progress import is_terminal
+from nanomed.run.progress import progress
 from nanomed.training.alone import master
 from nanomed.training.losses import segment_logps
 from nanomed.training.step import Loss
@@ -56,14 +55,14 @@ def answer_logps(model: nn.Module, loader: Loader, world: World) -> Tensor:
     set under the weights that the model now has. Every rank calls it."""
     model.eval()
     logps = torch.zeros(len(loader.data), 2, device=world.device)
-    rows = loader.rows(np.arange(len(loader.data)))
-    hidden = not (world.is_main and is_terminal())
-    for n, row in enumerate(tqdm(rows, desc="reference", unit="row", disable=hidden), 1):
-        watchdog.at(f"row {n} of the reference")
-        row = row.to(world.device)
-        pairs = segment_logps(model(row).nll, row).view(-1, 2)
-        examples = row.examples[::2]
-        logps[examples[examples >= 0]] = pairs[examples >= 0]
+    with progress(len(loader.data), "pair", "reference") as bar:
+        for n, row in enumerate(loader.rows(np.arange(len(loader.data))), 1):
+            watchdog.at(f"row {n} of the reference")
+            row = row.to(world.device)
+            pairs = segment_logps(model(row).nll, row).view(-1, 2)
+            examples = row.examples[::2]
+            logps[examples[examples >= 0]] = pairs[examples >= 0]
+            bar.update(min(len(pairs) * world.size, len(loader.data) - bar.n))
     watchdog.away("what follows the reference")
     return sum_over_ranks(logps)  # each pair is in one row of one rank, and 0 elsewhere
 
