@@ -27,7 +27,7 @@ from nanomed.evals.folder import open_folder
 from nanomed.hf import pretrained
 from nanomed.meeting import rank_from_env
 from nanomed.model.packed import pack_linears
-from nanomed.records import Chat, names_of, read_chats
+from nanomed.records import Chat, read_chats
 from nanomed.stages import stage
 
 
@@ -173,9 +173,9 @@ def subjective(c: Pairs, files: list[str], kept: Kept, out: Path) -> dict[str, A
 def chats_to_answer(c: Pairs, files: list[str]) -> dict[str, tuple[Chat, str, int]]:
     """By their number: chats that end with an answer and are no option questions."""
     options = {place[:2] for place in preferences.exams_in(files, c.fields, False)}
-    found, names = {}, names_of(c.fields)
+    found = {}
     for file in files:
-        for record, chat, _ in read_chats(file, names):
+        for record, chat, _ in read_chats(file, c.fields):
             roles = [role for role, _ in chat.turns]
             regular = roles == ["user", "assistant"] * (len(roles) // 2)
             if regular and not chat.dropped and not chat.raw and (file, record) not in options:

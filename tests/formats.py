@@ -2,6 +2,9 @@
 
 import gzip
 import json
+from collections.abc import Iterator, Sequence
+
+from nanomed.records import DOCUMENT, Document, examples_of, read_records, texts_in
 
 U, A = "user", "assistant"
 QA = [(U, "问"), (A, "答")]
@@ -30,6 +33,17 @@ def jsonl(*records: dict) -> bytes:
 
 def array(*records: dict) -> bytes:
     return json.dumps(records, ensure_ascii=False, indent=1).encode()
+
+
+def document_of(record: dict) -> Document:
+    return examples_of(record, DOCUMENT)[0]
+
+
+def read_documents(path: str, fields: Sequence[str] = ()) -> Iterator[tuple[int, Document, int]]:
+    """As pre-training reads a file."""
+    for number, record, n_bytes in read_records(path, fields):
+        for document in texts_in(path, number, record):
+            yield number, document, n_bytes
 
 
 # name -> (file name, its bytes, for each chat: its turns and whatever else is not the default)

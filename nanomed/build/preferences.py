@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from nanomed.config import InputError
-from nanomed.records import BadField, Chat, chats_of, names_of, read_records
+from nanomed.records import BadField, Chat, chats_of, read_records
 from nanomed.records.exams import Exam, asked, exam_of, options_of, wording_for
 from nanomed.records.option_chats import OPTION, as_item
 from nanomed.records.shapes import group_of
@@ -32,9 +32,8 @@ def exams_in(
     """(file, record, question, group, why it is None) of each record that has options. A chat whose
     question lists its options counts as one. `all_are`: any other record is an error. Raises
     InputError naming file, record and field."""
-    names = names_of(fields)
     for path in paths:
-        for number, record, _ in read_records(path, names):
+        for number, record, _ in read_records(path, fields):
             try:
                 exam = _exam_of(record, all_are)
             except BadField as bad:

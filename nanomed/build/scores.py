@@ -28,7 +28,7 @@ from nanomed.build.shards import line_of
 from nanomed.distributed import from_all, from_main
 from nanomed.locks import take
 from nanomed.model.scoring import Encoded, Scorer, plan
-from nanomed.records import Chat, names_of, read_chats
+from nanomed.records import Chat, read_chats
 from nanomed.records.option_chats import OPTION
 from nanomed.records.shapes import language
 from nanomed.text.template import Encoder
@@ -51,10 +51,10 @@ class Item(NamedTuple):
 def read(files: list[str], fields: Sequence[str], most: int = 0) -> list[Item]:
     """The chats of all records, or of the first `most` of each file. Raises InputError naming file,
     record and field."""
-    found, names = [], names_of(fields)
+    found = []
     for path in files:
         last = 0
-        for number, chat, _ in read_chats(path, names):
+        for number, chat, _ in read_chats(path, fields):
             if number == last:
                 continue
             if most and number > most:

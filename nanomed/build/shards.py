@@ -27,7 +27,7 @@ from typing import Any, BinaryIO, NamedTuple
 from nanomed.build import text
 from nanomed.build.runner import make_private, whole
 from nanomed.config import InputError
-from nanomed.records import names_of, read_texts, texts_in
+from nanomed.records import read_records, texts_in
 from nanomed.records.shapes import blank, language, source_of
 
 GROUP = 64 << 20  # bytes of files that are read, and written at the end, by one task
@@ -85,10 +85,9 @@ def text_of(path: str, number: int, record: Any) -> str:
 def read_documents(files: list[str], numbers: list[int], fields: list[str]) -> Iterator[Doc]:
     """The documents of files[n] for n in numbers; `fields` as --fields has them. Raises InputError
     naming file, record and field."""
-    names = names_of(fields)
     for n in numbers:
         folder = Path(files[n]).parent.name
-        for number, record, _ in read_texts(files[n], names):
+        for number, record, _ in read_records(files[n], fields):
             found = text_of(files[n], number, record)
             try:
                 found.encode()

@@ -7,15 +7,13 @@ line there and a function in chats.py or pairs.py that turns the record into its
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cache, cached_property, partial
+from functools import cache, cached_property
 from typing import Any
 
 from nanomed.config import InputError, nearest
 from nanomed.records import chats, exams, files, pairs
 from nanomed.records.fields import (
-    AS_THEY_ARE,
     LABELS,
-    Names,
     by_known_names,
     filled,
     given,
@@ -24,7 +22,7 @@ from nanomed.records.fields import (
     renamed,
     unread,
 )
-from nanomed.records.files import holds_json, kind_of, read_json, read_lines
+from nanomed.records.files import read_json
 from nanomed.records.shapes import (
     BadField,
     Chat,
@@ -41,10 +39,9 @@ from nanomed.records.shapes import (
 from nanomed.records.turns import MARKS, NO, OPENING, QUESTION, ROLES, TURN, YES, main_question
 
 __all__ = [
-    "BadField", "Chat", "Document", "PreferencePair", "Turns",
-    "chats_of", "document_of", "examples_in", "is_pair", "names_of", "pair_of",
-    "read_chats", "read_documents", "read_json", "read_pairs", "read_records", "read_texts",
-    "texts_in",
+    "CHAT", "DOCUMENT", "PAIR", "BadField", "Chat", "Document", "PreferencePair", "Turns",
+    "chats_of", "examples_in", "examples_of", "names_of", "pair_of",
+    "read_chats", "read_json", "read_pairs", "read_records", "texts_in",
 ]  # fmt: skip
 
 CHAT, PAIR, DOCUMENT = "chat", "pair", "document"
@@ -68,14 +65,13 @@ class Format:
     def groups(self) -> list[list[str]]:
         return [names.split("|") for names in self.fields.split()]
 
-    def matches(self, record: dict) -> bool:
-        found = (any(filled(record.get(name)) for name in names) for names in self.groups)
-        return all(found) and self.fits(record)
-
     def n_filled(self, record: dict) -> int:
         """How many of the fields it needs hold something; -1 if one is not even there."""
         names = self.needed_in(record)
         return sum(filled(record[n]) for n in names) if all(names) and self.fits(record) else -1
+
+    def matches(self, record: dict) -> bool:
+        return self.n_filled(record) == len(self.groups)
 
     def needed_in(self, record: dict) -> list[str]:
         return [given(record, names) for names in self.groups]
@@ -122,97 +118,75 @@ FORMATS = [
 KNOWN = {n for f in FORMATS for n in (*re.split("[ |]", f.fields), *f.besides)}
 
 
-def names_of(fields: Iterable[str]) -> Names:
-    """--fields as the readers take it: a file's name -> the known one. Raises InputError."""
+def names_of(fields: Iterable[str]) -> dict[str, str]:
+    """What --fields gives: a file's name -> the known one. Raises InputError."""
     return naming(fields, {*KNOWN, *LABELS, *ROLES, *TURN, *MARKS})
 
 
 # ---------------------------------------------------------------- readers
 
 
-def read_records(path: str, names: Names = AS_THEY_ARE) -> Iterator[tuple[int, Any, int]]:
+def read_records(path: str, fields: Iterable[str] = ()) -> Iterator[tuple[int, Any, int]]:
     """(number from 1, record, bytes read so far) for every record in a file of any kind, its fields
-    under the names that they are known by. Raises InputError."""
+    under the names that they are known by; `fields` has those of --fields. Raises InputError."""
+    names = names_of(fields)
     return ((n, renamed(record, names), size) for n, record, size in files.read_records(path))
 
 
-def read_chats(path: str, names: Names = AS_THEY_ARE) -> Iterator[tuple[int, Chat, int]]:
+def read_chats(path: str, fields: Iterable[str] = ()) -> Iterator[tuple[int, Chat, int]]:
     """(record number from 1, chat, bytes read so far) for every chat in a file. A record with
     several wordings of a question gives one chat for each.
 
     Raises InputError naming file, record and field at the first record that cannot be read.
     """
-    for number, record, n_bytes in read_records(path, names):
-        for chat in _naming_record(path, number, chats_of, record):
-            yield number, chat, n_bytes
+    return _examples(path, fields, CHAT)
 
 
-def read_pairs(path: str, names: Names = AS_THEY_ARE) -> Iterator[tuple[int, PreferencePair, int]]:
+def read_pairs(path: str, fields: Iterable[str] = ()) -> Iterator[tuple[int, PreferencePair, int]]:
     """(record number from 1, pair, bytes read so far) for every preference pair in a file; raises
     as read_chats does."""
-    for number, record, n_bytes in read_records(path, names):
-        yield number, _naming_record(path, number, pair_of, record), n_bytes
+    return _examples(path, fields, PAIR)
 
 
-def read_documents(path: str, names: Names = AS_THEY_ARE) -> Iterator[tuple[int, Document, int]]:
-    """(record number from 1, document, bytes read so far) for every document in a file. Raises as
-    read_chats does."""
-    for number, record, n_bytes in read_texts(path, names):
-        yield number, _naming_record(path, number, document_of, record), n_bytes
-
-
-def read_texts(path: str, names: Names = AS_THEY_ARE) -> Iterator[tuple[int, Any, int]]:
-    """The same with each record as it stands in the file, for texts_in() to read. A .txt file has
-    one document on each line, unless it holds JSON."""
-    if kind_of(path) == ".txt" and not holds_json(path):
-        return ((n, {"text": line}, n_bytes) for n, line, n_bytes in read_lines(path))
-    return read_records(path, names)
+def _examples(path: str, fields: Iterable[str], shape: str) -> Iterator[tuple[int, Any, int]]:
+    for number, record, n_bytes in read_records(path, fields):
+        for example in _naming_record(path, number, record, shape):
+            yield number, example, n_bytes
 
 
 def texts_in(path: str, number: int, record: Any) -> list[Document] | list[Chat]:
     """What a record gives to continued pre-training: its document; a chat's record, which has no
     document's field, its chats. Raises InputError naming file, record and field."""
-    return _naming_record(path, number, partial(_read, shapes=(DOCUMENT, CHAT)), record)
+    return _naming_record(path, number, record, DOCUMENT, CHAT)
 
 
 def examples_in(path: str, number: int, record: Any) -> list[PreferencePair | Chat | Document]:
     """What a record of any kind gives to the stage that it is for: a pair, its chats, or its
     document. Raises InputError as texts_in() does."""
-    read = partial(_read, shapes=(PAIR, CHAT, DOCUMENT), expected=CHAT)
-    return _naming_record(path, number, read, record)
+    return _naming_record(path, number, record, PAIR, CHAT, DOCUMENT, expected=CHAT)
 
 
-def _naming_record(path: str, number: int, convert: Callable, record: Any) -> Any:
+def _naming_record(path: str, number: int, record: Any, *shapes: str, expected: str = "") -> Any:
     try:
-        return convert(record)
+        return examples_of(record, *shapes, expected=expected)
     except BadField as bad:
         raise InputError(f"{path}, record {number}: {bad}") from None
 
 
 def chats_of(record: Any) -> list[Chat]:
     """The chats in one record of any format. Raises BadField."""
-    return _read(record, (CHAT,))
+    return examples_of(record, CHAT)
 
 
 def pair_of(record: Any) -> PreferencePair:
     """The preference pair in one record of any format. Raises BadField."""
-    return _read(record, (PAIR,))[0]
+    return examples_of(record, PAIR)[0]
 
 
-def document_of(record: Any) -> Document:
-    """The document in one record. Raises BadField."""
-    return _read(record, (DOCUMENT,))[0]
-
-
-def is_pair(record: dict) -> bool:
-    known = _first(by_known_names(record)[0], PAIR, CHAT)
-    return known is not None and known.shape == PAIR
-
-
-def _read(record: Any, shapes: tuple[str, ...], expected: str = "") -> list[Any]:
+def examples_of(record: Any, *shapes: str, expected: str = "") -> list[Any]:
     """What a record holds, of the first of these shapes that it has; with the first thing goes the
-    ledger of what was not read. A record of none of them is refused as no `expected`, by default
-    the first of them."""
+    ledger of what was not read. Raises BadField: a record of none of them is refused as no
+    `expected`, by default the first of them."""
     if not isinstance(record, dict):
         raise BadField("(record)", f"expected an object, found {excerpt(record)}")
     fields, own = by_known_names(record)

@@ -5,7 +5,7 @@ import re
 from typing import Any
 
 from nanomed.records.exams import BARE, KEYS, exam_of, render
-from nanomed.records.fields import AS_THEY_ARE, Names, filled, given, renamed
+from nanomed.records.fields import filled, given
 from nanomed.records.shapes import (
     BadField,
     Chat,
@@ -25,12 +25,12 @@ NO_TEXT = ("", "无", "無")  # what Toyhom's forms hold where a patient wrote n
 ANSWER_FIRST = "assistant turn before the first question dropped"
 
 
-def dialogue(record: dict, field: str = "messages", names: Names = AS_THEY_ARE) -> list[Chat]:
+def dialogue(record: dict) -> list[Chat]:
     """OpenAI, ShareGPT, DISC-MedLLM, Firefly: a list of turns. In Aquila2's own files the system
-    text is called `instruction`. `names`: what the turns call their fields and roles -> ours."""
+    text is called `instruction`."""
     chat = opening(record)
     add_system(chat, text_of(record.get("instruction"), "instruction"))
-    add_turns(chat, renamed({field: json_of(record[field])}, names)[field], field)
+    add_turns(chat, record["messages"], "messages")
     return [chat]
 
 

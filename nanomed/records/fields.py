@@ -28,10 +28,6 @@ LABELS = {
 }
 
 
-Names = dict[str, str]  # a file's name -> the known one: of naming()
-AS_THEY_ARE: Names = {}
-
-
 def filled(value: Any) -> bool:
     """Whether a field holds anything: null is empty."""
     return value is not None and value != "" and value != [] and value != {}
@@ -80,7 +76,7 @@ def unread(record: dict, read: Collection[str]) -> list[str]:
 # ---------------------------------------------------------------- --fields
 
 
-def naming(fields: Iterable[str], known: Collection[str]) -> Names:
+def naming(fields: Iterable[str], known: Collection[str]) -> dict[str, str]:
     """A file's name -> the known one, from the KNOWN=THEIRS of --fields. Raises InputError."""
     names = {}
     for entry in fields:
@@ -94,7 +90,7 @@ def naming(fields: Iterable[str], known: Collection[str]) -> Names:
     return names
 
 
-def renamed(record: Any, names: Names) -> Any:
+def renamed(record: Any, names: dict[str, str]) -> Any:
     """A record, or a turn, with its fields and its roles under the names that --fields gives them.
     A field whose name another one takes is kept under one that no reader knows."""
     if not names or not isinstance(record, dict):

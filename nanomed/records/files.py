@@ -21,11 +21,24 @@ Numbered = Iterator[tuple[int, Any, int]]
 
 
 def read_records(path: str) -> Numbered:
-    """The records of a file of any kind, the rows of CSV and Parquet files as objects."""
+    """The records of a file of any kind: the rows of CSV and Parquet files as objects; the lines of
+    a text file, unless it holds JSON, as documents."""
     kind = kind_of(path)
     if kind == ".parquet":
         return _numbered(path, lambda file: _parquet(path, file))
-    return read_csv(path) if kind in (".csv", ".tsv") else read_json(path)
+    if kind in (".csv", ".tsv"):
+        return read_csv(path)
+    if kind == ".txt" and not _holds_json(path):
+        return ((number, {"text": line}, size) for number, line, size in read_lines(path))
+    return read_json(path)
+
+
+def _holds_json(path: str) -> bool:
+    """Whether the first value in it is a JSON object."""
+    try:
+        return isinstance(next(read_json(path))[1], dict)
+    except InputError:
+        return False
 
 
 def kind_of(path: str) -> str:
@@ -56,16 +69,6 @@ def encoding(path: str) -> str:
         return ""
     with open(path, "rb", HEAD) as file:
         return encoding_of(path, unpacked(path, file)).removesuffix("-sig")
-
-
-def holds_json(path: str) -> bool:
-    """Whether the first line that is not blank is a JSON object."""
-    for _, line, _ in read_lines(path):
-        try:
-            return isinstance(json.loads(line), dict)
-        except (ValueError, RecursionError):
-            return False
-    return False
 
 
 def _numbered(path: str, parse: Callable[[BinaryIO], Iterator[Any]]) -> Numbered:

@@ -10,7 +10,7 @@ from nanomed.batches.loader import Loader
 from nanomed.config import ROOT
 from nanomed.model.decoder import Aquila
 from nanomed.model.generation import greedy_in_lockstep
-from nanomed.records import Chat, chats_of, is_pair, names_of, pair_of, read_records
+from nanomed.records import CHAT, PAIR, Chat, examples_of, read_records
 from nanomed.run.log import RunFolder
 from nanomed.store import Store, group_key
 from nanomed.text.template import Encoder
@@ -109,9 +109,10 @@ def held_out_chats(loader: Loader) -> list[tuple[dict, Chat]]:
 
 
 def _chats_in(record: dict) -> list[Chat]:
-    if not is_pair(record):
-        return chats_of(record)
-    pair = pair_of(record)
+    found = examples_of(record, PAIR, CHAT)
+    if isinstance(found[0], Chat):
+        return found
+    (pair,) = found
     return [Chat([*pair.turns, ("assistant", pair.chosen)], pair.system, pair.group)]
 
 
@@ -121,10 +122,9 @@ def records_of(store: Store, examples: Iterable[int]) -> list[dict]:
     for i in examples:
         file, number = store.where(i)
         wanted.setdefault(file, set()).add(number)
-    names = names_of(store.meta["fields"])
     return [
         record
         for file, numbers in wanted.items()
-        for number, record, _ in read_records(file, names)
+        for number, record, _ in read_records(file, store.meta["fields"])
         if number in numbers
     ]

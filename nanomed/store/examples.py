@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from nanomed.config import InputError
-from nanomed.records import Chat, PreferencePair, names_of, read_chats, read_pairs
+from nanomed.records import Chat, PreferencePair, read_chats, read_pairs
 from nanomed.store.cache import PROBED, cached, digest, group_key, progress
 from nanomed.store.tally import Tally, report_of
 from nanomed.store.versions import versions
@@ -156,7 +156,7 @@ def _first_ids(path: str, fields: Sequence[str], read, encode) -> str:
     """A hash of what a file's first records become: a line that somebody changes to try it takes
     effect, though it has raised no number of VERSIONS."""
     found = hashlib.sha256()
-    for _, example, _ in islice(read(path, names_of(fields)), PROBED):
+    for _, example, _ in islice(read(path, fields), PROBED):
         segments = [] if example.dropped else encode(example)[0]
         found.update(repr((example.group, segments)).encode())
     return found.hexdigest()
@@ -183,7 +183,7 @@ def _write(
     with progress(files) as bar:
         for number, path in enumerate(files):
             before = 0
-            for record, example, n_bytes in read(path, names_of(fields)):
+            for record, example, n_bytes in read(path, fields):
                 segments, cut = ([], 0) if example.dropped else encode(example)
                 # A segment's first token has no predecessor, so it is never a label.
                 n_trained = sum(sum(trained[1:]) for _, trained in segments)

@@ -1,11 +1,11 @@
 """A record of a file becomes token ids: what each tokenising process does."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from nanomed.records import Chat, Document, language, read_texts, texts_in
+from nanomed.records import Chat, Document, language, read_records, texts_in
 from nanomed.store.cache import group_key
 from nanomed.store.tally import Facts
 from nanomed.text.template import Encoder
@@ -36,13 +36,13 @@ class Encoded(NamedTuple):
     facts: list[Facts]
 
 
-def batches(files: list[str], names: dict[str, str], start: tuple[int, int]) -> Iterator[Batch]:
+def batches(files: list[str], fields: Sequence[str], start: tuple[int, int]) -> Iterator[Batch]:
     """The records of all files from start (the file's number, the record's) on. Files before it
     are not opened, records before it not looked at."""
     for file in range(start[0], len(files)):
         first = start[1] if file == start[0] else 1
         records, size = [], 0
-        for number, record, n_bytes in read_texts(files[file], names):
+        for number, record, n_bytes in read_records(files[file], fields):
             if number < first:
                 continue
             records.append((number, record))

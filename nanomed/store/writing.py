@@ -15,7 +15,7 @@ import numpy as np
 
 from nanomed import locks
 from nanomed.config import InputError
-from nanomed.records import names_of, read_texts
+from nanomed.records import read_records
 from nanomed.store.cache import PROBED, cached, digest, progress
 from nanomed.store.pool import in_order, n_cores
 from nanomed.store.shards import Shard, file_of, finished, write_json
@@ -54,7 +54,7 @@ def documents(files: list[str], encoder: Encoder, fields: Sequence[str] = ()) ->
 def _first_ids(path: str, encoder: Encoder, fields: Sequence[str]) -> str:
     """A hash of what a file's first records become: a line that somebody changes to try it takes
     effect, though it has raised no number of VERSIONS."""
-    first = islice(read_texts(path, names_of(fields)), PROBED)
+    first = islice(read_records(path, fields), PROBED)
     records = [(number, record) for number, record, _ in first]
     if not records:
         return ""
@@ -92,7 +92,7 @@ def _write(folder: Path, files: list[str], encoder: Encoder, plan: dict, n_proce
     try:
         hashes = hasher.map(digest, files)
         builder = _Builder(folder, files, plan["shard_tokens"])
-        builder.run(encoder, names_of(plan["fields"]), n_processes)
+        builder.run(encoder, plan["fields"], n_processes)
         sources = [
             {"path": path, "size": os.path.getsize(path), "sha256": sha256}
             for path, sha256 in zip(files, hashes, strict=True)
@@ -190,10 +190,10 @@ class _Builder:
         self.n_named = Counter(file for file, _ in self.named)
         self.tallies: dict[tuple[int, str], Tally] = defaultdict(Tally)  # of this shard
 
-    def run(self, encoder: Encoder, names: dict[str, str], n_processes: int) -> None:
+    def run(self, encoder: Encoder, fields: Sequence[str], n_processes: int) -> None:
         sizes = np.cumsum([0, *(os.path.getsize(path) for path in self.files)]).tolist()
         with progress(self.files, sizes[self.start[0]]) as bar:
-            todo = batches(self.files, names, self.start)
+            todo = batches(self.files, fields, self.start)
             with closing(in_order(todo, encoder, n_processes)) as done:
                 for encoded in done:
                     self._add(encoded)

@@ -33,7 +33,7 @@ from nanomed.build.deita import rounds
 from nanomed.config import Run
 from nanomed.distributed import launch, pick_device, start
 from nanomed.model.decoder import Aquila
-from nanomed.records import Chat, Document, PreferencePair, examples_in, names_of, read_texts
+from nanomed.records import Chat, Document, PreferencePair, examples_in, read_records
 from nanomed.stages import stage
 from nanomed.stages.answers import records_of
 from nanomed.text.template import Encoder
@@ -140,8 +140,7 @@ def rendered(example: Example, encoder: Encoder, seq_len: int) -> tuple[list, Pa
 def first_examples(c: Run, encoder: Encoder, n: int) -> Iterator[tuple[str, Row | None, Parts]]:
     """(name, a row with this example alone, its segments) of the first n; None for the row of an
     example that is dropped."""
-    names = names_of(c.fields)
-    read = ((path, number, r) for path in c.data for number, r, _ in read_texts(path, names))
+    read = ((path, number, r) for path in c.data for number, r, _ in read_records(path, c.fields))
     found = ((*place, one) for *place, record in read for one in examples_in(*place, record))
     for path, number, one in islice(found, n):
         segments, parts = ([], []) if one.dropped else rendered(one, encoder, c.seq_len)
@@ -239,8 +238,8 @@ def settings(files: list[str], flags: list[str]) -> Run:
     """Of the script that the first record is for, on these files; where --init is a run folder,
     the run's own."""
     at = flags.index("--fields") + 1 if "--fields" in flags else len(flags)
-    names = names_of(takewhile(lambda flag: not flag.startswith("--"), flags[at:]))
-    number, record, _ = next(iter(read_texts(files[0], names)))
+    fields = takewhile(lambda flag: not flag.startswith("--"), flags[at:])
+    number, record, _ = next(read_records(files[0], fields))
     kinds = {Chat: config.SFT, PreferencePair: config.DPO, Document: config.CPT}
     cls = kinds[type(examples_in(files[0], number, record)[0])]
     argv = ["--data", *files, *flags]

@@ -13,8 +13,9 @@ import zipfile
 import pytest
 
 from nanomed.config import InputError
-from nanomed.records import read_chats, read_documents
+from nanomed.records import read_chats
 from nanomed.records.files import encoding
+from tests.formats import read_documents
 
 CHINESE = "孩子咳嗽三天，需要拍片吗？如无高热和气促，可先观察；若持续一周以上请就诊。"
 TRADITIONAL = "孩子咳嗽三天，需要照X光嗎？如果沒有發燒和氣促，可以先觀察；若持續一週以上請就診。"

@@ -10,18 +10,15 @@ from nanomed.records import (
     FORMATS,
     BadField,
     chats_of,
-    document_of,
-    names_of,
     pair_of,
     read_chats,
-    read_documents,
     read_pairs,
 )
 from nanomed.records.fields import LABELS, NAMES, by_known_names
 from nanomed.records.files import read_csv
 from nanomed.records.turns import MARKS, ROLES
 from tests.conftest import ROOT
-from tests.formats import CHATS, DOCUMENTS, PAIRS, gpt, jsonl
+from tests.formats import CHATS, DOCUMENTS, PAIRS, document_of, gpt, jsonl, read_documents
 
 
 @pytest.fixture
@@ -117,7 +114,7 @@ def test_what_a_reader_refuses(convert, record, message):
 
 def test_a_named_text_key(file):
     path = file("a.jsonl", jsonl({"body": "痛风", "text": "x"}, {"body": "痛"}))
-    documents = [d for _, d, _ in read_documents(path, names_of(["text=body"]))]
+    documents = [d for _, d, _ in read_documents(path, ["text=body"])]
     assert [(d.text, d.unread) for d in documents] == [
         ("痛风", ["text (the file's own)"]),
         ("痛", []),

@@ -7,8 +7,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nanomed.config import InputError
-from nanomed.records import FORMATS, read_chats, read_documents, read_pairs
-from tests.formats import CHATS, DOCUMENTS, PAIRS
+from nanomed.records import FORMATS, read_chats, read_pairs
+from tests.formats import CHATS, DOCUMENTS, PAIRS, read_documents
 
 READERS = {read_chats: CHATS, read_pairs: PAIRS, read_documents: DOCUMENTS}
 NAMES = sorted({n for f in FORMATS for n in f.fields.replace("|", " ").split()})

@@ -9,10 +9,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nanomed.records import FORMATS, BadField, Chat, chats_of, document_of, pair_of
+from nanomed.records import FORMATS, BadField, Chat, chats_of, pair_of
 from nanomed.records.chats import ANSWER_FIRST
 from nanomed.records.fields import KNOWN_AS, LABELS, NAMES
 from nanomed.records.turns import MARKS
+from tests.formats import document_of
 
 READERS = {"chat": chats_of, "pair": lambda r: [pair_of(r)], "document": lambda r: [document_of(r)]}
 # Notes that stand for one text each that is not rendered.

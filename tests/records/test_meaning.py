@@ -4,9 +4,9 @@ lists of answers, null, prompts that stand twice."""
 import pytest
 
 from nanomed.config import InputError
-from nanomed.records import BadField, chats_of, document_of, names_of, pair_of
+from nanomed.records import BadField, chats_of, names_of, pair_of
 from nanomed.records.fields import renamed
-from tests.formats import QA, RAW, gpt, openai, turns
+from tests.formats import QA, RAW, document_of, gpt, openai, turns
 
 OPTIONS = {"A": "氨氯地平", "B": "缬沙坦", "C": "美托洛尔", "D": "氢氯噻嗪"}
 ASKED = "哪种是β受体阻滞剂？\nA. 氨氯地平\nB. 缬沙坦\nC. 美托洛尔\nD. 氢氯噻嗪"

@@ -233,10 +233,9 @@ NEVER_ENDS = {
 
 
 def records_before_the_error(path, message: str) -> list[int]:
-    read = files.read_lines if path.suffix == ".txt" else files.read_records
     found = []
     with pytest.raises(InputError) as error:
-        found.extend(number for number, *_ in read(str(path)))
+        found.extend(number for number, *_ in files.read_records(str(path)))
     assert str(error.value).startswith(f"{path}, {message}")
     return found
 
@@ -252,8 +251,7 @@ def test_a_record_over_the_limit_is_named(tmp_path, monkeypatch, name, chunk):
     ends = name in ("x.txt", "x.csv")  # of lines count
     room = 200 - len('{"a": ""}' if "json" in name else ",d" * ("csv" in name)) - ends
     path.write_bytes(save((text % ("x" * room)).encode()))
-    read = files.read_lines if name == "x.txt" else files.read_records
-    assert [number for number, *_ in read(str(path))] == [1, 2]
+    assert [number for number, *_ in files.read_records(str(path))] == [1, 2]
     path.write_bytes(save((text % ("x" * (room + 1))).encode()))
     message = "record 2: over 200 characters; a quote, a bracket or a line's end may be missing, "
     assert records_before_the_error(path, message + "else split the record") == [1]
@@ -303,3 +301,14 @@ def test_errors_name_file_record_and_field(tmp_path):
 def test_real_files(shared_data, name, n_chats, n_turns):
     chats = [chat for _, chat, _ in read_chats(str(shared_data / name))]
     assert len(chats) == n_chats and sum(len(c.turns) for c in chats) >= n_turns
+
+
+@pytest.mark.parametrize("head", ["", "[", " \n[\n"])
+def test_a_text_file_that_holds_json_is_json(tmp_path, head):
+    """Else each of its lines is a document: also one that begins like JSON."""
+    path = tmp_path / "x.txt"
+    path.write_text(head + '{"question": "a",\n "answer": "b"}' + "]" * bool(head))
+    assert [record["answer"] for _, record, _ in files.read_records(str(path))] == ["b"]
+    path.write_text('[1] A reference\n"quoted"\n{braces}\n7\n')
+    texts = [record["text"] for _, record, _ in files.read_records(str(path))]
+    assert texts == ["[1] A reference", '"quoted"', "{braces}", "7"]
