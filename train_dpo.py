@@ -98,7 +98,7 @@ def main() -> None:
     data = read()
 
     with start(device) as world:
-        loader = Loader.of(c, data, world.rank, world.size)
+        loader = Loader(c, data, world.rank, world.size)
         model = stage.build_model(c, config, world)
         identity = stage.identity(c, config, encoder, loader)
         run = RunFolder(c, world, identity, describe=what_happens)

@@ -41,7 +41,7 @@ def main() -> None:
     data = read()
 
     with start(device) as world:
-        loader = Loader.of(c, data, world.rank, world.size)
+        loader = Loader(c, data, world.rank, world.size)
         model = stage.build_model(c, config, world)
         run = RunFolder(c, world, stage.identity(c, config, encoder, loader))
         stage.announce(c, model, encoder, loader, run)

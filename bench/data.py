@@ -83,7 +83,7 @@ class Work:
         part = self.nanomed(1).split(0.0)[0]
         ours = {}
         for piece in part.read(0, part.n_tokens):
-            ours[part.store.where(piece.shard, piece.document)[1]] = piece.ids.tolist()
+            ours[part.store.where(piece.document)[1]] = piece.ids.tolist()
         theirs = self.datasets(1)["input_ids"]
         assert [ours[k] for k in sorted(ours)] == list(theirs), "the two give different ids"
         return part.n_tokens
@@ -109,7 +109,7 @@ def loading(folder: Path, encoder: Encoder, n_steps: int, results: Results) -> d
     how = dict(batch_size=64, micro_tokens=MICRO_TOKENS, epochs=1_000)
     c = CPT(data=[str(folder)], seq_len=SEQ_LEN, val_fraction=0.0, **how)
     data = read(c, encoder)
-    loader = Loader(c, data, data.train, data.val)
+    loader = Loader(c, data, parts=(data.train, data.val))
     steps = count()
 
     def step() -> int:

@@ -57,7 +57,7 @@ class Ours:
         # A little more than a row: with none to spare, documents that fill n rows go into n + 1.
         wider = dataclasses.replace(c, micro_tokens=c.micro_tokens * 9 // 8)
         parts = np.arange(len(data)), np.arange(0)
-        self.loader = Loader(wider, data, *parts, world.rank, world.size)
+        self.loader = Loader(wider, data, world.rank, world.size, parts)
         self.meter = Meter(config, world.size)
         self.loss = lambda scores, row: (scores.nll.sum(), {})
         if isinstance(c, DPO):

@@ -35,7 +35,7 @@ def blocks() -> dict[str, str]:
     c = arguments.parse(SFT, ["--data", str(ROOT / "samples/sft.jsonl")])
     config, encoder = stage.model_and_encoder(c)
     data = store.chats(c.data, encoder, c.seq_len, c.allow_drop)
-    loader = Loader.of(c, data)
+    loader = Loader(c, data)
     model = Aquila(config)
     optimizer = adamw(model, c.weight_decay)
 

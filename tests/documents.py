@@ -21,7 +21,7 @@ class MemoryPart:
             places = [k for _, k in places]
             first, last, ids = places[0], places[-1] + 1, self.documents[d]
             last_label = ids[last] if last < len(ids) else -100
-            pieces.append(Piece(np.array(ids[first:last]), last_label, first == 0, 0, d))
+            pieces.append(Piece(np.array(ids[first:last]), last_label, d))
         return pieces
 
     def n_ends(self, start: int, stop: int) -> int:
@@ -33,7 +33,7 @@ class MemoryDocuments:
         self.name, self.train, self.val = name, MemoryPart(train), MemoryPart(val)
         self.manifest = {"sha256": str((train, val)), "report": {}}
 
-    def where(self, shard: int, document: int) -> tuple[str, int]:
+    def where(self, document: int) -> tuple[str, int]:
         return f"{self.name}.jsonl", document + 1
 
 

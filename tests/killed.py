@@ -48,7 +48,7 @@ def loader_of(world, c: SFT) -> Loader:
     lengths = random.Random(5)
     data = ListData.of_lengths([lengths.randrange(3, 60) for _ in range(71)])
     c = dataclasses.replace(c, micro_tokens=ROWS // world.size)
-    return Loader(c, data, np.arange(64), np.arange(64, 71), world.rank, world.size)
+    return Loader(c, data, world.rank, world.size, (np.arange(64), np.arange(64, 71)))
 
 
 def _sft(world, given: dict):
@@ -73,7 +73,7 @@ def _cpt(world, given: dict):
     c = CPT(**fixed, save_every=2, eval_every=4, **given)
     sources = [random_documents(60, 0), random_documents(20, 1)]
     data = slices_of(sources, c.seq_len, [Fraction(1, 2)] * 2, [random_documents(5, 2)] * 2, 0)
-    loader = Loader.of(c, data, world.rank, world.size, (data.train, data.val), data.mixture)
+    loader = Loader(c, data, world.rank, world.size, (data.train, data.val), data.mixture)
     return c, loader, train_cpt.next_token_loss(data, torch.arange(97) % 5)
 
 

@@ -50,7 +50,7 @@ Formula = Callable[[int, list[Answer]], tuple[Tensor, dict]]
 def loader_of(world: World, data, micro_tokens: int) -> Loader:
     cls = DPO if len(data[0]) == 2 else SFT  # pairs share their prompts
     c = cls(batch_size=BATCH, micro_tokens=micro_tokens, seq_len=2, epochs=1)
-    return Loader(c, data, np.arange(len(data)), np.arange(0), world.rank, world.size)
+    return Loader(c, data, world.rank, world.size, (np.arange(len(data)), np.arange(0)))
 
 
 def packed_step(world, config, data, make_loss, micro_tokens: int, sharing: Sharing, step: int):

@@ -5,7 +5,7 @@ another number. The order of examples depends on (seed, epoch) alone: on another
 processes a step has the same examples, in other rows. Nothing here grows with the data.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
@@ -16,6 +16,8 @@ from nanomed.batches.packing import Row, filler, pack, row_from
 from nanomed.batches.prompts import share_prompts
 from nanomed.batches.shuffle import shuffled
 from nanomed.config import DPO, InputError, Run
+from nanomed.store import Documents
+from nanomed.store.cache import limit_of
 from nanomed.text.segment import Segment
 
 Indices = np.ndarray | range  # of examples; a range takes no memory
@@ -43,12 +45,12 @@ def split(
     if by_file := n_train_files is not None:
         held_out = data.source[:, 0] >= n_train_files
     else:
-        held_out = is_held_out(data.keys, fraction)
+        held_out = data.keys < limit_of(fraction)
     if held_out.all() or ((by_file or fraction > 0) and not held_out.any()):
         asked = "--val_data" if by_file else f"--val_fraction {fraction}"
         raise InputError(
             f"{asked} of {len(data)} examples leaves {held_out.sum()} held out and "
-            f"{(~held_out).sum()} to train on{largest_group(data.keys, data.where)}; give more "
+            f"{(~held_out).sum()} to train on{largest_group(data)}; give more "
             "data, another fraction, or a file of its own with --val_data"
         )
     train = np.flatnonzero(~held_out)
@@ -58,65 +60,48 @@ def split(
 
 
 def split_remark(
-    name: str, n: int, n_held_out: int, fraction: float, largest: Callable[[], str]
+    name: str, data: DataSet | Documents, n_held_out: int, fraction: float
 ) -> list[str]:
-    """A warning where the share of n that is held out is more than 1.5 times off."""
+    """A warning where the share of the data that is held out is more than 1.5 times off."""
+    n = len(data)
     if fraction * n / 1.5 <= n_held_out <= fraction * n * 1.5:
         return []
     return [
         f"warning: of {n:,} {name} {fraction * n:,.0f} were to be held out, and {n_held_out:,} "
-        f"are{largest()}"
+        f"are{largest_group(data)}"
     ]
 
 
-def largest_group(keys: np.ndarray, where: Callable[[int], tuple[str, int]]) -> str:
-    """Why a share is not the one that was asked for."""
-    _, first, counts = np.unique(keys, return_index=True, return_counts=True)
+def largest_group(data: DataSet | Documents) -> str:
+    """Why a share of data, by its `keys` and where(), is not the one that was asked for."""
+    _, first, counts = np.unique(data.keys, return_index=True, return_counts=True)
     if counts.max() == 1:
         return ": a hash of each one decides, and so few do not come out evenly"
-    file, record = where(int(first[counts.argmax()]))
+    file, record = data.where(int(first[counts.argmax()]))
     return (
         ": what has the same questions or the same `group` stays together, and the largest such "
         f"group has {counts.max():,} of them, the first in {file}, record {record}"
     )
 
 
-def is_held_out(keys: np.ndarray, fraction: float) -> np.ndarray:
-    """keys are uniform in [0, 2**64); exact where a float of 64 bits is not."""
-    return keys < np.uint64(min(int(fraction * 2**64), 2**64 - 1))
-
-
 class Loader:
-    @classmethod
-    def of(
-        cls,
+    def __init__(
+        self,
         c: Run,
         data: DataSet,
         rank: int = 0,
         world_size: int = 1,
         parts: tuple[Indices, Indices] | None = None,
         mixture: Mixture | None = None,
-    ) -> "Loader":
-        """The files of c.val_data come last in data. `parts` (to train on, held out) takes the
-        place of split()'s."""
-        parts = parts or split(data, c.val_fraction, len(c.data) if c.val_data else None)
-        return cls(c, data, *parts, rank, world_size, mixture)
-
-    def __init__(
-        self,
-        c: Run,
-        data: DataSet,
-        train: Indices,
-        val: Indices,
-        rank: int = 0,
-        world_size: int = 1,
-        mixture: Mixture | None = None,
     ):
-        self.data, self.train, self.val, self.mixture = data, train, val, mixture
+        """`parts` (to train on, held out) takes the place of split()'s, for which the files of
+        c.val_data come last in data."""
+        parts = parts or split(data, c.val_fraction, len(c.data) if c.val_data else None)
+        self.data, (self.train, self.val), self.mixture = data, parts, mixture
         self.batch_size, self.micro_tokens, self.seed = c.batch_size, c.micro_tokens, c.seed
         self.rank, self.world_size = rank, world_size
         self.shares_prompts = isinstance(c, DPO)
-        self.steps_per_epoch = -(-len(train) // c.batch_size)  # the last one may be short
+        self.steps_per_epoch = -(-len(self.train) // c.batch_size)  # the last one may be short
         self.n_steps = c.steps or self.steps_per_epoch * c.epochs
         if mixture:
             mixture.check(self.n_steps, c.batch_size)

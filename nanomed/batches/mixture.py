@@ -12,9 +12,8 @@ A first reader may take it on trust: draws(start, stop) are the examples of draw
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from fractions import Fraction
-from math import gcd, lcm
+from math import lcm
 
 import numpy as np
 
@@ -42,28 +41,22 @@ def check_weights(entries: list[str], weights: list[Fraction | None]) -> None:
         )
 
 
-@dataclass(frozen=True)
 class Mixture:
     """Draws from several sources; each is gone through in a new order each time."""
 
-    names: Sequence[str]
-    sizes: Sequence[int]  # how many examples each source has; its indices follow the former's
-    weights: list[int]  # whole numbers without common divisor
-    seed: int
-    passes: int = 1  # how often a source may be gone through; 0: as often as it takes
-
-    @classmethod
-    def of(
-        cls,
+    def __init__(
+        self,
         names: Sequence[str],
         sizes: Sequence[int],
         weights: Sequence[Fraction],
         seed: int,
         passes: int = 1,
-    ) -> "Mixture":
+    ):
+        """sizes: how many examples each source has; its indices follow the former's. passes: how
+        often a source may be gone through; 0: as often as it takes."""
+        self.names, self.sizes, self.seed, self.passes = names, sizes, seed, passes
         scale = lcm(*(weight.denominator for weight in weights))
-        whole = [int(weight * scale) for weight in weights]
-        return cls(names, sizes, [w // gcd(*whole) for w in whole], seed, passes)
+        self.weights = [int(weight * scale) for weight in weights]
 
     def draws(self, start: int, stop: int) -> np.ndarray:
         """[stop-start] int64: the examples of draws start to stop-1."""

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from nanomed import store
-from nanomed.batches.loader import Loader, largest_group, split_remark
+from nanomed.batches.loader import Loader, split_remark
 from nanomed.batches.mixture import Mixture, check_weights, path_and_weight
 from nanomed.config import CPT, InputError
 from nanomed.store import Documents, Part
@@ -102,7 +102,7 @@ class Slices:
         self.mixture = None
         if weighted := [source for source in sources if source.weight]:
             n, weights = len(weighted), [source.weight for source in weighted]
-            self.mixture = Mixture.of(self.names[:n], counts[:n], weights, seed, passes)
+            self.mixture = Mixture(self.names[:n], counts[:n], weights, seed, passes)
         hashes = [source.documents.manifest["sha256"] for source in sources]
         self.meta = {"sha256": hashlib.sha256(json.dumps(hashes).encode()).hexdigest()}
 
@@ -135,7 +135,7 @@ class Slices:
     def documents_in(self, i: int) -> list[tuple[str, int]]:
         """The file, and the record's number in it, of each document that has a piece in slice i."""
         documents = self.sources[int(self.source_of(np.array([i]))[0])].documents
-        return [documents.where(piece.shard, piece.document) for piece in self._pieces(i)]
+        return [documents.where(piece.document) for piece in self._pieces(i)]
 
     def _pieces(self, i: int) -> list[store.Piece]:
         (span,), (start,) = self._place(np.array([i]))
@@ -175,10 +175,8 @@ def split_remarks(data: Slices, fraction: float) -> list[str]:
     """Of each source, the warning of split_remark() if there is one."""
     remarks = []
     for source in data.sources:
-        n_val = source.val.n_documents
-        name, n = f"documents of {source.name}", source.train.n_documents + n_val
-        largest = lambda d=source.documents: largest_group(d.keys(), d.where_is)  # noqa: E731
-        remarks += split_remark(name, n, n_val, fraction, largest)
+        name, n_held_out = f"documents of {source.name}", source.val.n_documents
+        remarks += split_remark(name, source.documents, n_held_out, fraction)
     return remarks
 
 

@@ -171,7 +171,7 @@ def learn(kind: str, texts: Sequence[str], targets: np.ndarray, init: str, work:
         begin(model, data, y if kind == "quality" else 8 * y - 4)
         dtype = stage.compute_dtype(c, world.device)
         shard(model, world, dtype)
-        loader = Loader.of(c, data, parts=(range(len(data)), range(0)))
+        loader = Loader(c, data, parts=(range(len(data)), range(0)))
         run = RunFolder(c, world, {"labels": out.name})
         fit(c, model, loader, loss_of(kind, y.to(world.device)), run)
         tensors = {name: full(value).to(dtype) for name, value in model.state_dict().items()}

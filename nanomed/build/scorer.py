@@ -117,7 +117,7 @@ def train(chats: Sequence[dict], folder: Path, where: torch.device, **given: Any
     config, encoder = stage.model_and_encoder(c)
     data = store.chats(c.data, encoder, c.seq_len, c.allow_drop)
     with start(where) as world:
-        loader = Loader.of(c, data, world.rank, world.size)
+        loader = Loader(c, data, world.rank, world.size)
         model = stage.build_model(c, config, world)
         run = RunFolder(c, world, stage.identity(c, config, encoder, loader))
         stage.announce(c, model, encoder, loader, run)

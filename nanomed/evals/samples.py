@@ -37,7 +37,7 @@ def held_out(model: str, encoder: Encoder, longest: int) -> Loader:
     fraction = pretrained.settings_of(model).get("val_fraction", SFT.val_fraction)
     seq_len = min(longest, SFT.seq_len)
     c = SFT(data=[str(FOLDER / "sft.jsonl")], val_fraction=fraction, seq_len=seq_len)
-    return Loader.of(c, store.chats(c.data, encoder, c.seq_len, c.allow_drop))
+    return Loader(c, store.chats(c.data, encoder, c.seq_len, c.allow_drop))
 
 
 def prepared(

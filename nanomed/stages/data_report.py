@@ -1,9 +1,7 @@
 """What a run says of its data before it starts: on the screen, and in data_report.json."""
 
-from functools import partial
-
 from nanomed.batches import slices
-from nanomed.batches.loader import Loader, largest_group, split_remark
+from nanomed.batches.loader import Loader, split_remark
 from nanomed.config import Run
 from nanomed.store.tally import remarks
 
@@ -21,9 +19,7 @@ def lines(c: Run, loader: Loader, report: dict) -> list[str]:
         read = [source["read"] for source in report["sources"].values()]
         said = _slices_lines(report)
     else:
-        data = loader.data
-        largest = partial(largest_group, data.keys, data.where)
-        shares = split_remark("examples", len(data), len(loader.val), c.val_fraction, largest)
+        shares = split_remark("examples", loader.data, len(loader.val), c.val_fraction)
         read, said = [report], [_examples_line(report, loader)]
     said += [] if c.val_data else shares
     return said + [line for part in read for line in remarks(part)]

@@ -48,7 +48,7 @@ def published_work(c: Run) -> tuple[Work, Work]:
 def counted_work(c: Run, data: Store | Slices) -> tuple[Work, Work]:
     """(training, held out) of tokenised data; of slices the squares of a sample."""
     if isinstance(data, Slices):
-        Loader.of(c, data, parts=(data.train, data.val), mixture=data.mixture)  # can it be run?
+        Loader(c, data, parts=(data.train, data.val), mixture=data.mixture)  # can it be run?
         return sliced_work(data, data.train), sliced_work(data, data.val)
 
     def work(part: np.ndarray) -> Work:

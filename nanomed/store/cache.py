@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 from nanomed import locks
@@ -29,6 +30,11 @@ def digest(path: str | Path) -> str:
 def group_key(group: str) -> int:
     """A number from 0 to 2**64 - 1 that decides on which side of the split a group stands."""
     return int.from_bytes(hashlib.sha256(group.encode()).digest()[:8], "big")
+
+
+def limit_of(fraction: float) -> np.uint64:
+    """A group whose key is below it is held out. Exact where a float of 64 bits is not."""
+    return np.uint64(min(int(fraction * 2**64), 2**64 - 1))
 
 
 def ranks() -> tuple[int, int]:

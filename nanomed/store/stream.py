@@ -20,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from nanomed.config import InputError
-from nanomed.store.cache import digest
+from nanomed.store.cache import digest, limit_of
 from nanomed.store.shards import DTYPES, file_of
 from nanomed.store.texts import RENDERED
 from nanomed.store.versions import check_versions
@@ -31,9 +31,7 @@ class Piece(NamedTuple):
 
     ids: np.ndarray  # [n] int64
     last_label: int  # the token after the last one in the same document, or -100
-    begins: bool  # whether ids[0] is the document's first token
-    shard: int
-    document: int  # its number in the shard
+    document: int  # its number in the store
 
 
 class Documents:
@@ -42,11 +40,16 @@ class Documents:
     def __init__(self, folder: Path):
         self.folder = folder
         self.manifest = read_manifest(folder)
+        n_documents = [shard["documents"] for shard in self.manifest["shards"]]
+        self.starts = np.cumsum([0, *n_documents])  # [shards+1] documents before each shard
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
 
     def split(self, fraction: float) -> tuple["Part", "Part"]:
         """(to train on, held out): a document is held out if its key is below the fraction's share
-        of all keys (nanomed.batches.loader.is_held_out). Either part may be empty."""
-        limit = np.uint64(min(int(fraction * 2**64), 2**64 - 1))
+        of all keys. Either part may be empty."""
+        limit = limit_of(fraction)
         sizes = [(shard["documents"], shard["tokens"]) for shard in self.manifest["shards"]]
         # [shards,2] documents and tokens before each shard's border, and before its end
         cuts = np.array([self._cut(s, limit) for s in range(len(sizes))], np.int64)
@@ -54,23 +57,20 @@ class Documents:
         return Part(self, cuts, ends), Part(self, np.zeros_like(cuts), cuts)
 
     def _cut(self, shard: int, limit: np.uint64) -> tuple[int, int]:
-        n = int(np.searchsorted(self._map(shard, "keys"), limit)) if limit else 0
-        return n, int(self._map(shard, "borders")[n]) if n else 0
+        n = int(np.searchsorted(self._map(shard, "keys"), limit))
+        return n, int(self._map(shard, "borders")[n])
 
-    def where(self, shard: int, document: int) -> tuple[str, int]:
+    def where(self, document: int) -> tuple[str, int]:
         """The file, and the record's number in it, that a document was read from."""
-        file, record = self._map(shard, "source").reshape(-1, 2)[document]
+        shard = int(np.searchsorted(self.starts, document, "right")) - 1
+        place = document - int(self.starts[shard])
+        file, record = self._map(shard, "source").reshape(-1, 2)[place]
         return self.manifest["sources"][file]["path"], int(record)
 
+    @property
     def keys(self) -> np.ndarray:
         """[documents] uint64, which decide what a split holds out; 8 bytes of memory for each."""
         return np.concatenate([self._map(s, "keys") for s in range(len(self.manifest["shards"]))])
-
-    def where_is(self, i: int) -> tuple[str, int]:
-        """where() of the document that keys()[i] is of."""
-        ends = np.cumsum([shard["documents"] for shard in self.manifest["shards"]])
-        shard = int(np.searchsorted(ends, i, "right"))
-        return self.where(shard, i - int(ends[shard]))  # counted from the shard's end
 
     def _map(self, shard: int, array: str) -> np.ndarray:
         """Mapped anew each time, so that what a process has read does not stay in its memory."""
@@ -122,12 +122,13 @@ class Part:
         first = int(np.searchsorted(borders, start, "right")) - 1
         last = int(np.searchsorted(borders, stop, "left"))
         edges = borders[first : last + 1].tolist()
+        first += int(self.store.starts[shard])
         ids = tokens[start : stop + 1].astype(np.int64)  # and one more, which may follow
         pieces = []
         for document, (low, high) in enumerate(pairwise(edges), first):
             a, b = max(low, start), min(high, stop)
             last_label = int(ids[b - start]) if b < high else -100
-            pieces.append(Piece(ids[a - start : b - start], last_label, a == low, shard, document))
+            pieces.append(Piece(ids[a - start : b - start], last_label, document))
         return pieces
 
     def n_ends(self, start: int, stop: int) -> int:

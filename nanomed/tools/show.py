@@ -159,11 +159,11 @@ def step_rows(
     """The rows that rank 0 of `world_size` runs in a step."""
     if isinstance(c, config.CPT):
         data = slices.read(c, encoder)
-        loader = Loader.of(c, data, 0, world_size, (data.train, data.val), data.mixture)
+        loader = Loader(c, data, 0, world_size, (data.train, data.val), data.mixture)
     else:
         read = store.pairs if isinstance(c, config.DPO) else store.chats
         data = read([*c.data, *c.val_data], encoder, c.seq_len, c.allow_drop, c.fields)
-        loader = Loader.of(c, data, world_size=world_size)
+        loader = Loader(c, data, world_size=world_size)
     if not 0 <= step < loader.n_steps:
         raise config.InputError(f"--step {step}: the run has steps 0 to {loader.n_steps - 1}")
     rows = loader.step(step)

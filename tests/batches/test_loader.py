@@ -1,19 +1,20 @@
 import numpy as np
 import pytest
 
-from nanomed.batches.loader import Loader, is_held_out, split
+from nanomed.batches.loader import Loader, split
 from nanomed.config import SFT, InputError
 from nanomed.store import group_key
+from nanomed.store.cache import limit_of
 from tests.data import ListData
 
 
 def loaders(n: int, world_size: int, **settings) -> list[Loader]:
     """One loader per rank, over n examples of different lengths."""
     data = ListData.of_lengths(np.random.default_rng(n).integers(5, 60, n).tolist())
-    train, val = split(data, 0.25)
+    parts = split(data, 0.25)
     fixed = dict(batch_size=8, micro_tokens=128, seq_len=64, epochs=2, seed=3)
     c = SFT(**fixed | settings)
-    return [Loader(c, data, train, val, rank, world_size) for rank in range(world_size)]
+    return [Loader(c, data, rank, world_size, parts) for rank in range(world_size)]
 
 
 def ids_of(rows) -> list[int]:
@@ -74,11 +75,11 @@ def test_steps_win_over_epochs():
 
 def test_the_split_is_by_group_not_by_place():
     keys = np.array([group_key(f"question {i // 2}") for i in range(4000)], np.uint64)
-    held_out = is_held_out(keys, 0.1)
+    held_out = keys < limit_of(0.1)
     assert (held_out[::2] == held_out[1::2]).all()  # both copies of a question on one side
     assert 0.08 < held_out.mean() < 0.12
-    assert not is_held_out(keys, 0.0).any() and is_held_out(keys, 1.0).all()
-    assert is_held_out(keys, 0.2)[held_out].all()  # a larger share holds out the same, and more
+    assert not (keys < limit_of(0.0)).any() and (keys < limit_of(1.0)).all()
+    assert (keys < limit_of(0.2))[held_out].all()  # a larger share holds out the same, and more
 
 
 def test_a_split_without_one_of_its_sides_is_refused():

@@ -58,7 +58,7 @@ def test_an_order_is_far_from_the_given_one():
 
 def mixture_of(weights, sizes=None, seed=0, passes=0) -> Mixture:
     names = [f"source {s}" for s in range(len(weights))]
-    return Mixture.of(names, sizes or [10**7] * len(weights), weights, seed, passes)
+    return Mixture(names, sizes or [10**7] * len(weights), weights, seed, passes)
 
 
 def test_proportions_of_many_slices():

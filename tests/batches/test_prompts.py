@@ -76,7 +76,7 @@ def test_the_model_says_the_same_and_sends_the_same_back(small):
 
 def loader_of(cls) -> Loader:
     c = cls(batch_size=8, micro_tokens=256, seq_len=64, epochs=1)
-    return Loader(c, PairData(16), np.arange(12), np.arange(12, 16))
+    return Loader(c, PairData(16), parts=(np.arange(12), np.arange(12, 16)))
 
 
 def test_the_rows_of_dpo_share_prompts_and_no_others():

@@ -26,7 +26,7 @@ def loaders(data: Slices, world_size: int = 1, **changes) -> list[Loader]:
     """One for each rank."""
     fixed = dict(batch_size=4, micro_tokens=2 * data.seq_len, seq_len=2, epochs=1, seed=3)
     c, parts = CPT(**fixed | changes), (data.train, data.val)
-    return [Loader(c, data, *parts, r, world_size, data.mixture) for r in range(world_size)]
+    return [Loader(c, data, r, world_size, parts, data.mixture) for r in range(world_size)]
 
 
 def numbered(lengths: list[list[int]]) -> list[list[list[int]]]:

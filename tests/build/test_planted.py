@@ -126,7 +126,7 @@ def fine_tuned(path: Path, out: Path, seed: int) -> tuple[float, int]:
     facts = {fact for record in halves()[1] for fact in record["tags"]}
     items = [r for _, r, _ in read_json(str(world.EXAM)) if facts.issuperset(r["tags"])]
     with start(CPU) as alone:
-        loader = Loader.of(c, data, alone.rank, alone.size)
+        loader = Loader(c, data, alone.rank, alone.size)
         model = stage.build_model(c, config, alone)
         run = RunFolder(c, alone, stage.identity(c, config, encoder, loader))
         fit(c, model, loader, digit_loss, run)

@@ -153,7 +153,7 @@ def test_dropout_on_its_branches_is_not_noise(folder, encoder, world):
     """faults 39: from 3 to about 6 nats; that is why the recipe does without."""
     data = store.chats([str(ROOT / "samples/sft.jsonl")], encoder, 512, 0.05)
     c = SFT(dropout=0.1, batch_size=8, seq_len=512, micro_tokens=512, val_fraction=0.0)
-    loader = Loader.of(c, data, 0, 1)
+    loader = Loader(c, data, 0, 1)
     model = hf.load(folder)
     assert SFT().dropout == 0.0
     for layer in model.layers:

@@ -39,7 +39,7 @@ def losses(world, config, dtype: str) -> tuple[list[float], set[torch.dtype]]:
             kinds.update(x.dtype for x in [*model.parameters(), *grads, *moments])
 
     data = ListData.of_lengths([20, 41, 9, 33, 17, 50, 28, 60])
-    loader = Loader(c, data, np.arange(8), np.arange(0), world.rank, world.size)
+    loader = Loader(c, data, world.rank, world.size, (np.arange(8), np.arange(0)))
     loss = lambda scores, row: (scores.nll.sum(), {})  # noqa: E731
     for k in range(STEPS):
         found.append(train_step(c, model, Seen(), loader, loss, k, 1e-2, meter).loss)

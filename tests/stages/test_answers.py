@@ -28,7 +28,7 @@ def test_a_run_shows_one_example_with_its_mask(encoder, monkeypatch):
     """Each run prints one sample with its targets marked."""
     monkeypatch.chdir(ROOT)
     data = store.chats(["samples/sft.jsonl"], encoder, 512, 0.0)
-    loader = Loader(SFT(), data, np.arange(5, 9), np.arange(3))
+    loader = Loader(SFT(), data, parts=(np.arange(5, 9), np.arange(3)))
     screen = Screen()
     answers.show_example(encoder, loader, screen)
     ((_, chat, _),) = islice(read_chats("samples/sft.jsonl"), 5, 6)
@@ -43,7 +43,7 @@ def test_answers_are_kept_for_the_report(encoder, monkeypatch, tmp_path):
     """Beside those of another model, word for word."""
     monkeypatch.chdir(ROOT)
     data = store.chats(["samples/sft.jsonl"], encoder, 512, 0.0)
-    loader = Loader(SFT(), data, np.arange(5, 9), np.arange(3))
+    loader = Loader(SFT(), data, parts=(np.arange(5, 9), np.arange(3)))
 
     def parrot(model, prompts, stop, max_new):
         return [encoder.tokenizer.encode(f"回答{i}") for i in range(len(prompts))]
@@ -87,5 +87,5 @@ def test_a_chat_that_leaves_no_room_is_not_asked(encoder, monkeypatch, tmp_path)
     run.write_json = partial(RunFolder.write_json, run)
     for longest, n in ((400, 1), (10_000, 2), (20, 0)):
         model = SimpleNamespace(config=SimpleNamespace(max_seq_len=longest))
-        answers.show_answers(model, encoder, Loader(SFT(), data, range(0), range(2)), run)
+        answers.show_answers(model, encoder, Loader(SFT(), data, parts=(range(0), range(2))), run)
         assert len(asked.pop() if n else asked) == n

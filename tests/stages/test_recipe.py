@@ -239,7 +239,7 @@ def test_a_prompt_that_two_answers_share_is_counted_once(encoder):
     c = parse(DPO, [])
     data, m = store.pairs(c.data, encoder, c.seq_len, c.allow_drop), MODELS["tiny"]
     train, val = dry_run.counted_work(c, data)
-    loader = Loader.of(c, data)
+    loader = Loader(c, data)
     for part, work in ((loader.train, train), (loader.val, val)):
         meter = Meter(m, 1)
         for row in loader.rows(part):

@@ -16,9 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nanomed import store
-from nanomed.batches.loader import is_held_out
 from nanomed.config import InputError
 from nanomed.records.shapes import blank
+from nanomed.store.cache import limit_of
 from nanomed.store.shards import file_of
 from nanomed.store.stream import verify
 from nanomed.text import template
@@ -44,13 +44,13 @@ def test_any_range_of_either_part(tmp_path_factory, encoder, texts, fraction, da
     parts = built.split(fraction)
     assert sum(part.n_documents for part in parts) == n_kept
     for held_out, part in enumerate(parts):
-        expected = []  # (id, the next one in its document or -100, shard, document, k)
+        expected = []  # (id, the next one in its document or -100, its place)
         for shard in range(len(built.manifest["shards"])):
-            sides = is_held_out(built._map(shard, "keys"), fraction)
+            sides = built._map(shard, "keys") < limit_of(fraction)
             for d, ids in enumerate(in_shard(built, shard)):
                 if sides[d] == held_out:
                     following = [*ids[1:], -100]
-                    expected += [(i, following[k], shard, d, k) for k, i in enumerate(ids)]
+                    expected += [(i, following[k], (shard, d)) for k, i in enumerate(ids)]
         assert part.n_tokens == len(expected)
         start = data.draw(st.integers(0, len(expected)))
         stop = data.draw(st.integers(start, len(expected)))
@@ -61,11 +61,11 @@ def test_any_range_of_either_part(tmp_path_factory, encoder, texts, fraction, da
         for piece in pieces:
             last = expected[start + len(piece.ids) - 1]
             assert piece.last_label == last[1] and piece.ids.dtype == np.int64
-            assert (piece.shard, piece.document) == last[2:4]
-            assert piece.begins == (expected[start][4] == 0)
+            shard, d = last[2]
+            assert piece.document == built.starts[shard] + d
             start += len(piece.ids)
-            number = built.where(piece.shard, piece.document)[1]
-            ids = in_shard(built, piece.shard)[piece.document]
+            number = built.where(piece.document)[1]
+            ids = in_shard(built, shard)[d]
             assert ids == [*encoder.tokenizer.encode(texts[number - 1]), encoder.document_end]
 
 

@@ -144,7 +144,7 @@ def test_pairs_are_those_that_training_holds_out(name, model, encoder, monkeypat
     c = DPO(data=[str(paper.PAIRS[name])], seq_len=512, val_fraction=paper.HELD_OUT)
     data = store.pairs(c.data, encoder, c.seq_len, 0.0)
     kinds, expected = [data.meta["kinds"][k] for k in data.kinds], 0
-    held_out = [i for i in Loader.of(c, data).val.tolist() if kinds[i] == "subjective"]
+    held_out = [i for i in Loader(c, data).val.tolist() if kinds[i] == "subjective"]
     for i in held_out:
         rows = [row_from([side.ids.tolist()], [side.trained.tolist()]) for side in data[i]]
         with torch.no_grad():

@@ -61,7 +61,7 @@ def test_stage_1_and_the_command_that_it_prints(world, monkeypatch, tmp_path, ca
     last = metrics_of(tmp_path / "one")[-1]
     c = arguments.parse(CPT, shlex.split(flags))
     data = slices.read(c, stage.model_and_encoder(c)[1])  # it can be run as it stands
-    assert Loader.of(c, data, parts=(data.train, data.val), mixture=data.mixture).n_steps == 60
+    assert Loader(c, data, parts=(data.train, data.val), mixture=data.mixture).n_steps == 60
 
     run_script(f"{flags} {SMALL} --out {tmp_path / 'two'}", world, monkeypatch)
     printed = capsys.readouterr().out

@@ -55,7 +55,7 @@ def loader_of(world, c: DPO, n: int, n_val: int = 0):
     from nanomed.batches.loader import Loader
 
     parts = np.arange(n), np.arange(n, n + n_val)
-    return Loader(c, PairData(n + n_val), *parts, world.rank, world.size)
+    return Loader(c, PairData(n + n_val), world.rank, world.size, parts)
 
 
 def loss_of(reference: Tensor, c: DPO):

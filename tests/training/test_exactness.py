@@ -59,7 +59,7 @@ def chats_of(n: int) -> ListData:
 def loader_of(world: World, n: int, c: SFT, max_steps=0) -> Loader:
     c = dataclasses.replace(c, steps=max_steps)
     parts = np.arange(n), np.arange(n, n + 7)
-    return Loader(c, chats_of(n), *parts, world.rank, world.size)
+    return Loader(c, chats_of(n), world.rank, world.size, parts)
 
 
 class Recorder:

@@ -262,7 +262,7 @@ def test_sixteen_chats_are_learned_by_heart_and_every_answer_ends(tmp_path, enco
     shard(model, world, torch.float32)
     model.to_empty(device="cpu")
     init_weights(model)
-    loader = Loader(c, data, np.arange(16), np.arange(0))
+    loader = Loader(c, data, parts=(np.arange(16), np.arange(0)))
     run = train_sft.RunFolder(c, world)
     fit(c, model, loader, train_sft.next_token_loss, run)
     run.close()
