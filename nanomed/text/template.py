@@ -124,10 +124,8 @@ class Encoder:
     def chat(self, chat: Chat, max_tokens: int) -> tuple[list[int], list[bool], int]:
         """(ids, trained, turns dropped): the whole chat, or without its oldest turns, as many as
         it takes to fit max_tokens. Empty if even its last question and answer do not fit."""
-        if chat.raw:
-            return self._continuation(chat, max_tokens)
         system = self._system(chat)
-        turns = [self._turn(role, text) for role, text in chat.turns]
+        turns = [self._turn(role, text, raw=chat.raw) for role, text in chat.turns]
         for i in chat.untrained:
             turns[i] = turns[i][0], [False] * len(turns[i][1])
         first = self._first_kept(chat.turns, turns, max_tokens - len(system[0]))
@@ -141,11 +139,12 @@ class Encoder:
         is trained on. Prompt and answers are tokenised apart, and the prompt is the same in both:
         it loses its oldest whole turns until the longer answer fits max_tokens. No segment if even
         its last question leaves no room."""
-        if pair.raw:
-            return self._raw_pair(pair, max_tokens)
         system = self._system(pair)[0]
-        turns = [self._turn(role, text) for role, text in pair.turns]
-        answers = [self._turn("assistant", text, True) for text in (pair.chosen, pair.rejected)]
+        turns = [self._turn(role, text, raw=pair.raw) for role, text in pair.turns]
+        answers = [
+            self._turn("assistant", text, apart=True, raw=pair.raw)
+            for text in (pair.chosen, pair.rejected)
+        ]
         longest = max(len(ids) for ids, _ in answers)
         first = self._first_kept(pair.turns, turns, max_tokens - len(system) - longest)
         if first == len(turns):
@@ -153,13 +152,6 @@ class Encoder:
         prompt = [*chain(system, *(ids for ids, _ in turns[first:]))]
         untrained = [False] * len(prompt)
         return [(prompt + ids, untrained + trained) for ids, trained in answers], first
-
-    def _raw_pair(self, pair: PreferencePair, max_tokens: int) -> tuple[list[Encoded], int]:
-        sides = [
-            self._continuation(Chat([*pair.turns, ("assistant", text)]), max_tokens)
-            for text in (pair.chosen, pair.rejected)
-        ]
-        return [(ids, trained) for ids, trained, _ in sides] if all(s[0] for s in sides) else [], 0
 
     def notes(self, texts: Iterable[str], system: str = "") -> list[str]:
         """For the report: each of the template's special tokens that a text spells, which stays
@@ -172,16 +164,10 @@ class Encoder:
 
     @staticmethod
     def _first_kept(texts: Turns, turns: list[Encoded], room: int) -> int:
-        """How many of the oldest turns must go so that the rest fits; what is left starts with a
-        user's turn."""
-        first, length = 0, sum(len(ids) for ids, _ in turns)
-        while length > room and first < len(turns):
-            length -= len(turns[first][0])
-            first += 1
-            while first < len(turns) and texts[first][0] != "user":
-                length -= len(turns[first][0])
-                first += 1
-        return first
+        """The first user's turn from which on the rest fits; the number of turns if none is."""
+        lengths = [len(ids) for ids, _ in turns]
+        asked = (i for i, (role, _) in enumerate(texts) if role == "user")
+        return next((i for i in asked if sum(lengths[i:]) <= room), len(turns))
 
     def prompt(self, chat: Chat) -> list[int]:
         """The ids up to where the assistant's next answer starts; chat.turns ends with a user."""
@@ -191,29 +177,27 @@ class Encoder:
 
     def borders(self, chat: Chat, first: int) -> list[tuple[str, int]]:
         """(role, tokens) of each turn that chat() renders when it drops the first `first` ones."""
-        if chat.raw:
-            lengths = [len(self.tokenizer.encode(text)) for _, text in chat.turns]
-            return [("text", lengths[0]), ("continuation", lengths[1] + 1)]
-        turns = [(role, len(self._turn(role, text)[0])) for role, text in chat.turns[first:]]
+        names = {"user": "text", "assistant": "continuation"} if chat.raw else {}
+        turns = [
+            (names.get(role, role), len(self._turn(role, text, raw=chat.raw)[0]))
+            for role, text in chat.turns[first:]
+        ]
         system = len(self._system(chat)[0])
         return [("system", system), *turns] if system else turns
 
-    def _continuation(self, chat: Chat, max_tokens: int) -> tuple[list[int], list[bool], int]:
-        """A text and what follows it, up to the document's end; nothing of it can be left out."""
-        prompt, answer = (self.tokenizer.encode(text) for _, text in chat.turns)
-        ids = [*prompt, *answer, self.document_end]
-        if len(ids) > max_tokens:
-            return [], [], 0
-        return ids, [False] * len(prompt) + [True] * (len(answer) + 1), 0
-
     def _system(self, chat: Chat | PreferencePair) -> Encoded:
-        text = chat.system or self.template.system
+        text = "" if chat.raw else chat.system or self.template.system
         return self._turn("system", text) if text else ([], [])
 
-    def _turn(self, role: str, text: str, apart: bool = False) -> Encoded:
+    def _turn(self, role: str, text: str, apart: bool = False, raw: bool = False) -> Encoded:
         """An assistant's text and its end token are trained on, nothing else is; a token that holds
         the text's beginning and something before it belongs to the text. `apart`: the text is
-        tokenised by itself, so there is no such token."""
+        tokenised by itself, so there is no such token. `raw`: no template around it, and the
+        document's end after an answer."""
+        if raw:
+            is_answer = role == "assistant"
+            ids = self.tokenizer.encode(text) + [self.document_end] * is_answer
+            return ids, [is_answer] * len(ids)
         (head, tail, opening), (lead, rest) = self._before[role], self._after[role]
         encode = self.tokenizer.encode
         body = opening + encode(text + lead) if apart else encode(tail + text + lead)
