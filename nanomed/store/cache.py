@@ -5,7 +5,8 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,12 @@ def digest(path: str | Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
+
+
+def hash_of_first(made: Iterable) -> str:
+    """Of what the first records of a file become: a line that somebody changes to try it takes
+    effect, though it has raised no number of VERSIONS."""
+    return hashlib.sha256(repr([*islice(made, PROBED)]).encode()).hexdigest()
 
 
 def group_key(group: str) -> int:

@@ -9,17 +9,16 @@ import hashlib
 import json
 from array import array
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
 from nanomed.config import InputError
 from nanomed.records import Chat, PreferencePair, read_chats, read_pairs
-from nanomed.store.cache import PROBED, cached, digest, group_key, progress
-from nanomed.store.tally import Tally, report_of
+from nanomed.store.cache import cached, digest, group_key, hash_of_first, progress
+from nanomed.store.tally import Facts, Tally, report_of
 from nanomed.store.versions import versions
 from nanomed.text.segment import Segment
 from nanomed.text.template import Encoded, Encoder
@@ -111,29 +110,33 @@ def chats(
 
     Raises InputError for a file that cannot be read, and if more than the share `allow_drop` of
     the chats could not be kept."""
-
-    def encode(chat: Chat) -> tuple[list[Encoded], int]:
-        chat.notes += encoder.notes((text for _, text in chat.turns), chat.system)
-        ids, trained, cut = encoder.chat(chat, seq_len)
-        return ([(ids, trained)] if ids else []), cut
-
-    return _open("chats", files, read_chats, encode, encoder, seq_len, allow_drop, fields)
+    return _open("chats", files, encoder, seq_len, allow_drop, fields)
 
 
 def pairs(
     files: list[str], encoder: Encoder, seq_len: int, allow_drop: float, fields: Sequence[str] = ()
 ) -> Store:
     """The same of preference pairs: two segments each, the chosen answer first."""
-
-    def encode(pair: PreferencePair) -> tuple[list[Encoded], int]:
-        said = (*(text for _, text in pair.turns), pair.chosen, pair.rejected)
-        pair.notes += encoder.notes(said, pair.system)
-        return encoder.pair(pair, seq_len)
-
-    return _open("pairs", files, read_pairs, encode, encoder, seq_len, allow_drop, fields)
+    return _open("pairs", files, encoder, seq_len, allow_drop, fields)
 
 
-def _open(kind, files, read, encode, encoder, seq_len, allow_drop, fields) -> Store:
+def _open(
+    kind: str,
+    files: list[str],
+    encoder: Encoder,
+    seq_len: int,
+    allow_drop: float,
+    fields: Sequence[str],
+) -> Store:
+    encoded = partial(_encoded, kind, fields, encoder, seq_len)
+
+    def write(folder: Path) -> None:
+        writer = Writer(folder, files, segments_per_example=2 if kind == "pairs" else 1)
+        writer.meta["fields"] = list(fields)
+        report = _write(writer, files, encoded, encoder)
+        _check_drops(report, seq_len, allow_drop=1.0)  # an empty store is of no use to anybody
+        writer.close(report)
+
     parts = [
         kind,
         *map(digest, files),
@@ -142,9 +145,8 @@ def _open(kind, files, read, encode, encoder, seq_len, allow_drop, fields) -> St
         encoder.template.to_json(),
         str(seq_len),
         json.dumps(versions(encoder, kind)),
-        *(_first_ids(path, fields, read, encode) for path in files),
+        *(hash_of_first((e.group, segments) for _, e, segments, *_ in encoded(p)) for p in files),
     ]
-    write = partial(_write, kind, files, fields, read, encode, seq_len)
     store = Store(cached(kind, parts, write))
     if len(store.tokens) != store.meta["tokens"] or len(store.trained) != store.meta["tokens"]:
         raise InputError(f"{store.folder} is damaged; delete it and start again")
@@ -152,14 +154,42 @@ def _open(kind, files, read, encode, encoder, seq_len, allow_drop, fields) -> St
     return store
 
 
-def _first_ids(path: str, fields: Sequence[str], read, encode) -> str:
-    """A hash of what a file's first records become: a line that somebody changes to try it takes
-    effect, though it has raised no number of VERSIONS."""
-    found = hashlib.sha256()
-    for _, example, _ in islice(read(path, fields), PROBED):
-        segments = [] if example.dropped else encode(example)[0]
-        found.update(repr((example.group, segments)).encode())
-    return found.hexdigest()
+def _encoded(
+    kind: str, fields: Sequence[str], encoder: Encoder, seq_len: int, path: str
+) -> Iterator[tuple[int, Chat | PreferencePair, list[Encoded], int, int]]:
+    """(record number, example, its segments, turns cut, bytes read so far) of each example of a
+    file; one that is dropped or too long has no segment."""
+    read = read_pairs if kind == "pairs" else read_chats
+    for record, example, n_bytes in read(path, fields):
+        if example.dropped:
+            segments, cut = [], 0
+        elif kind == "pairs":
+            segments, cut = encoder.pair(example, seq_len)
+        else:
+            ids, trained, cut = encoder.chat(example, seq_len)
+            segments = [(ids, trained)] if ids else []
+        yield record, example, segments, cut, n_bytes
+
+
+def _write(writer: Writer, files: list[str], encoded: Callable, encoder: Encoder) -> dict:
+    """All examples of the files. Returns the report."""
+    tallies: dict[tuple[str, str], Tally] = defaultdict(Tally)  # (file, source)
+    with progress(files) as bar:
+        for number, path in enumerate(files):
+            before = 0
+            for record, example, segments, cut, n_bytes in encoded(path):
+                # A segment's first token has no predecessor, so it is never a label.
+                n_trained = sum(sum(trained[1:]) for _, trained in segments)
+                if segments:
+                    divisor = 1 if isinstance(example, PreferencePair) else n_trained
+                    label = getattr(example, "kind", "") or example.source
+                    writer.add(segments, divisor, number, record, example.group, label)
+                n_tokens = sum(len(ids) for ids, _ in segments)
+                facts = Facts.of(example, encoder)
+                tallies[path, example.source].count(facts, n_tokens, n_trained, cut)
+                bar.update(n_bytes - before)
+                before = n_bytes
+    return report_of(files, tallies)
 
 
 def _check_drops(report: dict, seq_len: int, allow_drop: float) -> None:
@@ -171,30 +201,3 @@ def _check_drops(report: dict, seq_len: int, allow_drop: float) -> None:
             f"({causes}); raise --seq_len (now {seq_len}), mend the data, or allow it with "
             "--allow_drop"
         )
-
-
-def _write(
-    kind: str, files: list[str], fields: Sequence[str], read, encode, seq_len: int, folder: Path
-) -> None:
-    """`read` gives the records of a file, `encode` a record's segments; none if it is too long."""
-    writer = Writer(folder, files, segments_per_example=2 if kind == "pairs" else 1)
-    writer.meta["fields"] = list(fields)
-    tallies: dict[tuple[str, str], Tally] = defaultdict(Tally)  # (file, source)
-    with progress(files) as bar:
-        for number, path in enumerate(files):
-            before = 0
-            for record, example, n_bytes in read(path, fields):
-                segments, cut = ([], 0) if example.dropped else encode(example)
-                # A segment's first token has no predecessor, so it is never a label.
-                n_trained = sum(sum(trained[1:]) for _, trained in segments)
-                if segments:
-                    divisor = 1 if kind == "pairs" else n_trained
-                    label = getattr(example, "kind", "") or example.source
-                    writer.add(segments, divisor, number, record, example.group, label)
-                n_tokens = sum(len(ids) for ids, _ in segments)
-                tallies[path, example.source].count(example, n_tokens, n_trained, cut)
-                bar.update(n_bytes - before)
-                before = n_bytes
-    report = report_of(files, tallies)
-    _check_drops(report, seq_len, allow_drop=1.0)  # an empty store is of no use to anybody
-    writer.close(report)

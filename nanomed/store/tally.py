@@ -9,21 +9,37 @@ import numpy as np
 
 from nanomed.records.chats import ANSWER_FIRST
 from nanomed.records.files import encoding
-from nanomed.records.shapes import Chat, PreferencePair, language
+from nanomed.records.shapes import Chat, Document, PreferencePair, language
+from nanomed.text.template import Encoder
 
 PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
 NAMES = 100  # of so many unread fields each is named in the report
+LENGTH_BITS = 11  # exact below 2,048 tokens, and a length of any size to 0.1%
 
 
 class Facts(NamedTuple):
-    """What the report says of a document."""
+    """What the report says of an example or a document."""
 
     source: str
     language: str  # zh, en or other
-    n_bytes: int  # of the text in UTF-8; of a chat those of its turns
+    n_bytes: int  # of its texts in UTF-8
     notes: list[str]
     unread: list[str]
     dropped: str
+
+    @classmethod
+    def of(cls, one: Chat | PreferencePair | Document, encoder: Encoder) -> "Facts":
+        if isinstance(one, Document):
+            texts, system, notes, named = [one.text], "", [], one.lang
+        else:
+            texts, system, notes, named = [t for _, t in one.turns], one.system, one.notes, ""
+        if isinstance(one, PreferencePair):
+            texts += [one.chosen, one.rejected]
+        # What records call their languages has no end; the report knows three.
+        lang = named if named in ("zh", "en") else language(" ".join(texts))
+        n_bytes = sum(len(text.encode()) for text in texts)
+        notes = notes + ([] if one.dropped else encoder.notes(texts, system))
+        return cls(one.source, lang, n_bytes, notes, one.unread, one.dropped)
 
 
 @dataclass
@@ -35,47 +51,30 @@ class Tally:
     changed: Counter[str] = field(default_factory=Counter)  # what -> times
     unread: Counter[str] = field(default_factory=Counter)  # field -> records that have it
     languages: Counter[str] = field(default_factory=Counter)  # of those kept
-    lengths: Counter[int] = field(default_factory=Counter)  # tokens -> examples kept
+    lengths: Counter[int] = field(default_factory=Counter)  # tokens, rounded -> examples kept
     tokens: int = 0
     trained_tokens: int = 0
-    n_bytes: int = 0  # of documents' texts in UTF-8
+    n_bytes: int = 0  # of the texts of those kept
 
-    def count(
-        self, example: Chat | PreferencePair, n_tokens: int, n_trained: int, turns_cut: int
-    ) -> None:
-        """One example, of which n_tokens were kept; 0 if it was dropped."""
-        self._read(example)
+    def count(self, facts: Facts, n_tokens: int, n_trained: int, turns_cut: int = 0) -> None:
+        """One example, of which n_tokens were kept; 0 if it was dropped. However many there are,
+        this stays small: lengths are rounded down to LENGTH_BITS significant bits."""
+        self.examples += 1
+        self.changed.update(facts.notes)
+        for name in facts.unread:  # a file may call its fields by endless names
+            known = name in self.unread or len(self.unread) < NAMES
+            self.unread[name if known else "(others)"] += 1
         if n_tokens == 0:
-            self.dropped[example.dropped or "longer than seq_len"] += 1
+            self.dropped[facts.dropped or "longer than seq_len"] += 1
             return
         self.shortened += turns_cut > 0
         self.turns_cut += turns_cut
-        text = " ".join(text for _, text in example.turns)
-        self._keep(n_tokens, n_trained, n_tokens, language(text))
-
-    def document(self, facts: Facts, n_tokens: int) -> None:
-        """One document. However many there are, this stays small: lengths are rounded down to 6
-        significant bits (3%)."""
-        self._read(facts)
-        if n_tokens == 0:
-            self.dropped[facts.dropped] += 1
-            return
-        shift = max(0, n_tokens.bit_length() - 6)
-        self._keep(n_tokens, n_tokens - 1, n_tokens >> shift << shift, facts.language)
-        self.n_bytes += facts.n_bytes
-
-    def _read(self, example: Chat | PreferencePair | Facts) -> None:
-        self.examples += 1
-        self.changed.update(example.notes)
-        for name in example.unread:  # a file may call its fields by endless names
-            known = name in self.unread or len(self.unread) < NAMES
-            self.unread[name if known else "(others)"] += 1
-
-    def _keep(self, n_tokens: int, n_trained: int, length: int, lang: str) -> None:
         self.tokens += n_tokens
         self.trained_tokens += n_trained
-        self.lengths[length] += 1
-        self.languages[lang] += 1
+        self.n_bytes += facts.n_bytes
+        shift = max(0, n_tokens.bit_length() - LENGTH_BITS)
+        self.lengths[n_tokens >> shift << shift] += 1
+        self.languages[facts.language] += 1
 
     @classmethod
     def of(cls, parts: Iterable["Tally"]) -> "Tally":
@@ -114,7 +113,8 @@ class Tally:
             "language_share": {
                 name: round(n / kept, 4) for name, n in sorted(self.languages.items())
             },
-        } | ({"bytes": self.n_bytes} if self.n_bytes else {})
+            "bytes": self.n_bytes,
+        }
 
     def _percentiles(self) -> dict[str, int]:
         """The nearest length that occurs, at or below each percentile."""

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nanomed.records import Chat, Document, language, read_records, texts_in
+from nanomed.records import Chat, Document, read_records, texts_in
 from nanomed.store.cache import group_key
 from nanomed.store.tally import Facts
 from nanomed.text.template import Encoder
@@ -67,32 +67,22 @@ def encode(batch: Batch, encoder: Encoder) -> Encoded:
     ids, lengths, records, keys, facts = [], [], [], [], []
     for number, record in batch.records:
         for text in texts_in(batch.path, number, record):
-            its_ids = [] if text.dropped else _ids(text, encoder)
+            its_ids = ids_of(text, encoder)
             ids.append(np.array(its_ids, np.uint32))
             lengths.append(len(its_ids))
             records.append(number)
             keys.append(group_key(text.group))
-            facts.append(_facts(text, encoder))
+            facts.append(Facts.of(text, encoder))
+            facts[-1].notes.extend([RENDERED] * isinstance(text, Chat))
     return Encoded(batch.file, batch.n_bytes, np.concatenate(ids), lengths, records, keys, facts)
 
 
-def _ids(text: Document | Chat, encoder: Encoder) -> list[int]:
-    """A document's text; a chat as the template renders it. Both end with the document-end id, of
-    which a text itself has none, however it is spelt."""
+def ids_of(text: Document | Chat, encoder: Encoder) -> list[int]:
+    """A document's text; a chat as the template renders it; nothing of what is dropped. Both end
+    with the document-end id, of which a text itself has none, however it is spelt."""
+    if text.dropped:
+        return []
     if isinstance(text, Document):
         return [*encoder.tokenizer.encode(text.text), encoder.document_end]
     ids, _, _ = encoder.chat(text, NO_LIMIT)
     return ids if ids[-1] == encoder.document_end else [*ids, encoder.document_end]
-
-
-def _facts(text: Document | Chat, encoder: Encoder) -> Facts:
-    if isinstance(text, Document):
-        parts, notes = [text.text], encoder.notes([text.text])
-        # What records call their languages has no end; the report knows three.
-        lang = text.lang if text.lang in ("zh", "en") else language(text.text)
-    else:
-        parts, notes = [turn for _, turn in text.turns], [*text.notes, RENDERED]
-        notes += encoder.notes(parts, text.system)
-        lang = language(" ".join(parts))
-    n_bytes = sum(len(part.encode()) for part in parts)
-    return Facts(text.source, lang, n_bytes, notes, text.unread, text.dropped)

@@ -4,24 +4,24 @@ import hashlib
 import json
 import os
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
-from itertools import groupby, islice
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 
 from nanomed import locks
 from nanomed.config import InputError
-from nanomed.records import read_records
-from nanomed.store.cache import PROBED, cached, digest, progress
+from nanomed.records import read_records, texts_in
+from nanomed.store.cache import cached, digest, hash_of_first, progress
 from nanomed.store.pool import in_order, n_cores
 from nanomed.store.shards import Shard, file_of, finished, write_json
 from nanomed.store.stream import Documents, check
 from nanomed.store.tally import Facts, Tally, report_of
-from nanomed.store.texts import Batch, Encoded, batches, encode
+from nanomed.store.texts import Encoded, batches, ids_of
 from nanomed.store.versions import check_versions, versions
 from nanomed.text.template import Encoder
 
@@ -40,7 +40,7 @@ def documents(files: list[str], encoder: Encoder, fields: Sequence[str] = ()) ->
         folder = Path(files[0])
     else:
         plan = _plan(files, encoder, fields, SHARD_TOKENS)
-        first = [_first_ids(path, encoder, fields) for path in files]
+        first = [hash_of_first(_ids_in(path, encoder, fields)) for path in files]
         parts = [json.dumps(plan), *map(digest, files), *first]
         small = sum(map(os.path.getsize, files)) < SMALL
         processes = 1 if small else n_cores()
@@ -51,16 +51,10 @@ def documents(files: list[str], encoder: Encoder, fields: Sequence[str] = ()) ->
     return store
 
 
-def _first_ids(path: str, encoder: Encoder, fields: Sequence[str]) -> str:
-    """A hash of what a file's first records become: a line that somebody changes to try it takes
-    effect, though it has raised no number of VERSIONS."""
-    first = islice(read_records(path, fields), PROBED)
-    records = [(number, record) for number, record, _ in first]
-    if not records:
-        return ""
-    found = encode(Batch(0, path, records, 0), encoder)
-    content = repr((found.ids.tolist(), found.lengths, found.keys))
-    return hashlib.sha256(content.encode()).hexdigest()
+def _ids_in(path: str, encoder: Encoder, fields: Sequence[str]) -> Iterator[tuple[str, list[int]]]:
+    for number, record, _ in read_records(path, fields):
+        for text in texts_in(path, number, record):
+            yield text.group, ids_of(text, encoder)
 
 
 def build(
@@ -220,7 +214,9 @@ class _Builder:
         if key not in self.named and self.n_named[file] < SOURCES:
             self.named.add(key)
             self.n_named[file] += 1
-        self.tallies[key if key in self.named else (file, "(others)")].document(facts, n_tokens)
+        self.tallies[key if key in self.named else (file, "(others)")].count(
+            facts, n_tokens, n_tokens - 1
+        )
 
     def _finish(self, following: tuple[int, int]) -> None:
         """Writes the shard; the next one begins with the record `following`."""
