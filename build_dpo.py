@@ -25,8 +25,8 @@ from nanomed.distributed import alone_or_start, launch, pick_device
 from nanomed.evals import answers, benchmarks, judge
 from nanomed.evals.folder import open_folder
 from nanomed.hf import pretrained
-from nanomed.meeting import rank_from_env
 from nanomed.model.packed import pack_linears
+from nanomed.processes import rank_from_env
 from nanomed.records import Chat, read_chats
 from nanomed.stages import stage
 

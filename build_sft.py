@@ -38,9 +38,9 @@ from nanomed.build.shards import read_shard
 from nanomed.config import InputError, beside_the_scripts
 from nanomed.distributed import alone_or_start, launch, pick_device
 from nanomed.hf import pretrained
-from nanomed.meeting import rank_from_env
 from nanomed.model.packed import pack_linears
 from nanomed.model.scoring import Scorer
+from nanomed.processes import rank_from_env
 from nanomed.stages import stage
 
 

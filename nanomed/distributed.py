@@ -5,7 +5,6 @@ import errno
 import os
 import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -20,7 +19,8 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from nanomed import meeting
 from nanomed.config import InputError
-from nanomed.meeting import PATIENCE, PATIENCE_GPU, rank_from_env
+from nanomed.meeting import PATIENCE, PATIENCE_GPU
+from nanomed.processes import end_with_torchrun, n_cores, rank_from_env
 from nanomed.watchdog import LIMIT, Watchdog
 
 
@@ -74,8 +74,7 @@ def launch(main: Callable[[], None]) -> None:
     """Runs a script's main and ends the process. Bad input and a disk that refuses are one line on
     the screen; all else is a traceback, and `record` puts it into torchrun's closing table too."""
     sys.stdout.reconfigure(errors="replace")  # of what the terminal's encoding lacks, "?"
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        end_with(os.getppid())
+    end_with_torchrun()
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # its old name
         # Every packed row has another length: without it what lies between two of them is lost.
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
@@ -117,34 +116,6 @@ def _refusal(error: Exception) -> str:
     return f"error: {error}" if isinstance(error, InputError) else ""
 
 
-def end_with(parent: int) -> None:
-    """Ends this process soon after its parent. A torchrun that is killed by -9 leaves its workers
-    running: without this they go on training, and writing, beside those of the next launch."""
-    if adopted_by(parent):  # torchrun was killed while this process imported torch
-        print("error: the torchrun that started this process is gone", file=sys.stderr)
-        os._exit(1)
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def adopted_by(parent: int) -> bool:
-    """Whether this is who takes care of orphans, and no torchrun. torchrun is a Python and gives
-    each worker a session, to which a wrapper between them (numactl, nsys, a shell) belongs."""
-    try:
-        if os.getsid(parent) == os.getsid(0):
-            return False
-        return "python" not in os.path.basename(os.readlink(f"/proc/{parent}/exe"))
-    except PermissionError:  # another user's
-        return parent == 1
-    except OSError:
-        return False
-
-
 @contextmanager
 def start(device: torch.device):
     """Joins the process group and yields the World. Tensors on a GPU are exchanged
@@ -157,7 +128,7 @@ def start(device: torch.device):
     else:
         # More threads than cores would only wait for each other. torchrun sets the variable to 1
         # for several processes, so there it says nothing of what the user wants.
-        most = max(1, len(os.sched_getaffinity(0)) // local_size)
+        most = max(1, n_cores() // local_size)
         is_chosen = local_size == 1 and "OMP_NUM_THREADS" in os.environ
         torch.set_num_threads(min(torch.get_num_threads(), most) if is_chosen else most)
         keep_freed_memory()

@@ -15,18 +15,12 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from nanomed.config import InputError
+from nanomed.processes import rank_from_env
 
 # How long a rank waits for the others. On a GPU, where nobody waits for a disk, a few minutes: a
 # link or a GPU that hangs is noticed by nothing else. In host memory, for the slowest disk among
 # them. A rank that is gone is noticed by torchrun.
 PATIENCE_GPU, PATIENCE = timedelta(minutes=15), timedelta(hours=2)
-
-
-def rank_from_env() -> tuple[int, int, int, int]:
-    """(rank, world size, rank on this node, processes on this node), as torchrun sets them;
-    one process if it was not used."""
-    names = ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)
-    return tuple(int(os.environ.get(name, default)) for name, default in names)
 
 
 def place(rank: int, size: int) -> tuple[dist.Store, tuple[str, str]]:

@@ -11,7 +11,6 @@ import multiprocessing
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -23,6 +22,7 @@ from typing import Any, BinaryIO
 from tqdm import tqdm
 
 from nanomed.config import InputError
+from nanomed.processes import end_with, end_with_torchrun, n_cores
 
 Task = Callable[[int], dict[str, Any]]
 ENGINES = ("auto", "local", "ranks", "ray")
@@ -39,10 +39,9 @@ class Runner:
         self.rank, self.n_ranks = _place()
         if engine == "auto":
             engine = "ranks" if self.n_ranks > 1 else "local"
-        self.engine, self.workers = engine, workers or len(os.sched_getaffinity(0))
+        self.engine, self.workers = engine, workers or n_cores()
         self._pool: ProcessPoolExecutor | None = None
-        if "TORCHELASTIC_RUN_ID" in os.environ:
-            end_with(os.getppid())
+        end_with_torchrun()
 
     @property
     def is_main(self) -> bool:
@@ -77,7 +76,8 @@ class Runner:
                     bar.update(len(done))
 
     def _local(self) -> tuple[Callable, Callable]:
-        if self._pool is None:  # spawned: a fork would copy this process's threads and locks
+        if self._pool is None:
+            # Spawned: a fork would copy this process's threads and locks.
             context = multiprocessing.get_context("spawn")
             self._pool = ProcessPoolExecutor(self.workers, context, _begin, (os.getpid(),))
 
@@ -177,17 +177,6 @@ def _begin(parent: int) -> None:
     """A worker: Ctrl-C ends the parent, which lets it finish its task."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with(parent)
-
-
-def end_with(parent: int) -> None:
-    """Ends this process soon after its parent, which may be killed without a word."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.2)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def _place() -> tuple[int, int]:

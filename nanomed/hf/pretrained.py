@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from nanomed.config import InputError, ModelConfig
-from nanomed.distributed import rank_from_env
 from nanomed.hf import chat_template, reading
 from nanomed.model.decoder import Aquila
+from nanomed.processes import rank_from_env
 from nanomed.run import checkpoint
 from nanomed.text import template, tokenizer
 

@@ -11,7 +11,7 @@ from nanomed.batches.packing import row_from
 from nanomed.batches.prompts import share_prompts
 from nanomed.batches.slices import Slices
 from nanomed.config import SAVED_BYTES, InputError, ModelConfig, Run
-from nanomed.meeting import rank_from_env
+from nanomed.processes import rank_from_env
 from nanomed.stages import link, memory
 from nanomed.stages.hardware import Hardware, parse_hardware
 from nanomed.store import Store

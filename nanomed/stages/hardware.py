@@ -9,7 +9,7 @@ import torch
 
 from nanomed.config import InputError, Run, nearest
 from nanomed.distributed import World, from_all
-from nanomed.meeting import rank_from_env
+from nanomed.processes import rank_from_env
 from nanomed.stages.memory import GIB
 
 PER_NODE = 8  # GPUs of one machine, where a plan is for more

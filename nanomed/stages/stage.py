@@ -14,9 +14,9 @@ from nanomed.config import MODELS, ROOT, InputError, ModelConfig, Run, beside_th
 from nanomed.distributed import Sharing, World, from_main, shard
 from nanomed.hf import pretrained
 from nanomed.hf.config import unsaid
-from nanomed.meeting import rank_from_env
 from nanomed.model.decoder import Aquila, init_weights
 from nanomed.model.recompute import set_recompute
+from nanomed.processes import rank_from_env
 from nanomed.run import checkpoint, tensorboard
 from nanomed.run.log import RunFolder, peak_flops
 from nanomed.stages import data_report, link, memory

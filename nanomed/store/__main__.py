@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from nanomed.config import InputError
-from nanomed.store.pool import n_cores
+from nanomed.processes import n_cores
 from nanomed.store.stream import Documents, verify
 from nanomed.store.tally import remarks
 from nanomed.store.writing import build

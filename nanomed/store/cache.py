@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from nanomed import locks
 from nanomed.config import InputError
+from nanomed.processes import rank_from_env
 
 CACHE = Path("runs/cache")
 PACKAGE = Path(__file__).parent.parent
@@ -44,16 +45,10 @@ def limit_of(fraction: float) -> np.uint64:
     return np.uint64(min(int(fraction * 2**64), 2**64 - 1))
 
 
-def ranks() -> tuple[int, int]:
-    """(rank, rank on this node) as torchrun sets them. nanomed.distributed asks the same, but
-    imports torch, which the tokenising processes do without."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
-
-
 def progress(files: list[str], done: int = 0) -> tqdm:
     """A bar over the bytes of the files, with MB/s and the time left; on rank 0's terminal only."""
     total = sum(os.path.getsize(path) for path in files)
-    hidden = None if ranks()[0] == 0 else True  # None: shown on a terminal only
+    hidden = None if rank_from_env()[0] == 0 else True  # None: shown on a terminal only
     return tqdm(
         total=total, initial=done, unit="B", unit_scale=True, desc="tokenising", disable=hidden
     )
@@ -64,7 +59,7 @@ def cached(kind: str, parts: list[str], write: Callable[[Path], None]) -> Path:
     of each machine writes it and the others wait, before any process group exists that could time
     out. On a disk whose locks are each machine's own several may write: the first to end wins."""
     folder = CACHE / f"{kind}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]}"
-    if ranks()[1] > 0:
+    if rank_from_env()[2] > 0:
         while not folder.exists():
             time.sleep(0.1)
         return folder

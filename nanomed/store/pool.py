@@ -2,7 +2,8 @@
 
 The processes are interpreters of their own (process.py), which have neither this one's memory and
 locks nor its script's imports. A process ends when its pipe does: none is left behind, however this
-one ends.
+one ends. Python's own pool is no choice: up to Python 3.11 at least it hangs if a process dies
+while a batch of more than a pipe holds is sent to it.
 """
 
 import os
@@ -52,10 +53,6 @@ def in_order(batches: Iterable[Batch], encoder: Encoder, n_processes: int) -> It
                 yield under_way.popleft().result()
         while under_way:
             yield under_way.popleft().result()
-
-
-def n_cores() -> int:
-    return len(os.sched_getaffinity(0))
 
 
 class _Process:

@@ -15,9 +15,10 @@ import numpy as np
 
 from nanomed import locks
 from nanomed.config import InputError
+from nanomed.processes import n_cores
 from nanomed.records import read_records, texts_in
 from nanomed.store.cache import cached, digest, hash_of_first, progress
-from nanomed.store.pool import in_order, n_cores
+from nanomed.store.pool import in_order
 from nanomed.store.shards import Shard, file_of, finished, write_json
 from nanomed.store.stream import Documents, check
 from nanomed.store.tally import Facts, Tally, report_of

@@ -12,7 +12,6 @@ import hashlib
 import importlib
 import io
 import json
-import os
 import re
 import shutil
 import unicodedata
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from nanomed.config import InputError
+from nanomed.processes import n_cores
 from nanomed.records.files import kind_of, read_json, read_lines
 from nanomed.text.tokenizer_files import (
     DOCUMENT_END,
@@ -272,7 +272,7 @@ def train(texts: list[str], out: Path, vocab_size: int) -> None:
             eos_id=-1,
             pad_id=-1,
             max_sentence_length=1 << 20,
-            num_threads=len(os.sched_getaffinity(0)),
+            num_threads=n_cores(),
             minloglevel=1,
         )
     except RuntimeError as error:

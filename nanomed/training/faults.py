@@ -12,8 +12,8 @@ from torch import Tensor
 from nanomed.batches.loader import DataSet, Loader
 from nanomed.batches.packing import Row
 from nanomed.distributed import from_all, sum_over_ranks
-from nanomed.meeting import rank_from_env
 from nanomed.model.decoder import Scores
+from nanomed.processes import rank_from_env
 from nanomed.run import checkpoint
 from nanomed.run.log import RunFolder
 from nanomed.training.step import Loss, Step

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from nanomed.distributed import adopted_by, end_with
+from nanomed.processes import adopted_by, end_with
 from nanomed.run import checkpoint, saves
 from nanomed.training import faults, trainer
 from nanomed.training.faults import Signals
