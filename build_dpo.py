@@ -188,7 +188,7 @@ def answered(c: Pairs, chats: dict[str, Chat], out: Path) -> list[dict]:
     """The model's answer to the last question of each chat."""
     asked = [
         answers.Dialogue(name, list(zip(texts[::2], texts[1::2], strict=True)))
-        for name, chat in chats.items() if (texts := [text for _, text in chat.turns])
+        for name, chat in chats.items() if (texts := chat.texts())
     ]  # fmt: skip
     if not asked:
         return []

@@ -3,6 +3,7 @@ is, in which unit, and what the paper used. arguments.py fills them."""
 
 import dataclasses
 import difflib
+import importlib
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,16 @@ SAVED_BYTES = WEIGHT_BYTES + OPTIMIZER_BYTES
 
 class InputError(Exception):
     """Something that was given cannot work; the message says what, where, and the remedy."""
+
+
+def optional(module: str, needed_by: str | Path) -> Any:
+    """A module of a package that is not among the core ones. Raises InputError with the command
+    that installs it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        package = module.split(".")[0]
+        raise InputError(f"{needed_by} needs a package more: pip install {package}") from None
 
 
 @dataclass(frozen=True)

@@ -318,6 +318,6 @@ DOCUMENTS = {
     "IndustryCorpus": (
         "rank_0.jsonl.gz",
         gzip.compress(jsonl({"content": "痛风", "id": 3, "alnum_ratio": 0.9, "quality": [1]})),
-        [("痛风", "zh", {"labels": {"id": 3, "alnum_ratio": 0.9}})],
+        [("痛风", "zh", {})],
     ),
 }  # fmt: skip

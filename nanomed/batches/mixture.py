@@ -11,6 +11,7 @@ A first reader may take it on trust: draws(start, stop) are the examples of draw
 """
 
 import re
+from bisect import bisect_left
 from collections.abc import Sequence
 from fractions import Fraction
 from math import lcm
@@ -104,14 +105,11 @@ class Mixture:
 
         if not self.passes or not used_up(n_steps):
             return
-        low, high = 0, n_steps  # the last step that all sources reach, the first that one misses
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (low, middle) if used_up(middle) else (middle, high)
-        first = used_up(high)[0]
+        step = bisect_left(range(n_steps), True, key=lambda steps: bool(used_up(steps)))
+        first = used_up(step)[0]
         times = "one pass" if self.passes == 1 else f"{self.passes} passes"
         raise InputError(
-            f"--data: {self.names[first]} runs out in step {high:,} of {n_steps:,}: it has "
+            f"--data: {self.names[first]} runs out in step {step:,} of {n_steps:,}: it has "
             f"{self.sizes[first]:,} slices to train on, for {times} (--epochs); ask for fewer "
-            f"--steps (at most {low:,}), change the weights, or see slices again with --repeat"
+            f"--steps (at most {step - 1:,}), change the weights, or see slices again with --repeat"
         )

@@ -54,7 +54,11 @@ def read(c: CPT, encoder: Encoder) -> "Slices":
             source = Source(name, path, documents, train=val, val=train)
         else:
             source = Source(name, path, documents, train, val, trained[len(sources)][1])
-            _check_split(source, c.val_fraction)
+            if train.n_tokens == 0:
+                raise InputError(
+                    f"--val_fraction {c.val_fraction} leaves no document of {path} to train on; "
+                    "give more data, another fraction, or a file of its own with --val_data"
+                )
         sources.append(source)
     if c.val_fraction and not any(source.val.n_tokens for source in sources):
         raise InputError(
@@ -62,14 +66,6 @@ def read(c: CPT, encoder: Encoder) -> "Slices":
             "more data, another fraction, or a file of its own with --val_data"
         )
     return Slices(sources, c.seq_len, c.seed, 0 if c.repeat else c.epochs)
-
-
-def _check_split(source: Source, fraction: float) -> None:
-    if source.train.n_tokens == 0:
-        raise InputError(
-            f"--val_fraction {fraction} leaves no document of {source.path} to train on; give more "
-            "data, another fraction, or a file of its own with --val_data"
-        )
 
 
 def names_of(paths: list[str]) -> list[str]:

@@ -61,7 +61,7 @@ def read(files: list[str], fields: Sequence[str], most: int = 0) -> list[Item]:
                 break
             last = number
             said = json.dumps([chat.system, chat.turns])
-            lang = language(" ".join(text for _, text in chat.turns))
+            lang = language(" ".join(chat.texts()))
             key = hashlib.blake2b(said.encode(), digest_size=12).hexdigest()
             found.append(Item(path, number, chat, lang, f"{form_of(chat)}_{lang}", key))
     return found
@@ -151,7 +151,7 @@ class Measure:
         part, size = [], 0
         for item in todo:
             part.append(item)
-            size += sum(len(text) for _, text in item.chat.turns)
+            size += sum(map(len, item.chat.texts()))
             if size >= n_tokens:
                 yield part
                 part, size = [], 0

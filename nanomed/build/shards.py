@@ -78,8 +78,7 @@ def text_of(path: str, number: int, record: Any) -> str:
         if isinstance(record, dict) and isinstance(record.get(name), str):
             return record[name]
     found = texts_in(path, number, record)
-    turns = ([x.text] if hasattr(x, "text") else [turn for _, turn in x.turns] for x in found)
-    return "\n".join(turn for part in turns for turn in part)
+    return "\n".join(text for one in found for text in one.texts())
 
 
 def read_documents(files: list[str], numbers: list[int], fields: list[str]) -> Iterator[Doc]:

@@ -68,7 +68,7 @@ def _turns(chat: Chat) -> list[tuple[str, str]]:
     roles = [role for role, _ in chat.turns]
     if chat.dropped or roles != ["user", "assistant"] * (len(roles) // 2):
         raise BadField("(record)", chat.dropped or "questions and answers do not take turns")
-    texts = [text for _, text in chat.turns]
+    texts = chat.texts()
     return list(zip(texts[::2], texts[1::2], strict=True))
 
 

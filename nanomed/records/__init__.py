@@ -84,18 +84,13 @@ def _is_pair(record: dict) -> bool:
 
 
 def _document(record: dict) -> list[Document]:
-    text, named = text_of(record["text"], "text"), record.get("lang")
-    plain = {k: v for k, v in record.items() if isinstance(v, str | int | float) and k != "text"}
-    return [
-        Document(
-            text,
-            source_of(record),
-            named if isinstance(named, str) else language(text),
-            group_of(record, text),
-            labels=plain,
-            dropped="empty text" if blank(text) else "",
-        )
-    ]
+    document = Document(text_of(record["text"], "text"))
+    # What records call their languages has no end; the report knows three.
+    named = record.get("lang")
+    document.lang = named if named in ("zh", "en") else language(document.text)
+    document.source, document.group = source_of(record), group_of(record, document.text)
+    document.dropped = "empty text" * blank(document.text)
+    return [document]
 
 
 ASKED = (*OPENING, "instruction", "context", "input")

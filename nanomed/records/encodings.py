@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Callable
 from typing import BinaryIO
 
-from nanomed.config import InputError
+from nanomed.config import InputError, optional
 
 HEAD = 1 << 20  # bytes that are looked at
 UNPACKED_BY = {
@@ -32,12 +32,7 @@ def unpacked(path: str, file: BinaryIO) -> BinaryIO:
     if head.startswith(b"\x1f\x8b"):
         file = io.BufferedReader(gzip.GzipFile(fileobj=file), HEAD)
     elif head.startswith(b"\x28\xb5\x2f\xfd"):
-        try:
-            import zstandard
-        except ImportError:
-            raise InputError(
-                f"{path}: compressed with Zstandard: pip install zstandard, or zstd -d {path}"
-            ) from None
+        zstandard = optional("zstandard", path)
         stream = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
         file = io.BufferedReader(stream, HEAD)
     head = file.peek(HEAD)[:HEAD].removeprefix(codecs.BOM_UTF8)

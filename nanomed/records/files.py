@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, TextIO
 
-from nanomed.config import InputError
+from nanomed.config import InputError, optional
 from nanomed.records.encodings import HEAD, encoding_of, packing_errors, unpacked
 
 CHUNK = 1 << 20  # characters read at a time
@@ -24,13 +24,10 @@ def read_records(path: str) -> Numbered:
     """The records of a file of any kind: the rows of CSV and Parquet files as objects; the lines of
     a text file, unless it holds JSON, as documents."""
     kind = kind_of(path)
-    if kind == ".parquet":
-        return _numbered(path, lambda file: _parquet(path, file))
-    if kind in (".csv", ".tsv"):
-        return read_csv(path)
     if kind == ".txt" and not _holds_json(path):
         return ((number, {"text": line}, size) for number, line, size in read_lines(path))
-    return read_json(path)
+    parsers = {".parquet": _parquet, ".csv": _rows, ".tsv": _rows}
+    return _numbered(path, parsers.get(kind, _values))
 
 
 def _holds_json(path: str) -> bool:
@@ -49,18 +46,12 @@ def kind_of(path: str) -> str:
 
 def read_json(path: str) -> Numbered:
     """Each element of a JSON array, or each of the JSON values that follow one another."""
-    return _numbered(path, lambda file: _values(path, _as_text(path, file)))
-
-
-def read_csv(path: str) -> Numbered:
-    """Each row as an object with the header's names."""
-    delimiter = "\t" if kind_of(path) == ".tsv" else ","
-    return _numbered(path, lambda file: _rows(path, _as_text(path, file, newline=""), delimiter))
+    return _numbered(path, _values)
 
 
 def read_lines(path: str) -> Numbered:
     """Each line that is not blank, without its end."""
-    return _numbered(path, lambda file: _lines(path, _as_text(path, file)))
+    return _numbered(path, _lines)
 
 
 def encoding(path: str) -> str:
@@ -71,11 +62,11 @@ def encoding(path: str) -> str:
         return encoding_of(path, unpacked(path, file)).removesuffix("-sig")
 
 
-def _numbered(path: str, parse: Callable[[BinaryIO], Iterator[Any]]) -> Numbered:
+def _numbered(path: str, parse: Callable[[str, BinaryIO], Iterator[Any]]) -> Numbered:
     number = 0
     try:
         with open(path, "rb", HEAD) as raw:
-            for number, value in enumerate(parse(unpacked(path, raw)), 1):
+            for number, value in enumerate(parse(path, unpacked(path, raw)), 1):
                 yield number, value, raw.tell()
     except (*packing_errors(), csv.Error, UnicodeDecodeError) as error:
         raise InputError(f"{path}, after record {number}: {error}") from None
@@ -93,24 +84,23 @@ def _as_text(path: str, file: BinaryIO, newline: str | None = None) -> TextIO:
 
 
 def _parquet(path: str, file: BinaryIO) -> Iterator[dict]:
+    pyarrow = optional("pyarrow", path)
+    parquet = optional("pyarrow.parquet", path)
     try:
-        import pyarrow
-        from pyarrow.parquet import ParquetFile
-    except ImportError:
-        raise InputError(f"{path}: pip install pyarrow, which reads Parquet files") from None
-    try:
-        for batch in ParquetFile(file).iter_batches(1000):
+        for batch in parquet.ParquetFile(file).iter_batches(1000):
             yield from batch.to_pylist()
     except (pyarrow.ArrowException, ValueError) as error:
         raise InputError(f"{path}: {error}") from None
 
 
-def _rows(path: str, file: TextIO, delimiter: str) -> Iterator[dict[str, str]]:
+def _rows(path: str, file: BinaryIO) -> Iterator[dict[str, str]]:
+    """Each row as an object with the header's names."""
+    text = _as_text(path, file, newline="")
     number, size = 0, 0  # of the record that is being read: the header is 0
 
     def lines() -> Iterator[str]:
         nonlocal size
-        while line := file.readline(MAX_RECORD + 1):
+        while line := text.readline(MAX_RECORD + 1):
             size += len(line)
             if size > MAX_RECORD:
                 raise _too_large(path, number)
@@ -118,6 +108,7 @@ def _rows(path: str, file: TextIO, delimiter: str) -> Iterator[dict[str, str]]:
 
     csv.field_size_limit(MAX_RECORD)  # by default 131,072: less than a book
     # strict: else an open quote would swallow the rest unnoticed
+    delimiter = "\t" if kind_of(path) == ".tsv" else ","
     rows = csv.reader(lines(), delimiter=delimiter, strict=True)
     header = [name.strip() for name in next((row for row in rows if row), [])]
     if len(set(header)) != len(header):
@@ -135,9 +126,9 @@ def _rows(path: str, file: TextIO, delimiter: str) -> Iterator[dict[str, str]]:
         size = 0
 
 
-def _lines(path: str, file: TextIO) -> Iterator[str]:
-    number = 1
-    while line := file.readline(MAX_RECORD + 1):
+def _lines(path: str, file: BinaryIO) -> Iterator[str]:
+    text, number = _as_text(path, file), 1
+    while line := text.readline(MAX_RECORD + 1):
         if len(line) > MAX_RECORD:
             raise _too_large(path, number)
         if line.strip("\ufeff \t\r\n\f"):
@@ -145,9 +136,9 @@ def _lines(path: str, file: TextIO) -> Iterator[str]:
             number += 1
 
 
-def _values(path: str, file: TextIO) -> Iterator[Any]:
-    decode = json.JSONDecoder().raw_decode
-    buffer = file.read(CHUNK)
+def _values(path: str, file: BinaryIO) -> Iterator[Any]:
+    text, decode = _as_text(path, file), json.JSONDecoder().raw_decode
+    buffer = text.read(CHUNK)
     position = _NOT_SPACE.search(buffer).start()
     array = buffer[position : position + 1] == "["
     position += array
@@ -155,7 +146,7 @@ def _values(path: str, file: TextIO) -> Iterator[Any]:
     while not closed:
         position = _NOT_SPACE.search(buffer, position).start()
         if position == len(buffer):
-            buffer, position = file.read(CHUNK), 0
+            buffer, position = text.read(CHUNK), 0
             if buffer:
                 continue
             break
@@ -174,7 +165,7 @@ def _values(path: str, file: TextIO) -> Iterator[Any]:
                 goes_on = _may_go_on(error, buffer)
                 if goes_on and len(buffer) - position > MAX_RECORD:
                     raise _too_large(path, number) from None
-                if not (more := goes_on and file.read(CHUNK + len(buffer))):
+                if not (more := goes_on and text.read(CHUNK + len(buffer))):
                     near = buffer[max(position, error.pos - 30) : error.pos + 30]
                     problem = f"broken JSON: {error.msg} near {near!r}"
                     raise InputError(f"{path}, record {number}: {problem}") from None
@@ -188,7 +179,7 @@ def _values(path: str, file: TextIO) -> Iterator[Any]:
             position, number, comma_due = end, number + 1, array
     if array and not closed:
         raise InputError(f"{path}, after record {number - 1}: the array is cut off, no ']'")
-    if (buffer[position + 1 :] + file.read(CHUNK)).strip():
+    if (buffer[position + 1 :] + text.read(CHUNK)).strip():
         raise InputError(f"{path}: text after the array's end")
 
 

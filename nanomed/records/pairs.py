@@ -55,13 +55,10 @@ def chosen_rejected(record: dict, chosen: str = "chosen") -> list[PreferencePair
     whole = bool(shared) and shared[0][0] == "user"
     first = before.turns if whole else before.turns + prompt.turns
     turns = shared if first == shared[: len(first)] else first + shared
-    pair = PreferencePair(turns, *map(_answer, rest))
-    for chat in (before, prompt, *sides):
-        add_system(before, chat.system)
-        pair.notes += chat.notes
-        pair.unread += chat.unread
-        pair.dropped = pair.dropped or chat.dropped
-    pair.system = before.system
+    pair = PreferencePair(turns)
+    pair.chosen, pair.rejected = map(_answer, rest)
+    for part in (before, prompt, *sides):
+        _take_over(pair, part)
     if max(map(len, rest)) > 1:
         pair.dropped = "answers of several turns"
     elif len({side.system for side in sides if side.system}) > 1:
@@ -92,10 +89,9 @@ def output_pair(record: dict) -> list[PreferencePair]:
 
 def checked(pair: PreferencePair, record: dict) -> PreferencePair:
     """Decides whether the pair can be trained on; accounts for the prompt's fields."""
-    prompt = Chat(pair.turns, notes=pair.notes)
-    if prompt.turns:
-        drop_leading_answers(prompt)
-    questions = [text for role, text in prompt.turns if role == "user"]
+    if pair.turns:
+        drop_leading_answers(pair)
+    questions = [text for role, text in pair.turns if role == "user"]
     if not questions:
         raise BadField("prompt", "no user turn, so there is nothing to answer")
     why = [
@@ -107,8 +103,7 @@ def checked(pair: PreferencePair, record: dict) -> PreferencePair:
     pair.dropped = pair.dropped or next((cause for holds, cause in why if holds), "")
     if any(map(ADDRESS.fullmatch, (pair.chosen, pair.rejected))):
         pair.notes.append(ADDRESS_NOTE)
-    texts = [pair.system, *(text for _, text in pair.turns), pair.chosen, pair.rejected]
-    said = words_of("".join(texts))
+    said = words_of("".join([pair.system, *pair.texts()]))
     for name in PROMPTS:
         if any(words_of(text) not in said for text in _texts_in(json_of(record.get(name)))):
             pair.unread.append(name)
@@ -123,23 +118,31 @@ def checked(pair: PreferencePair, record: dict) -> PreferencePair:
 def _of_texts(record: dict, before: Chat, prompt: Chat, answers: list[str]) -> PreferencePair:
     """TRL's three texts are continued as they stand; with anything else, and in other formats,
     they go through the template."""
-    turns, notes = before.turns + prompt.turns, [*before.notes, *prompt.notes]
-    add_system(before, prompt.system)
-    if not turns:
+    pair = PreferencePair(before.turns + prompt.turns)
+    for part in (before, prompt):
+        _take_over(pair, part)
+    if not pair.turns:
         raise BadField("prompt", NO_PROMPT)
-    raw = "chosen" in record and turns == [("user", record.get("prompt"))] and not before.system
-    question = turns[-1][1]
+    only_texts = pair.turns == [("user", record.get("prompt"))] and not pair.system
+    pair.raw = "chosen" in record and only_texts
+    question = pair.turns[-1][1]
     for i, answer in enumerate(answers):
         rest = answer.removeprefix(question)
-        if rest and rest != answer and (raw or rest[0].isspace()):
+        if rest and rest != answer and (pair.raw or rest[0].isspace()):
             answers[i] = rest
-            notes.append("prompt that an answer repeats cut off")
-    if raw:
-        notes.append("text continued without a template")
-    unread = before.unread + prompt.unread
-    return PreferencePair(
-        turns, *answers, before.system, raw=raw, notes=notes, unread=unread, dropped=prompt.dropped
-    )
+            pair.notes.append("prompt that an answer repeats cut off")
+    if pair.raw:
+        pair.notes.append("text continued without a template")
+    pair.chosen, pair.rejected = answers
+    return pair
+
+
+def _take_over(pair: PreferencePair, part: Chat) -> None:
+    """All that a part of the record says, but for its turns."""
+    add_system(pair, part.system)
+    pair.notes += part.notes
+    pair.unread += part.unread
+    pair.dropped = pair.dropped or part.dropped
 
 
 def _prompt(record: dict) -> Chat:

@@ -18,50 +18,52 @@ class BadField(Exception):
         self.name, self.problem = name, problem
 
 
-@dataclass
-class Chat:
-    """Turns alternate freely between user and assistant; the first is a user's, the last an
-    assistant's."""
+@dataclass(kw_only=True)
+class Example:
+    """What is known of each, whatever its shape."""
 
-    turns: Turns
-    system: str = ""  # "" takes the template's own
-    group: str = ""  # all chats of a group stand on the same side of the validation split
+    group: str = ""  # all examples of a group stand on the same side of the validation split
     source: str = ""  # what the record says of where it comes from or what kind it is
-    untrained: set[int] = field(default_factory=set)  # turns whose answers are not learned
-    raw: bool = False  # a text and its continuation, with no template around them
     notes: list[str] = field(default_factory=list)  # what reading it changed, for the report
     unread: list[str] = field(default_factory=list)  # the record's fields of text not read
     dropped: str = ""  # why it cannot be trained on, "" if it can
 
 
 @dataclass
-class PreferencePair:
-    """Two answers to the same turns, the last of which is a user's."""
+class Chat(Example):
+    """Turns alternate freely between user and assistant; the first is a user's, the last an
+    assistant's."""
 
     turns: Turns
-    chosen: str
-    rejected: str
-    system: str = ""
-    group: str = ""
-    source: str = ""
-    kind: str = ""  # "subjective" or "objective" where the record says so
-    raw: bool = False
-    notes: list[str] = field(default_factory=list)
-    unread: list[str] = field(default_factory=list)
-    dropped: str = ""
+    system: str = ""  # "" takes the template's own
+    untrained: set[int] = field(default_factory=set)  # turns whose answers are not learned
+    raw: bool = False  # a text and its continuation, with no template around them
+
+    def texts(self) -> list[str]:
+        return [text for _, text in self.turns]
 
 
 @dataclass
-class Document:
+class PreferencePair(Chat):
+    """A chat whose last turn is a user's, and two answers to it."""
+
+    chosen: str = ""
+    rejected: str = ""
+    kind: str = ""  # "subjective" or "objective" where the record says so
+
+    def texts(self) -> list[str]:
+        return [*super().texts(), self.chosen, self.rejected]
+
+
+@dataclass
+class Document(Example):
     """A text to learn as it stands."""
 
     text: str
-    source: str = ""
-    lang: str = ""  # what the record says, else as language() sees it
-    group: str = ""
-    labels: dict[str, Any] = field(default_factory=dict)  # the record's other plain values
-    unread: list[str] = field(default_factory=list)
-    dropped: str = ""
+    lang: str = ""  # zh or en if the record says so, else as language() sees it
+
+    def texts(self) -> list[str]:
+        return [self.text]
 
 
 # ---------------------------------------------------------------- values of fields

@@ -10,7 +10,7 @@ from nanomed.batches.loader import Loader
 from nanomed.config import ROOT
 from nanomed.model.decoder import Aquila
 from nanomed.model.generation import greedy_in_lockstep
-from nanomed.records import CHAT, PAIR, Chat, examples_of, read_records
+from nanomed.records import CHAT, PAIR, Chat, PreferencePair, examples_of, read_records
 from nanomed.run.log import RunFolder
 from nanomed.store import Store, group_key
 from nanomed.text.template import Encoder
@@ -110,10 +110,10 @@ def held_out_chats(loader: Loader) -> list[tuple[dict, Chat]]:
 
 def _chats_in(record: dict) -> list[Chat]:
     found = examples_of(record, PAIR, CHAT)
-    if isinstance(found[0], Chat):
+    if not isinstance(found[0], PreferencePair):
         return found
     (pair,) = found
-    return [Chat([*pair.turns, ("assistant", pair.chosen)], pair.system, pair.group)]
+    return [Chat([*pair.turns, ("assistant", pair.chosen)], pair.system, group=pair.group)]
 
 
 def records_of(store: Store, examples: Iterable[int]) -> list[dict]:

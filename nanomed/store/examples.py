@@ -156,7 +156,7 @@ def _open(
 
 def _encoded(
     kind: str, fields: Sequence[str], encoder: Encoder, seq_len: int, path: str
-) -> Iterator[tuple[int, Chat | PreferencePair, list[Encoded], int, int]]:
+) -> Iterator[tuple[int, Chat, list[Encoded], int, int]]:
     """(record number, example, its segments, turns cut, bytes read so far) of each example of a
     file; one that is dropped or too long has no segment."""
     read = read_pairs if kind == "pairs" else read_chats

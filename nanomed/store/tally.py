@@ -9,7 +9,7 @@ import numpy as np
 
 from nanomed.records.chats import ANSWER_FIRST
 from nanomed.records.files import encoding
-from nanomed.records.shapes import Chat, Document, PreferencePair, language
+from nanomed.records.shapes import Chat, Document, language
 from nanomed.text.template import Encoder
 
 PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
@@ -28,17 +28,11 @@ class Facts(NamedTuple):
     dropped: str
 
     @classmethod
-    def of(cls, one: Chat | PreferencePair | Document, encoder: Encoder) -> "Facts":
-        if isinstance(one, Document):
-            texts, system, notes, named = [one.text], "", [], one.lang
-        else:
-            texts, system, notes, named = [t for _, t in one.turns], one.system, one.notes, ""
-        if isinstance(one, PreferencePair):
-            texts += [one.chosen, one.rejected]
-        # What records call their languages has no end; the report knows three.
-        lang = named if named in ("zh", "en") else language(" ".join(texts))
+    def of(cls, one: Chat | Document, encoder: Encoder) -> "Facts":
+        texts, system = one.texts(), getattr(one, "system", "")
+        lang = one.lang if isinstance(one, Document) else language(" ".join(texts))
         n_bytes = sum(len(text.encode()) for text in texts)
-        notes = notes + ([] if one.dropped else encoder.notes(texts, system))
+        notes = one.notes + ([] if one.dropped else encoder.notes(texts, system))
         return cls(one.source, lang, n_bytes, notes, one.unread, one.dropped)
 
 

@@ -73,7 +73,8 @@ def encode(batch: Batch, encoder: Encoder) -> Encoded:
             records.append(number)
             keys.append(group_key(text.group))
             facts.append(Facts.of(text, encoder))
-            facts[-1].notes.extend([RENDERED] * isinstance(text, Chat))
+            if isinstance(text, Chat):
+                facts[-1].notes.append(RENDERED)
     return Encoded(batch.file, batch.n_bytes, np.concatenate(ids), lengths, records, keys, facts)
 
 

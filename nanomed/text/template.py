@@ -185,7 +185,7 @@ class Encoder:
         system = len(self._system(chat)[0])
         return [("system", system), *turns] if system else turns
 
-    def _system(self, chat: Chat | PreferencePair) -> Encoded:
+    def _system(self, chat: Chat) -> Encoded:
         text = "" if chat.raw else chat.system or self.template.system
         return self._turn("system", text) if text else ([], [])
 

@@ -9,7 +9,6 @@ The kind is recognised by the files in a folder: tokenizer.model (SentencePiece)
 
 import argparse
 import hashlib
-import importlib
 import io
 import json
 import re
@@ -18,7 +17,7 @@ import unicodedata
 from pathlib import Path
 from typing import Any
 
-from nanomed.config import InputError
+from nanomed.config import InputError, optional
 from nanomed.processes import n_cores
 from nanomed.records.files import kind_of, read_json, read_lines
 from nanomed.text.tokenizer_files import (
@@ -118,7 +117,7 @@ class RankTokenizer(Tokenizer):
     Qwen's own code does, and then round-trips."""
 
     def __init__(self, path: Path):
-        tiktoken = _optional("tiktoken", path)
+        tiktoken = optional("tiktoken", path)
         self.path, self.files = path, {path.name: path}
         self.ranks = read_ranks(path)
         self.special = {name: len(self.ranks) + i for i, name in enumerate(QWEN_SPECIAL)}
@@ -143,7 +142,7 @@ class JsonTokenizer(Tokenizer):
     """
 
     def __init__(self, path: Path):
-        tokenizers = _optional("tokenizers", path)
+        tokenizers = optional("tokenizers", path)
         self.path = path
         reader = read_vocab_and_merges if path.name == "vocab.json" else read_tokenizer_json
         self.json, self.special, self.files = reader(path)
@@ -234,13 +233,6 @@ def check_rows(tokenizer: Tokenizer, n_rows: int) -> None:
 def _spaced(piece: str) -> int:
     """Bytes of a piece in which U+2581 stands for a space."""
     return len(piece.replace("\u2581", " ").encode())
-
-
-def _optional(package: str, path: Path):
-    try:
-        return importlib.import_module(package)
-    except ImportError:
-        raise InputError(f"{path} needs a package more: pip install {package}") from None
 
 
 def train(texts: list[str], out: Path, vocab_size: int) -> None:

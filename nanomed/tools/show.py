@@ -122,16 +122,16 @@ def rendered(example: Example, encoder: Encoder, seq_len: int) -> tuple[list, Pa
     if isinstance(example, Document):
         ids = [*encoder.tokenizer.encode(example.text), encoder.document_end]
         return [(ids, [True] * len(ids))], [("document", [("document", len(ids))])]
-    if isinstance(example, Chat):
-        ids, trained, cut = encoder.chat(example, seq_len)
-        segments, sides = [(ids, trained)] if ids else [], {"chat": example}
-    else:
+    if isinstance(example, PreferencePair):
         segments, cut = encoder.pair(example, seq_len)
         prompt, system, raw = example.turns, example.system, example.raw
         sides = {
             name: Chat([*prompt, ("assistant", getattr(example, name))], system, raw=raw)
             for name in ("chosen", "rejected")
         }
+    else:
+        ids, trained, cut = encoder.chat(example, seq_len)
+        segments, sides = [(ids, trained)] if ids else [], {"chat": example}
     example.notes += [f"{cut} oldest turns cut"] * bool(cut)
     sides = sides if segments else {}
     return segments, [(name, encoder.borders(side, cut)) for name, side in sides.items()]
@@ -148,7 +148,7 @@ def first_examples(c: Run, encoder: Encoder, n: int) -> Iterator[tuple[str, Row 
         if not segments:
             yield f"{name}: DROPPED, {one.dropped or 'longer than seq_len'}", None, []
             continue
-        why = [*getattr(one, "notes", []), *(f"{field} is not read" for field in one.unread)]
+        why = [*one.notes, *(f"{field} is not read" for field in one.unread)]
         titled = [("; ".join([f"{part} {one.source}".strip(), *why]), t) for part, t in parts]
         yield name, row_from(*zip(*segments, strict=True)), titled
 

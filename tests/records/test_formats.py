@@ -15,7 +15,7 @@ from nanomed.records import (
     read_pairs,
 )
 from nanomed.records.fields import LABELS, NAMES, by_known_names
-from nanomed.records.files import read_csv
+from nanomed.records.files import read_records
 from nanomed.records.turns import MARKS, ROLES
 from tests.conftest import ROOT
 from tests.formats import CHATS, DOCUMENTS, PAIRS, document_of, gpt, jsonl, read_documents
@@ -140,7 +140,7 @@ def test_files_that_cannot_be_read(file, name, content, message):
 
 def test_empty_rows_of_a_csv_file_are_none(file):
     path = file("a.csv", b"\nask,answer\n\na,b\n\n")
-    assert [(i, row) for i, row, _ in read_csv(path)] == [(1, {"ask": "a", "answer": "b"})]
+    assert [(i, row) for i, row, _ in read_records(path)] == [(1, {"ask": "a", "answer": "b"})]
 
 
 # ---------------------------------------------------------------- docs/formats.md

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nanomed.records import FORMATS, BadField, Chat, chats_of, pair_of
+from nanomed.records import FORMATS, BadField, PreferencePair, chats_of, pair_of
 from nanomed.records.chats import ANSWER_FIRST
 from nanomed.records.fields import KNOWN_AS, LABELS, NAMES
 from nanomed.records.turns import MARKS
@@ -86,10 +86,10 @@ def rendered(examples: list, encoder) -> str:
     for example in examples:
         if example.dropped or hasattr(example, "text"):
             dropped.append(repr(example))
-        elif isinstance(example, Chat):
-            ids += encoder.chat(example, 10**6)[0]
-        else:
+        elif isinstance(example, PreferencePair):
             ids += [i for side, _ in encoder.pair(example, 10**6)[0] for i in side]
+        else:
+            ids += encoder.chat(example, 10**6)[0]
     return encoder.tokenizer.decode(ids) + "".join(dropped)
 
 

@@ -269,7 +269,7 @@ def test_a_record_that_never_ends_is_named(tmp_path, monkeypatch, name, chunk):
 def test_a_book_in_a_csv_file(tmp_path):
     """Python's own limit for a field is 131,072 characters."""
     path = write(tmp_path / "x.csv", "text,n\n" + "糖" * 200_000 + ",1\n")
-    ((_, row, _),) = files.read_csv(path)
+    ((_, row, _),) = files.read_records(path)
     assert len(row["text"]) == 200_000
 
 

@@ -131,7 +131,7 @@ def test_one_process_tokenises_and_the_others_wait_without_a_collective(file, en
     original = examples._write
     monkeypatch.setattr(examples, "_write", lambda *a: (passes.append(1), original(*a))[1])
     local_rank = threading.local()
-    monkeypatch.setattr(cache, "ranks", lambda: (0, local_rank.value))
+    monkeypatch.setattr(cache, "rank_from_env", lambda: (0, 2, local_rank.value, 2))
 
     def launch(rank: int) -> None:
         local_rank.value = rank

@@ -153,7 +153,7 @@ def test_a_template_needs_its_tokens(encoder):
 
 
 def test_both_answers_follow_the_same_prompt(encoder):
-    pair = PreferencePair([("user", "问")], "好的答案", "坏答案")
+    pair = PreferencePair([("user", "问")], chosen="好的答案", rejected="坏答案")
     (chosen, rejected), cut = encoder.pair(pair, 100)
     prompt = [i for i, t in zip(*chosen, strict=True) if not t]
     for (ids, trained), answer in ((chosen, "好的答案"), (rejected, "坏答案")):
@@ -165,7 +165,7 @@ def test_both_answers_follow_the_same_prompt(encoder):
 
 def test_a_long_prompt_loses_its_oldest_turns_on_both_sides(encoder):
     turns = [("user", "甲" * 40), ("assistant", "乙"), ("user", "丙")]
-    pair = PreferencePair(turns, "短", "长" * 20)
+    pair = PreferencePair(turns, chosen="短", rejected="长" * 20)
     (chosen, rejected), _ = encoder.pair(pair, 1000)
     fitting = len(rejected[0])
     (short, long), cut = encoder.pair(pair, fitting - 1)
