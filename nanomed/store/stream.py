@@ -156,9 +156,8 @@ def read_manifest(folder: Path) -> dict:
     path = folder / "manifest.json"
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        files = {n: f for shard in manifest["shards"] for n, f in shard["files"].items()}
         whole = sum(shard["tokens"] for shard in manifest["shards"]) == manifest["tokens"]
-        expected = {name: facts["size"] for name, facts in files.items()}
+        expected = {name: facts["size"] for name, facts in _files(manifest).items()}
     except FileNotFoundError:
         begun = (folder / "unfinished.json").exists()
         raise InputError(
@@ -180,6 +179,11 @@ def read_manifest(folder: Path) -> dict:
     return manifest
 
 
+def _files(manifest: dict) -> dict[str, dict]:
+    """Sizes and hashes of all shards' files, by name."""
+    return {name: facts for shard in manifest["shards"] for name, facts in shard["files"].items()}
+
+
 def check(store: Documents, identity: dict) -> None:
     """Raises InputError unless the ids are those that this tokenizer, template and code make."""
     found = store.manifest
@@ -193,11 +197,7 @@ def check(store: Documents, identity: dict) -> None:
 
 def verify(folder: Path) -> None:
     """Reads the whole store and compares every file's hash. Raises InputError."""
-    files = {
-        name: facts
-        for shard in read_manifest(folder)["shards"]
-        for name, facts in shard["files"].items()
-    }
+    files = _files(read_manifest(folder))
     size = sum(facts["size"] for facts in files.values())
     with tqdm(total=size, unit="B", unit_scale=True, desc="verifying", disable=None) as bar:
         for name, facts in files.items():

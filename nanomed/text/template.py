@@ -157,10 +157,10 @@ class Encoder:
         """For the report: each of the template's special tokens that a text spells, which stays
         text; and a system text that stands in place of the template's own."""
         found = {name for text in texts for name in self._names if name in text}
-        own = ["own system text in place of the template's"]
-        return [f"text spells {name}, kept as text" for name in sorted(found)] + own * bool(
-            system and self.template.system
-        )
+        notes = [f"text spells {name}, kept as text" for name in sorted(found)]
+        if system and self.template.system:
+            notes.append("own system text in place of the template's")
+        return notes
 
     @staticmethod
     def _first_kept(texts: Turns, turns: list[Encoded], room: int) -> int:
