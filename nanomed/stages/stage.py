@@ -225,16 +225,17 @@ def second_stage(c: Run, run: RunFolder) -> str:
     if c.init and pretrained.settings_of(c.init).get("stage") == c.stage:
         return ""
     launcher = f"torchrun --nproc_per_node {run.world.size}" if run.world.size > 1 else "python"
-    flags = f"{SECOND} --init {run.path}"
-    if not may_show_text(c):
-        flags = f"--config configs/cpt_stage2.toml --init {run.path} --data FILES"
-    return f"{launcher} train_cpt.py {flags}"
+    flags = SECOND if _on_samples(c) else "--config configs/cpt_stage2.toml --data FILES"
+    return f"{launcher} train_cpt.py {flags} --init {run.path}"
 
 
 def may_show_text(c: Run) -> bool:
     """Real records may be patients'; they stay off the screen unless asked for."""
-    ours = ROOT / "samples"
-    return c.show_text or all(Path(path).resolve().is_relative_to(ours) for path in c.data)
+    return c.show_text or _on_samples(c)
+
+
+def _on_samples(c: Run) -> bool:
+    return all(Path(path).resolve().is_relative_to(ROOT / "samples") for path in c.data)
 
 
 def announce(

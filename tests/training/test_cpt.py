@@ -80,6 +80,15 @@ def test_stage_1_and_the_command_that_it_prints(world, monkeypatch, tmp_path, ca
     )
 
 
+def test_who_sees_the_text_of_own_data_is_not_sent_to_the_samples():
+    run = SimpleNamespace(world=SimpleNamespace(size=8), path="runs/cpt-001")
+    own = stage.second_stage(CPT(data=["mine.jsonl"], show_text=True), run)
+    assert own == (
+        "torchrun --nproc_per_node 8 train_cpt.py --config configs/cpt_stage2.toml --data FILES "
+        "--init runs/cpt-001"
+    )
+
+
 @pytest.mark.slow
 def test_stage_2_as_printed(world, monkeypatch, tmp_path, capsys):
     run_script(f"{SMALL} --out {tmp_path / 'one'}", world, monkeypatch)
