@@ -3,6 +3,7 @@ the model beside their reference answers."""
 
 import json
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
@@ -48,7 +49,7 @@ def show_answers(
     it."""
     questions, prompts = [], []
     for chat, mark in pick_questions(loader):
-        prompt = encoder.prompt(Chat(chat.turns[:-1], chat.system))
+        prompt = encoder.prompt(replace(chat, turns=chat.turns[:-1]))
         if len(prompt) < model.config.max_seq_len:
             questions.append((chat, mark))
             prompts.append(prompt)
@@ -113,7 +114,8 @@ def _chats_in(record: dict) -> list[Chat]:
     if not isinstance(found[0], PreferencePair):
         return found
     (pair,) = found
-    return [Chat([*pair.turns, ("assistant", pair.chosen)], pair.system, group=pair.group)]
+    turns = [*pair.turns, ("assistant", pair.chosen)]
+    return [Chat(turns, pair.system, raw=pair.raw, group=pair.group)]
 
 
 def records_of(store: Store, examples: Iterable[int]) -> list[dict]:

@@ -171,8 +171,8 @@ class Encoder:
 
     def prompt(self, chat: Chat) -> list[int]:
         """The ids up to where the assistant's next answer starts; chat.turns ends with a user."""
-        turns = [self._turn(role, text)[0] for role, text in chat.turns]
-        head, _, opening = self._before["assistant"]
+        turns = [self._turn(role, text, raw=chat.raw)[0] for role, text in chat.turns]
+        head, _, opening = ([], "", []) if chat.raw else self._before["assistant"]
         return [*chain(self._system(chat)[0], *turns, head, opening)]
 
     def borders(self, chat: Chat, first: int) -> list[tuple[str, int]]:

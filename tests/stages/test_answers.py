@@ -67,25 +67,37 @@ def test_answers_are_kept_for_the_report(encoder, monkeypatch, tmp_path):
         assert [*map(tuple, turns)] == chat.turns
 
 
+def prompts_of(encoder, monkeypatch, folder, records: list[dict], longest: int) -> list[list[int]]:
+    """What a model that reads `longest` tokens is asked of these records, all held out."""
+    lines = "\n".join(json.dumps(record) for record in records)
+    (folder / "chats.jsonl").write_text(lines, encoding="utf-8")
+    data, asked = store.chats([str(folder / "chats.jsonl")], encoder, 400, 0.0), []
+
+    def parrot(model, prompts, stop, max_new):
+        asked.extend(prompts)
+        return [[] for _ in prompts]
+
+    monkeypatch.setattr(answers, "greedy_in_lockstep", parrot)
+    run = Screen()
+    run.path, run.world = folder, SimpleNamespace(is_main=True)
+    run.write_json = partial(RunFolder.write_json, run)
+    model = SimpleNamespace(config=SimpleNamespace(max_seq_len=longest))
+    loader = Loader(SFT(), data, parts=(range(0), range(len(records))))
+    answers.show_answers(model, encoder, loader, run)
+    return asked
+
+
 def test_a_chat_that_leaves_no_room_is_not_asked(encoder, monkeypatch, tmp_path):
     """Training drops the oldest turns of a long chat. Asked with all of them it would end the run
     after its training, and before its export."""
     turns = [{"role": role, "content": "头痛怎么办？" * 9} for role in ("user", "assistant") * 9]
     records = [{"messages": turns[:2]}, {"messages": turns}]
-    lines = "\n".join(json.dumps(record) for record in records)
-    (tmp_path / "chats.jsonl").write_text(lines, encoding="utf-8")
-    data = store.chats([str(tmp_path / "chats.jsonl")], encoder, 400, 0.0)
-    asked = []
-
-    def parrot(model, prompts, stop, max_new):
-        asked.append([len(prompt) for prompt in prompts])
-        return [[] for _ in prompts]
-
-    monkeypatch.setattr(answers, "greedy_in_lockstep", parrot)
-    run = Screen()
-    run.path, run.world = tmp_path, SimpleNamespace(is_main=True)
-    run.write_json = partial(RunFolder.write_json, run)
     for longest, n in ((400, 1), (10_000, 2), (20, 0)):
-        model = SimpleNamespace(config=SimpleNamespace(max_seq_len=longest))
-        answers.show_answers(model, encoder, Loader(SFT(), data, parts=(range(0), range(2))), run)
-        assert len(asked.pop() if n else asked) == n
+        assert len(prompts_of(encoder, monkeypatch, tmp_path, records, longest)) == n
+
+
+def test_a_text_is_continued_as_it_was_trained(encoder, monkeypatch, tmp_path):
+    """With no template around it."""
+    records = [{"prompt": "天是", "completion": "蓝的"}]
+    (prompt,) = prompts_of(encoder, monkeypatch, tmp_path, records, 400)
+    assert prompt == encoder.tokenizer.encode("天是")
