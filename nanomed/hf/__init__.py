@@ -10,7 +10,6 @@ tokenizer.json says. So an export is a Qwen2 where the tokenizer is Qwen's and q
 a bias, a Qwen3 where q and k are normalised, else a Llama.
 """
 
-from nanomed.hf.reading import load, load_weights, read_config
 from nanomed.hf.writing import export
 
-__all__ = ["export", "load", "load_weights", "read_config"]
+__all__ = ["export"]

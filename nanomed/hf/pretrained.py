@@ -74,10 +74,13 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
         reading.load_weights(model, folder)
 
 
-def load(folder: str | Path, device: torch.device, dtype: torch.dtype) -> Aquila:
+def load(
+    folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Aquila:
     """The model on one device, in evaluation mode."""
+    config = config_of(folder)
     with torch.device("meta"):
-        model = Aquila(config_of(folder))
+        model = Aquila(config)
     model = model.to(dtype).to_empty(device=device)
     load_weights(model, folder)
     return model.eval()

@@ -45,16 +45,6 @@ def read_dtype(folder: str | Path) -> torch.dtype:
     return max(set(dtypes), key=dtypes.count)
 
 
-def load(folder: str | Path) -> Aquila:
-    """The model in a Hugging Face folder: one process, float32, on the CPU, in evaluation mode."""
-    config = read_config(folder)
-    with torch.device("meta"):
-        model = Aquila(config)
-    model.to_empty(device="cpu")
-    load_weights(model, folder)
-    return model.eval()
-
-
 def load_weights(model: nn.Module, folder: str | Path) -> None:
     """Fills a model, sharded or not; each rank reads its own rows, and none the whole. Every
     rank calls it, and every rank raises InputError if one of them met a number that is none."""

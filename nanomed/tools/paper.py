@@ -157,7 +157,7 @@ def main() -> None:
     c = parser.parse_args()
     if c.command == "measure":
         _, encoder = pretrained.describe(c.folder)
-        model = pretrained.load(c.folder, torch.device("cpu"), torch.float32)
+        model = pretrained.load(c.folder)
         return _write(c.folder / "results.json", measure(model, encoder))
     stages = read_stages(c.folder)
     found, checked = deviations(stages, sys.stdin.read())

@@ -79,7 +79,7 @@ def test_it_is_followed_or_named(name, folder, capsys):
 def test_it_is_rendered_as_transformers_does(name, folder):
     from transformers import AutoTokenizer
 
-    hf.export(hf.load(folder), tokenizer.load(folder), folder / "out")
+    hf.export(pretrained.load(folder), tokenizer.load(folder), folder / "out")
     theirs = AutoTokenizer.from_pretrained(folder / "out")
     theirs.chat_template, theirs.bos_token = TEMPLATES[name][0], "<s>"
     put(folder, TEMPLATES[name][0])
@@ -91,7 +91,7 @@ def test_it_is_rendered_as_transformers_does(name, folder):
 
 
 def test_an_export_says_nothing_until_its_template_is_changed(folder, capsys):
-    hf.export(hf.load(folder), tokenizer.load(folder), folder / "out")
+    hf.export(pretrained.load(folder), tokenizer.load(folder), folder / "out")
     assert pretrained.describe(folder / "out")[1].template == CHATML
     assert capsys.readouterr().out == ""
     (folder / "out/chat_template.jinja").write_text(COLONS)  # it comes before the settings

@@ -97,14 +97,14 @@ def test_export_loads_in_transformers_with_no_custom_code(kind, bias, tmp_path):
     write_tokenizer(source, kind)
     tok = tokenizer.load(source)
     write_model(source, "qwen2" if bias else "llama", vocab_size=tok.vocab_size + 3)
-    model = hf.load(source)
+    model = pretrained.load(source)
     hf.export(model, tok, out, torch.float32)
 
     config = json.loads((out / "config.json").read_text())
     assert config["architectures"] == [KINDS[kind][0 if bias else 1]]
     theirs, theirs_tok = transformers_of(out)
     assert_same_model(theirs, model, tok.vocab_size)
-    assert_same_model(theirs, hf.load(out), tok.vocab_size)
+    assert_same_model(theirs, pretrained.load(out), tok.vocab_size)
 
     before, after = all_tensors(source), all_tensors(out)
     extra = after.keys() - before.keys()
@@ -186,7 +186,7 @@ def test_a_wrong_chat_template_is_noticed(tmp_path):
     """The comparison above can fail: one newline less in the template, and it does."""
     tok = tokenizer.load(write_rank_file(tmp_path))
     write_model(tmp_path, "qwen2")
-    hf.export(hf.load(tmp_path), tok, tmp_path / "out", torch.float32)
+    hf.export(pretrained.load(tmp_path), tok, tmp_path / "out", torch.float32)
     path = tmp_path / "out/tokenizer_config.json"
     path.write_text(path.read_text().replace("|im_end|>\\\\n", "|im_end|>"))
     with pytest.raises(AssertionError):
@@ -231,7 +231,7 @@ def test_bin_folders_are_converted_by_their_own_command(tmp_path):
         k: v.dtype for k, v in tensors.items()
     }
     assert all(tensors[k].equal(v) for k, v in all_tensors(out).items())
-    hf.load(out)
+    pretrained.load(out)
     assert not list(out.glob("*.bin*")) and (out / "qwen.tiktoken").exists()
 
 

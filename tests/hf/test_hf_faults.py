@@ -137,7 +137,7 @@ def test_a_damaged_folder_is_refused_before_anything_is_allocated(fault, folder)
 def test_weights_that_are_no_numbers_are_refused(bad, folder):
     edit_tensor(folder, HEAD, lambda t: t.index_fill(0, torch.tensor([7]), bad))
     with pytest.raises(InputError, match=r"lm_head\.weight holds numbers that are NaN"):
-        hf.load(folder)
+        pretrained.load(folder)
 
 
 def test_a_bias_that_the_model_has_no_place_for_is_refused(tmp_path):
@@ -147,7 +147,7 @@ def test_a_bias_that_the_model_has_no_place_for_is_refused(tmp_path):
     name = "model.layers.1.self_attn.o_proj.bias"
     save_file(load_file(path) | {name: torch.ones(64)}, path)
     with pytest.raises(InputError, match=r"no place for, model\.layers\.1\.self_attn\.o_proj"):
-        hf.load(tmp_path)
+        pretrained.load(tmp_path)
 
 
 def test_an_index_left_behind_is_not_read(tmp_path):
@@ -157,7 +157,7 @@ def test_an_index_left_behind_is_not_read(tmp_path):
         path.unlink()
     theirs = write_model(tmp_path / "whole", "llama", seed=1)
     shutil.copyfile(tmp_path / "whole/model.safetensors", tmp_path / "model.safetensors")
-    ours = hf.load(tmp_path)
+    ours = pretrained.load(tmp_path)
     assert torch.equal(ours.norm.weight, theirs.model.norm.weight)
 
 
@@ -168,13 +168,13 @@ def test_a_full_optimizer_step_in_transformers_comes_back(folder, tmp_path):
     sentencepiece = tokenizer.load(write_sentencepiece(tmp_path))
     source = tmp_path / "source"
     write_model(source, "qwen2", vocab_size=sentencepiece.vocab_size)
-    hf.export(hf.load(source), sentencepiece, tmp_path / "out", torch.float32)
+    hf.export(pretrained.load(source), sentencepiece, tmp_path / "out", torch.float32)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     ids = torch.arange(10, 40)[None]
     theirs(input_ids=ids, labels=ids).loss.backward()
     torch.optim.SGD(theirs.parameters(), 0.1).step()
     theirs.save_pretrained(tmp_path / "out")
-    ours = hf.load(tmp_path / "out")
+    ours = pretrained.load(tmp_path / "out")
     assert ours.config.o_bias and ours.layers[0].self_attn.o_proj.bias.any()
     with torch.no_grad():
         expected, got = theirs(ids).logits[0], ours(row_from([ids[0].tolist()]), logits=True)
@@ -184,7 +184,7 @@ def test_a_full_optimizer_step_in_transformers_comes_back(folder, tmp_path):
 def test_tied_embeddings_that_differ_are_refused(folder):
     edit_config(folder, tie_word_embeddings=True)
     with pytest.raises(InputError, match="differ"):
-        hf.load(folder)
+        pretrained.load(folder)
 
 
 def test_another_tokenizer_than_the_weights_is_refused(folder, tmp_path):
@@ -198,7 +198,7 @@ def test_another_tokenizer_than_the_weights_is_refused(folder, tmp_path):
 
 
 def test_export_refuses_before_it_writes(folder, tmp_path, monkeypatch):
-    model, tok = hf.load(folder), tokenizer.load(folder)
+    model, tok = pretrained.load(folder), tokenizer.load(folder)
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(InputError, match="not empty"):
         hf.export(model, tok, folder)
@@ -225,7 +225,7 @@ def test_export_refuses_before_it_writes(folder, tmp_path, monkeypatch):
 def test_a_card_names_the_licence_of_the_start_and_no_other(head, wanted, folder, tmp_path):
     if head:
         (folder / "README.md").write_text(head)
-    model, tok = hf.load(folder), tokenizer.load(folder)
+    model, tok = pretrained.load(folder), tokenizer.load(folder)
     run = tmp_path / "run"
     hf.export(model, tok, run / "export", torch.float32, about={"init": str(folder)})
     # And so does the card of what starts from that run.
@@ -239,7 +239,7 @@ def test_a_card_names_the_licence_of_the_start_and_no_other(head, wanted, folder
 
 
 def test_an_older_export_of_the_run_is_replaced(folder, tmp_path):
-    model, tok = hf.load(folder), tokenizer.load(folder)
+    model, tok = pretrained.load(folder), tokenizer.load(folder)
     hf.export(model, tok, tmp_path / "out", torch.float32)
     with torch.no_grad():
         model.norm.weight.fill_(3.0)

@@ -9,7 +9,6 @@ import sys
 import pytest
 import torch
 
-from nanomed import hf
 from nanomed.config import SFT
 from nanomed.hf import __main__ as hf_commands
 from nanomed.hf import pretrained, reading
@@ -36,7 +35,7 @@ def test_import_and_export_on_two_processes(pool, folder, tmp_path):
     edit_tensor(bad, HEAD, lambda t: t.index_fill(0, torch.tensor([899]), float("nan")))
     good, refused = (pool(2, sharded_worker.report, str(path)) for path in (folder, bad))
 
-    total = sum(p.nbytes for p in hf.load(folder).parameters())
+    total = sum(p.nbytes for p in pretrained.load(folder).parameters())
     assert [0.4 < report["share"] / total < 0.6 for report in good] == [True, True]
     before, after = all_tensors(folder), all_tensors(tmp_path / "in-out")
     assert before.keys() == after.keys()
@@ -59,8 +58,8 @@ def test_a_run_starts_from_a_folder_and_its_result_is_read_again(
     run = tmp_path / "run"
 
     trained = pretrained.load(run, torch.device("cpu"), torch.float32)
-    exported = hf.load(run / "export")
-    start = hf.load(folder)
+    exported = pretrained.load(run / "export")
+    start = pretrained.load(folder)
     moved = 0
     for (name, a), b, c in zip(
         trained.named_parameters(), exported.parameters(), start.parameters(), strict=True
@@ -78,7 +77,7 @@ def test_a_run_starts_from_a_folder_and_its_result_is_read_again(
         hf_commands.main()
         theirs, ours = all_tensors(out), dict(trained.named_parameters())
         assert all(theirs[reading.hf_name(name)].equal(param) for name, param in ours.items())
-        assert config == hf.read_config(out)
+        assert config == reading.read_config(out)
     monkeypatch.setattr(sys, "argv", ["hf", "export", str(run), str(tmp_path / "bf16")])
     hf_commands.main()
     halved = all_tensors(tmp_path / "bf16")

@@ -80,7 +80,7 @@ def test_logits_of_a_packed_row(folder, theirs, segments):
     exact = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
     row = row_from([ids for ids, _ in segments])
     with torch.no_grad():
-        packed = hf.load(folder)(row, logits=True).split(row.cu_seqlens.diff().tolist())
+        packed = pretrained.load(folder)(row, logits=True).split(row.cu_seqlens.diff().tolist())
         for ours, (ids, _) in zip(packed, segments, strict=True):
             one = torch.tensor([ids])
             wanted, rounded = exact(one).logits[0], theirs(one).logits[0]
@@ -91,7 +91,7 @@ def test_logits_of_a_packed_row(folder, theirs, segments):
 def test_its_template_and_twenty_greedy_answers(folder, theirs, encoder):
     from transformers import AutoTokenizer
 
-    tok, ours = AutoTokenizer.from_pretrained(folder), hf.load(folder)
+    tok, ours = AutoTokenizer.from_pretrained(folder), pretrained.load(folder)
     assert "SmolLM" in encoder.template.system
     stop = [encoder.turn_end, encoder.document_end]
     for question in QUESTIONS:
@@ -111,11 +111,11 @@ def test_its_template_and_twenty_greedy_answers(folder, theirs, encoder):
 def test_an_export_is_the_same_model_elsewhere(folder, theirs, encoder, segments, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    ours = hf.load(folder)
+    ours = pretrained.load(folder)
     hf.export(ours, encoder.tokenizer, tmp_path / "out", torch.float32, encoder.template)
     again, tok = pretrained.describe(tmp_path / "out")
     assert again == ours.config and tok.template == encoder.template
-    back = hf.load(tmp_path / "out")
+    back = pretrained.load(tmp_path / "out")
     assert all(map(torch.equal, back.parameters(), ours.parameters()))
     other = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
     ids = torch.tensor([segments[0][0]])
@@ -132,7 +132,7 @@ def test_the_gradients_of_an_sft_step(folder, segments):
     theirs, two tensors in ours: the gradient of the one is the sum."""
     from transformers import AutoModelForCausalLM
 
-    ours = hf.load(folder)
+    ours = pretrained.load(folder)
     row = row_from(*zip(*segments, strict=True))
     n = (row.labels >= 0).sum()
     (ours(row).nll.sum() / n).backward()
@@ -154,7 +154,7 @@ def test_dropout_on_its_branches_is_not_noise(folder, encoder, world):
     data = store.chats([str(ROOT / "samples/sft.jsonl")], encoder, 512, 0.05)
     c = SFT(dropout=0.1, batch_size=8, seq_len=512, micro_tokens=512, val_fraction=0.0)
     loader = Loader(c, data, 0, 1)
-    model = hf.load(folder)
+    model = pretrained.load(folder)
     assert SFT().dropout == 0.0
     for layer in model.layers:
         layer.dropout.p = 0.1

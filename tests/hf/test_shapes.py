@@ -48,7 +48,7 @@ def test_import_is_what_transformers_computes(name, tmp_path):
     write_model(tmp_path, kind, **changes)
     # Loaded again: a model made bfloat16 and back has lost its angles.
     theirs = transformers_model(tmp_path)
-    ours = hf.load(tmp_path)
+    ours = pretrained.load(tmp_path)
     assert_same_model(theirs, ours, 900)
     stored = all_tensors(tmp_path)
     for key, param in ours.named_parameters():
@@ -61,10 +61,10 @@ def test_import_is_what_transformers_computes(name, tmp_path):
 def test_export_of_any_shape_is_what_was_read(name, tmp_path):
     kind, changes = MODELS[name]
     write_model(tmp_path / "in", kind, **changes)
-    ours = hf.load(tmp_path / "in")
+    ours = pretrained.load(tmp_path / "in")
     assert ours.config.n_params() == sum(p.numel() for p in ours.parameters())
     hf.export(ours, tokenizer.load(write_rank_file(tmp_path)), tmp_path / "out", torch.float32)
-    assert hf.read_config(tmp_path / "out") == ours.config
+    assert reading.read_config(tmp_path / "out") == ours.config
     assert_same_model(transformers_model(tmp_path / "out"), ours, 900)
 
 
@@ -82,7 +82,7 @@ def test_a_llama_by_another_spelling(changes, tmp_path):
     write_model(tmp_path, "llama", num_key_value_heads=4, rope_parameters=LLAMA31)
     theirs = transformers_model(tmp_path)
     edit_config(tmp_path, ("rope_parameters",) if "rope_scaling" in changes else (), **changes)
-    assert_same_model(theirs, hf.load(tmp_path), 900)
+    assert_same_model(theirs, pretrained.load(tmp_path), 900)
 
 
 @pytest.mark.parametrize("model_type", ["aquila", "aquila3"])
@@ -99,7 +99,7 @@ def test_aquilas_own_types_and_both_spellings(model_type, spelling, tmp_path):
     path = tmp_path / "model.safetensors"
     angles = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(8) for i in (0, 1)}
     save_file(load_file(path) | angles, path)
-    assert_same_model(theirs, hf.load(tmp_path), 900)
+    assert_same_model(theirs, pretrained.load(tmp_path), 900)
 
 
 @pytest.mark.parametrize("name", ["qwen2", "qwen2-bf16-sharded"])
@@ -130,9 +130,9 @@ def test_tied_embeddings_become_two_tensors(tmp_path):
     theirs = write_model(source, "llama", tie_word_embeddings=True)
     write_rank_file(source)
     assert "lm_head.weight" not in all_tensors(source)
-    hf.export(hf.load(source), tokenizer.load(source), out, torch.float32)
+    hf.export(pretrained.load(source), tokenizer.load(source), out, torch.float32)
     tensors = all_tensors(out)
     assert tensors["lm_head.weight"].equal(tensors["model.embed_tokens.weight"])
     assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
     assert "two tensors" in (out / "README.md").read_text()
-    assert_same_model(theirs, hf.load(out), 900)
+    assert_same_model(theirs, pretrained.load(out), 900)

@@ -12,6 +12,7 @@ import torch
 
 from nanomed import hf
 from nanomed.distributed import Sharing, local
+from nanomed.hf import pretrained
 from nanomed.model.decoder import Aquila, init_weights
 from nanomed.run import checkpoint
 from tests.training.test_exactness import metrics_of, sharded, train
@@ -87,7 +88,7 @@ def export_of_copies(world, config, tokenizer, folder):
 def test_copies_export_one_model(pool, small, encoder, tmp_path):
     config = dataclasses.replace(small, vocab_size=encoder.tokenizer.vocab_size)
     pool(4, export_of_copies, config, encoder.tokenizer, str(tmp_path / "x"))
-    loaded, wanted = hf.load(tmp_path / "x"), Aquila(config)
+    loaded, wanted = pretrained.load(tmp_path / "x"), Aquila(config)
     init_weights(wanted, seed=3)
     for (name, a), b in zip(loaded.named_parameters(), wanted.parameters(), strict=True):
         assert torch.equal(a, b), name

@@ -18,6 +18,7 @@ from nanomed.batches.loader import Loader
 from nanomed.batches.packing import row_from
 from nanomed.config import SFT
 from nanomed.distributed import Sharing, World, full, shard
+from nanomed.hf import pretrained
 from nanomed.model.decoder import Aquila, init_weights
 from nanomed.model.recompute import set_recompute
 from nanomed.run import checkpoint, saves
@@ -335,7 +336,7 @@ def test_an_export_holds_the_same_tensors_from_any_number_of_ranks(
 ):
     config = dataclasses.replace(small, vocab_size=encoder.tokenizer.vocab_size)
     pool(n_ranks, export_sharded, config, encoder.tokenizer, str(tmp_path / "x"))
-    loaded, wanted = hf.load(tmp_path / "x"), Aquila(config)
+    loaded, wanted = pretrained.load(tmp_path / "x"), Aquila(config)
     init_weights(wanted, seed=3)
     for (name, a), b in zip(loaded.named_parameters(), wanted.parameters(), strict=True):
         assert torch.equal(a, b), name
