@@ -17,15 +17,13 @@ from typing import Any, ClassVar
 
 from nanomed import arguments
 from nanomed.build import decontaminate, preferences
-from nanomed.build.runner import make_private, whole
+from nanomed.build.files import line_of, make_private, whole
 from nanomed.build.settings import Paid, files_of, flag
-from nanomed.build.shards import line_of, lottery
+from nanomed.build.shards import lottery
 from nanomed.config import InputError, beside_the_scripts
 from nanomed.distributed import alone_or_start, launch, pick_device
 from nanomed.evals import answers, benchmarks, judge
-from nanomed.evals.folder import open_folder
 from nanomed.hf import pretrained
-from nanomed.model.packed import pack_linears
 from nanomed.processes import rank_from_env
 from nanomed.records import Chat, read_chats
 from nanomed.stages import stage
@@ -157,10 +155,10 @@ def subjective(c: Pairs, files: list[str], kept: Kept, out: Path) -> dict[str, A
     endpoint = c.endpoint(c.judge, c.judge_model, out / "judge.jsonl")
     endpoint.ask_parsed([one.request for one in requests], judge.parse_verdict, c.retry_failed)
     judged = judge.judged(requests, c.judge_model, endpoint.cache.answers, judge.parse_verdict)
-    said = preferences.verdicts(judged)
+    said = judge.both_orders(judged)
     for line in asked:
         chat, file, record = chats[line["id"]]
-        verdict = said[line["id"], line["round"]]
+        verdict = judge.verdict(*said[line["id"], line["round"]])
         if isinstance(verdict, str):
             kept.drop(file, record, verdict)
             continue
@@ -195,21 +193,11 @@ def answered(c: Pairs, chats: dict[str, Chat], out: Path) -> list[dict]:
     device = pick_device(c.device)
     _, encoder = pretrained.describe(c.model, template_name=c.template)
     model = pretrained.load(c.model, device, stage.compute_dtype(c, device))
-    identity = {
-        "questions": benchmarks.short_hash(repr(asked).encode()),
-        "max_new": c.max_new,
-        "batch_size": c.batch_size,
-        "tokenizer": encoder.tokenizer.fingerprint(),
-        "template": encoder.template.to_json(),
-    } | benchmarks.identity(model, [], out)
-    pack_linears(model)
+    identity = {"questions": benchmarks.short_hash(repr(asked).encode())}
+    identity |= benchmarks.identity(model, [], out)
+    answerer = answers.Answerer(model, encoder, c.max_new, c.batch_size, only_last=True)
     with alone_or_start(device) as world:
-        if world.is_main:
-            open_folder(out / "answers", identity)
-        answerer = answers.Answerer(
-            model, encoder, world, c.max_new, c.batch_size, own_history=False, only_last=True
-        )
-        return answerer.run(asked, out / "answers")
+        return answerer.run(asked, out / "answers", identity, world)
 
 
 def conversation(line: dict) -> str:

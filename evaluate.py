@@ -20,8 +20,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
+from nanomed.build.files import line_of, write_json
 from nanomed.build.labeller import Answer, Cache, Endpoint
 from nanomed.config import InputError
 from nanomed.distributed import alone_or_start, launch, pick_device
@@ -29,22 +28,22 @@ from nanomed.evals import answers, benchmarks, cmb, report, samples, tasks
 from nanomed.evals import compare as pairs
 from nanomed.evals import judge as judging
 from nanomed.evals import page as pages
-from nanomed.evals.folder import open_folder, sha256, write_json
+from nanomed.evals.folder import open_folder
 from nanomed.evals.requests import PROTOCOLS, all_requests, requests_of
 from nanomed.evals.score import bos_of, encode
 from nanomed.hf import pretrained
-from nanomed.model.decoder import Aquila
 from nanomed.model.packed import pack_linears
 from nanomed.model.scoring import Scorer, plan
 from nanomed.run.progress import progress
-from nanomed.stages import stage
 from nanomed.stages.answers import show_answers
+from nanomed.store.cache import digest
+from nanomed.tools.generate import add_model, load_model
 
 
 def score(argv: list[str]) -> None:
     """Multiple-choice benchmarks by likelihood."""
     parser = _parser("", __doc__)
-    _model(parser)
+    add_model(parser)
     parser.add_argument("--tasks", nargs="+", help="tasks and groups; paper: those of Table 1")
     _items(parser)
     parser.add_argument("--out", type=Path, help="default evals/MODEL")
@@ -80,7 +79,7 @@ def score(argv: list[str]) -> None:
         rows = plan(encoded, c.micro_tokens)
         prepared.append(benchmarks.Prepared(task.name, asked, encoded, rows, split))
 
-    model = _load(c, device)
+    model = load_model(c, device)
     settings = {
         "protocol": protocol,
         "shots": c.shots,
@@ -104,7 +103,7 @@ def score(argv: list[str]) -> None:
 def _finish(prepared: list[benchmarks.Prepared], out: Path) -> None:
     results = benchmarks.results(prepared, benchmarks.read_items(out))
     write_json(out / "results.json", results)
-    print(report.table(results))
+    print(report.aligned(report.accuracies(results)), *report.losses(results), sep="\n")
     print(*benchmarks.warnings(results), f"all in {out}", sep="\n")
 
 
@@ -132,7 +131,7 @@ def show(argv: list[str]) -> None:
 def answer(argv: list[str]) -> None:
     """A model's answers to dialogues, turn by turn."""
     parser = _parser("answer", answer.__doc__)
-    _model(parser)
+    add_model(parser)
     _generation(parser)
     parser.add_argument(
         "--set", required=True, choices=[*answers.SETS, "file"], help="file: --data"
@@ -147,7 +146,7 @@ def answer(argv: list[str]) -> None:
     if aside:
         print(f"{aside} records that are no dialogues were set aside", file=sys.stderr)
     out = c.out or Path("evals") / f"{Path(c.model).resolve().name}-{c.set}-{c.history}"
-    identity = {"set": c.set, "history": c.history, "file": sha256(path)}
+    identity = {"set": c.set, "history": c.history, "file": digest(path)}
     lines = _answered(c, asked, out, identity)
     if lines:
         cut = sum(line["end"] == "length" for line in lines)
@@ -185,8 +184,7 @@ def judge(argv: list[str]) -> None:
     name = f"judged-against-{Path(c.against).name}" if c.against else "judged"
     out = c.out or c.answers / name
     found = judging.judged(asked, c.judge_model, _replies(c, asked, parse, out), parse)
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in found)
-    (out / "judgements.jsonl").write_text(text, encoding="utf-8")
+    (out / "judgements.jsonl").write_bytes(b"".join(map(line_of, found)))
     results = (judging.pair_results if c.against else judging.turn_results)(found)
     results["set"] = answers.set_of(c.answers)
     write_json(out / "results.json", {"pairs" if c.against else "turns": results})
@@ -203,7 +201,7 @@ def _replies(
     if c.against and c.against != judging.REFERENCE:
         files.append(Path(c.against) / "answers.jsonl")
     identity = {"judge_model": c.judge_model, "against": c.against}
-    open_folder(out, identity | {"files": [sha256(path) for path in files]})
+    open_folder(out, identity | {"files": [digest(path) for path in files]})
     if not c.judge:
         cache = Cache(out / "replies.jsonl")
         for reply in judging.replies(c.replies, asked, c.judge_model) if c.replies else []:
@@ -225,18 +223,18 @@ def _replies(
 def exam(argv: list[str]) -> None:
     """CMB-Exam, answered in words: its own reading of the letters and a strict one side by side."""
     parser = _parser("cmb", exam.__doc__)
-    _model(parser)
+    add_model(parser)
     _generation(parser)
     parser.add_argument("--data", type=Path, required=True, help="the file of questions")
     parser.add_argument("--key", type=Path, required=True, help="CMB-test-choice-answer.json")
     c = parser.parse_args(argv)
     asked, key = cmb.questions(c.data, c.key)
     out = c.out or Path("evals") / f"{Path(c.model).resolve().name}-cmb"
-    files = {"file": sha256(c.data), "key": sha256(c.key)}
+    files = {"file": digest(c.data), "key": digest(c.key)}
     if lines := _answered(c, asked, out, {"history": "gold"} | files):
         found = {"cmb": cmb.results(lines, key)}
         write_json(out / "results.json", found)
-        print(report.readings(found["cmb"]), f"all in {out}", sep="\n")
+        print(report.aligned(report.readings(found["cmb"])), f"all in {out}", sep="\n")
 
 
 def _answered(
@@ -245,23 +243,11 @@ def _answered(
     """The answers, on rank 0."""
     device = pick_device(c.device)
     _, encoder = pretrained.describe(c.model, c.tokenizer, c.template)
-    model = _load(c, device)
-    identity = {
-        "max_new": c.max_new,
-        "batch_size": c.batch_size,
-        "tokenizer": encoder.tokenizer.fingerprint(),
-        "template": encoder.template.to_json(),
-    }
-    identity |= more | benchmarks.identity(model, [], c.data)
-    pack_linears(model)
+    model, by_model = load_model(c, device), more["history"] == "model"
+    identity = more | benchmarks.identity(model, [], c.data)
+    answerer = answers.Answerer(model, encoder, c.max_new, c.batch_size, by_model)
     with alone_or_start(device) as world:
-        if world.is_main:
-            open_folder(out, identity)
-        answerer = answers.Answerer(
-            model, encoder, world, c.max_new, c.batch_size, more["history"] == "model"
-        )
-        lines = answerer.run(asked, out)
-        return lines if world.is_main else []
+        return answerer.run(asked, out, identity, world)
 
 
 def compare(argv: list[str]) -> None:
@@ -274,7 +260,7 @@ def compare(argv: list[str]) -> None:
     )
     c = parser.parse_args(argv)
     found = pairs.compare(c.a, c.b)
-    print(json.dumps(found, indent=2) if c.json else report.differences(found))
+    print(json.dumps(found, indent=2) if c.json else report.aligned(report.differences(found)))
 
 
 def page(argv: list[str]) -> None:
@@ -309,14 +295,6 @@ def _items(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--protocol", choices=PROTOCOLS, help="default plain")
 
 
-def _model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, help="Hugging Face, run or checkpoint folder")
-    parser.add_argument("--tokenizer", default="", help="default: the folder's")
-    parser.add_argument("--template", default="", help="name or JSON file; default: the folder's")
-    parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"))
-    parser.add_argument("--dtype", default="auto", choices=("auto", "bf16", "fp32"))
-
-
 def _generation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, help="default: a folder of evals/ named after both")
     parser.add_argument(
@@ -325,12 +303,6 @@ def _generation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch_size", type=positive_int, default=16, help="answers at a time; default 16"
     )
-
-
-def _load(c: argparse.Namespace, device: torch.device) -> Aquila:
-    if warning := stage.bf16_warning(c, device):
-        print(warning, file=sys.stderr)
-    return pretrained.load(c.model, device, stage.compute_dtype(c, device))
 
 
 COMMANDS = {"show": show, "answer": answer, "judge": judge, "cmb": exam}

@@ -28,7 +28,6 @@ from torch import Tensor
 from nanomed.batches.packing import row_from
 from nanomed.build.deita import rounds
 from nanomed.model.decoder import Aquila
-from nanomed.model.scoring import in_order
 from nanomed.records import Chat
 from nanomed.text.template import Encoder
 
@@ -131,8 +130,3 @@ def run(model: Aquila, found: Sequence[Dialogue]) -> list[Measured]:
 def relevance(losses: Sequence[Sequence[float]]) -> list[float | None]:
     """The CR of each round; None where it is not defined."""
     return [with_it / alone if alone >= LEAST else None for with_it, alone in losses]
-
-
-def rows(found: Sequence[Dialogue], capacity: int) -> list[range]:
-    """Dialogues in their order, together up to `capacity` tokens; a longer one alone."""
-    return in_order([one.n_tokens for one in found], capacity)

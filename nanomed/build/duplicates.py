@@ -25,8 +25,8 @@ from pathlib import Path
 
 import numpy as np
 
+from nanomed.build.files import whole
 from nanomed.build.pipeline import Build
-from nanomed.build.runner import whole
 from nanomed.build.shards import Doc, Finding, Judge, Tally, batched, read_shard
 from nanomed.build.text import U64, Ragged, constants, mix, ngrams, tokens
 

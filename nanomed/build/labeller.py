@@ -8,7 +8,6 @@ another run, finds it there. What an answer means is the caller's business: an a
 read is None, never a default.
 """
 
-import fcntl
 import hashlib
 import ipaddress
 import json
@@ -28,7 +27,9 @@ from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
+from nanomed.build.files import line_of, make_private, whole_lines
 from nanomed.config import InputError
+from nanomed.locks import take
 
 TRIES = 6  # of one request, before the run stops
 AGAIN = (408, 409, 429)  # and all from 500 on: the endpoint may answer later
@@ -94,23 +95,17 @@ class Cache:
 
     def __init__(self, path: Path):
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)  # answers may quote texts
-        self.file = open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600), "r+b")
+        make_private(path.parent)
+        path.touch(mode=0o600)  # answers may quote texts
+        self.file = take(path, patience=0.0)
         try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise EndpointError(f"another process is writing to {path}; let it end") from None
-        content = self.file.read()
-        whole = content.rfind(b"\n") + 1
-        self.file.truncate(whole)  # a line that a kill cut off would spoil the one after it
-        try:
-            kept = [Answer(**json.loads(line)) for line in content[:whole].splitlines()]
+            kept = [Answer(**json.loads(line)) for line in whole_lines(path)]
         except (ValueError, TypeError) as error:
             raise EndpointError(f"{path} holds what is no answer: {error}; remove it") from None
         self.answers = {answer.key: answer for answer in kept}
 
     def add(self, answer: Answer) -> None:
-        self.file.write(json.dumps(asdict(answer), ensure_ascii=False).encode() + b"\n")
+        self.file.write(line_of(asdict(answer)).decode())
         self.file.flush()
         os.fsync(self.file.fileno())
         self.answers[answer.key] = answer
@@ -133,7 +128,6 @@ class Endpoint:
         send_texts_to: str = "",
         threads: int = 8,
         timeout: float = 120.0,
-        use_proxy: bool = False,
         first_wait: float = 1.0,  # seconds before the second try; each further one twice that
         show: Callable[[str], None] = print,
     ):
@@ -146,8 +140,8 @@ class Endpoint:
                 "it takes nothing)"
             )
         self.price_in, self.price_out = price_in or 0.0, price_out or 0.0
-        proxy = [] if use_proxy else [urllib.request.ProxyHandler({})]
-        self.opener = urllib.request.build_opener(*proxy, _NoRedirect())
+        # No proxy either: it would be another host that reads the texts.
+        self.opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirect())
         self.cache = Cache(cache)
         self.spent = sum(map(self._cost, self.cache.answers.values()))
         self._lock, self._stopped, self._under_way = threading.Lock(), threading.Event(), 0.0

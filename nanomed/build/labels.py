@@ -13,10 +13,10 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from nanomed.build.files import line_of, whole
 from nanomed.build.labeller import Endpoint, Request, parse_object, quoted
 from nanomed.build.pipeline import Build
-from nanomed.build.runner import whole
-from nanomed.build.shards import Doc, Tally, line_of, lottery, packed, read_shard
+from nanomed.build.shards import Doc, Tally, lottery, packed, read_shard
 from nanomed.config import InputError
 from nanomed.records import language, read_records
 from nanomed.records.shapes import source_of, text_of

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from safetensors.numpy import load, save
 
-from nanomed.build.runner import whole
+from nanomed.build.files import whole
 from nanomed.build.text import U64, Ragged, distinct, mix, ngrams, tokens
 from nanomed.run.progress import progress
 

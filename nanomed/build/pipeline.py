@@ -16,15 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from nanomed.build import shards
-from nanomed.build.runner import Runner, whole
+from nanomed.build.files import differences, whole
+from nanomed.build.runner import Runner
 from nanomed.build.shards import Judge, Tally, packed
 from nanomed.config import InputError
 from nanomed.locks import take
 from nanomed.store.cache import PACKAGE, digest
 
 PAGES = (
-    *("text.py", "shards.py", "duplicates.py", "rules.py", "private.py", "decontaminate.py"),
-    *("labels.py", "classifier.py", "linear.py", "reader.py", "words.txt", "prompts.toml"),
+    *("files.py", "text.py", "shards.py", "duplicates.py", "rules.py", "private.py"),
+    *("decontaminate.py", "labels.py", "classifier.py", "linear.py", "reader.py"),
+    *("words.txt", "prompts.toml"),
 )
 EDGE = 1 << 20  # bytes: a file is known by its size, its beginning and its end
 
@@ -44,8 +46,8 @@ class Build:
         facts = {path: facts_of(path) for path in self.files + others}
         pages = [*sorted(PACKAGE.glob("records/*.py")), *(PACKAGE / f"build/{p}" for p in PAGES)]
         code = {str(page.relative_to(PACKAGE)): digest(page) for page in pages}
-        plan = {"settings": settings, "files": facts, "code": code}
-        plan, path = json.loads(json.dumps(plan)), self.out / "plan.json"
+        plan = json.loads(json.dumps({**settings, **facts, **code}))
+        path = self.out / "plan.json"
         if self.runner.is_main:
             self._lock = take(self.out / ".lock", patience=3.0)  # a killed run's workers end
             for stale in self.out.rglob("*.unfinished"):
@@ -55,10 +57,10 @@ class Build:
                     file.write(json.dumps(plan, ensure_ascii=False, indent=1).encode())
         while not path.exists():
             time.sleep(0.1)
-        if differences := _differences(json.loads(path.read_text("utf-8")), plan):
+        if different := differences(json.loads(path.read_text("utf-8")), plan):
             raise InputError(
-                f"{self.out} holds a build with {'; '.join(differences)}. Give the settings and "
-                "files that it was begun with, or another --out"
+                f"{self.out} holds another build: {different}. Give the settings and files that it "
+                "was begun with, or another --out"
             )
 
     def read(self) -> tuple[list[Path], list[int], Tally]:
@@ -167,12 +169,3 @@ def facts_of(path: str | Path) -> list:
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
     return [size, ends.hexdigest()[:16]]
-
-
-def _differences(was: dict, now: dict) -> list[str]:
-    return [
-        f"{name}: {was[part].get(name)!s:.60} there, {now[part].get(name)!s:.60} here"
-        for part in ("settings", "files", "code")
-        for name in sorted({*was[part], *now[part]})
-        if was[part].get(name) != now[part].get(name)
-    ]

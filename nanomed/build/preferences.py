@@ -91,25 +91,6 @@ def pair_of(prompt: Chat, chosen: str, rejected: str, kind: str) -> dict[str, An
     return {"prompt": turns, "chosen": chosen, "rejected": rejected, "kind": kind} | system
 
 
-def verdicts(judged: Sequence[dict]) -> dict[tuple[str, int], int | str]:
-    """By dialogue and round: 1 if both orders prefer the model's answer, -1 if both prefer the
-    chat's own, else why there is no pair. A line is a judgement: its order (`ba` has the chat's
-    answer first) and its value, 1 where the first one wins."""
-    seen: dict[tuple[str, int], dict[str, int | None]] = {}
-    for line in judged:
-        seen.setdefault((line["id"], line["round"]), {})[line["order"]] = line["value"]
-    found: dict[tuple[str, int], int | str] = {}
-    for name, values in seen.items():
-        ab, ba = values.get("ab"), values.get("ba")
-        if ab is None or ba is None:
-            found[name] = "unread"
-        elif ab == ba == 0:
-            found[name] = "tie"
-        else:
-            found[name] = ab if ab == -ba else "orders_disagree"
-    return found
-
-
 def letters_table(letters: Sequence[str]) -> dict[str, list[int]]:
     """letter -> how often it is chosen and how often rejected."""
     chosen, rejected = (Counter(pair[i] for pair in letters) for i in (0, 1))

@@ -7,7 +7,7 @@ from math import log2
 from pathlib import Path
 from typing import Any
 
-from nanomed.build.runner import whole
+from nanomed.build.files import whole
 from nanomed.build.shards import BINS, SCALES, Tally
 from nanomed.page import Raw, Text, details, document, heading, note, table
 

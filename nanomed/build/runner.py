@@ -12,15 +12,15 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from tqdm import tqdm
 
+from nanomed.build.files import make_private, whole
 from nanomed.config import InputError
 from nanomed.processes import end_with, end_with_torchrun, n_cores
 
@@ -138,26 +138,6 @@ def _one(task: Task, folder: Path, i: int) -> None:
     said = task(i)
     with whole(mark(folder, i)) as file:
         file.write(json.dumps(said, ensure_ascii=False).encode())
-
-
-def make_private(folder: Path) -> None:
-    """Makes a folder that only its user can read, as all that are missing above it: data may be
-    patients', and mkdir's own `parents` would leave those open."""
-    if not folder.exists():
-        make_private(folder.parent)
-        folder.mkdir(exist_ok=True, mode=0o700)
-
-
-@contextmanager
-def whole(path: Path) -> Iterator[BinaryIO]:
-    """A file that has its name only when it is complete and on the disk. The unfinished one is this
-    process's own: the worker of a run that was killed may still be at the same task."""
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
-    with open(unfinished, "wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.rename(path)
 
 
 def script(main: Callable[[], None]) -> None:

@@ -17,10 +17,9 @@ from nanomed import store
 from nanomed.batches.loader import Loader
 from nanomed.batches.packing import Row
 from nanomed.build.deita import ASKED, chat_asked, exchanges
+from nanomed.build.files import line_of, whole
 from nanomed.build.labels import prompts
-from nanomed.build.runner import whole
 from nanomed.build.scores import Item
-from nanomed.build.shards import line_of
 from nanomed.config import SFT, InputError
 from nanomed.distributed import from_main, start
 from nanomed.model.decoder import Scores

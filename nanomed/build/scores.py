@@ -13,7 +13,7 @@ that stands twice is scored once.
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,11 +23,11 @@ import torch
 from tqdm import tqdm
 
 from nanomed.build import context, deita
-from nanomed.build.runner import make_private, whole
-from nanomed.build.shards import line_of
+from nanomed.build.files import line_of, make_private, whole, whole_lines
+from nanomed.build.shards import batched
 from nanomed.distributed import from_all, from_main
 from nanomed.locks import take
-from nanomed.model.scoring import Encoded, Scorer, plan
+from nanomed.model.scoring import Encoded, Scorer, in_order, plan
 from nanomed.records import Chat, read_chats
 from nanomed.records.option_chats import OPTION
 from nanomed.records.shapes import language
@@ -82,18 +82,10 @@ class Kept:
         self.lock = take(folder / f"{name}.lock", patience=3.0)
         self.paths, self.width = [folder / f"{name}.{end}" for end in ("jsonl", "f32")], width
         self.files = [open(path, "a+b") for path in self.paths]
-        self.files[0].seek(0)
-        lines = self.files[0].read().split(b"\n")[:-1]
-        n = len(lines)  # what a kill cut off goes
-        if width:
-            n = min(n, self.paths[1].stat().st_size // (4 * width))
-        for file, size in zip(
-            self.files, (sum(len(line) + 1 for line in lines[:n]), 4 * width * n), strict=True
-        ):
-            file.truncate(size)
-        self.lines = {}
-        for line in map(json.loads, lines[:n]):
-            self.lines[line["key"]] = line
+        n_vectors = self.paths[1].stat().st_size // (4 * width) if width else None
+        lines = [json.loads(line) for line in whole_lines(self.paths[0], n_vectors)]
+        self.files[1].truncate(4 * width * len(lines))
+        self.lines = {line["key"]: line for line in lines}
 
     def add(self, found: Sequence[tuple[dict[str, Any], np.ndarray]]) -> None:
         vectors = np.stack([vector for _, vector in found]).astype(np.float32)
@@ -137,7 +129,7 @@ class Measure:
         world = self.scorer.world
         asker = deita.Asker(self.encoder, self.longest)
         with tqdm(total=len(todo), unit="chat", disable=None if world.is_main else True) as bar:
-            for part in self._parts(todo, ROWS * self.micro_tokens * world.size):
+            for part in batched(todo, _size, ROWS * self.micro_tokens * world.size):
                 found = self._measured([item.chat for item in part], asker)
                 if world.is_main:
                     named = zip(part, found, strict=True)
@@ -145,18 +137,6 @@ class Measure:
                 bar.update(len(part))
         if asker.shortened and world.is_main:
             print(f"{asker.shortened:,} prompts were cut to the {self.longest} tokens of the model")
-
-    def _parts(self, todo: Sequence[Item], n_tokens: int) -> Iterator[list[Item]]:
-        """About as many characters together."""
-        part, size = [], 0
-        for item in todo:
-            part.append(item)
-            size += sum(map(len, item.chat.texts()))
-            if size >= n_tokens:
-                yield part
-                part, size = [], 0
-        if part:
-            yield part
 
     def _measured(self, chats: list[Chat], asker: deita.Asker) -> list[tuple[dict, np.ndarray]]:
         lines: list[dict[str, Any]] = [{} for _ in chats]
@@ -194,13 +174,18 @@ class Measure:
 
     def _context(self, found: list[context.Dialogue]) -> list[tuple[list, np.ndarray, float]]:
         world, results = self.scorer.world, []
-        rows = context.rows(found, self.micro_tokens)
+        rows = in_order([one.n_tokens for one in found], self.micro_tokens)
         for start in range(0, len(rows), world.size):
             mine = rows[start + world.rank : start + world.rank + 1]
             ran = context.run(self.scorer.model, [found[i] for i in mine[0]]) if mine else []
             parts = from_all([(losses, vector.numpy(), own) for losses, vector, own in ran])
             results += [one for part in parts for one in part]
         return results
+
+
+def _size(item: Item) -> int:
+    """In characters: about as many tokens, or more."""
+    return sum(map(len, item.chat.texts()))
 
 
 def write(path: Path, items: Sequence[Item], lines: dict[str, dict], how: str) -> list[dict]:

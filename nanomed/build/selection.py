@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from nanomed.build.runner import whole
+from nanomed.build.files import line_of, whole
 from nanomed.build.scores import NUMBERS
-from nanomed.build.shards import Doc, Finding, Judge, Tally, line_of, read_shard, write_shard
+from nanomed.build.shards import Doc, Finding, Judge, Tally, read_shard, write_shard
 from nanomed.config import InputError
 
 BLOCK = 1024  # chats that are compared at once
@@ -180,7 +180,7 @@ def write(
             for line in map(json.loads, path.open(encoding="utf-8")):
                 if (line["file"], line["record"]) in places:
                     file.write(line_of(line))
-    return Tally.of([json.loads(json.dumps(tally))])
+    return Tally.of([tally])
 
 
 def finals(cleaned: Path) -> list[Path]:

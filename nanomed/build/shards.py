@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from nanomed.build import text
-from nanomed.build.runner import make_private, whole
+from nanomed.build.files import line_of, make_private, whole
 from nanomed.config import InputError
 from nanomed.records import read_records, texts_in
 from nanomed.records.shapes import blank, language, source_of
@@ -113,13 +113,17 @@ def read_shard(path: Path) -> Iterator[Doc]:
         raise InputError(f"{path} is damaged ({error}): remove the folder {path.parent}") from None
 
 
-def batched(docs: Iterable[Doc]) -> Iterator[list[Doc]]:
-    """Documents of about text.AT_ONCE characters together."""
+def batched(
+    docs: Iterable[Any],
+    size_of: Callable[[Any], int] = lambda doc: len(doc.text),
+    enough: int = text.AT_ONCE,
+) -> Iterator[list[Any]]:
+    """Documents together until their sizes, by default in characters, are enough."""
     batch, size = [], 0
     for doc in docs:
         batch.append(doc)
-        size += len(doc.text)
-        if size >= text.AT_ONCE:
+        size += size_of(doc)
+        if size >= enough:
             yield batch
             batch, size = [], 0
     if batch:
@@ -135,13 +139,6 @@ def begin(docs: list[Doc]) -> None:
 
 
 # ---------------------------------------------------------------- writing
-
-
-def line_of(value: Any) -> bytes:
-    try:
-        return json.dumps(value, ensure_ascii=False).encode() + b"\n"
-    except UnicodeEncodeError:  # half an emoji in a field that is not the text
-        return json.dumps(value).encode() + b"\n"
 
 
 def packed(file: BinaryIO) -> gzip.GzipFile:

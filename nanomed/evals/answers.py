@@ -3,18 +3,19 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
-from tqdm import tqdm
-
+from nanomed.build.files import read_lines
 from nanomed.config import InputError
 from nanomed.distributed import World, from_all, from_main
-from nanomed.evals.folder import appending, cut_back, read_lines
+from nanomed.evals.folder import going_on, open_folder
 from nanomed.model.decoder import Aquila
 from nanomed.model.generation import Sampling, generate
+from nanomed.model.packed import pack_linears
 from nanomed.records import BadField, Chat, chats_of, read_json
 from nanomed.records.shapes import text_of
-from nanomed.run.progress import is_terminal
 from nanomed.text.template import Encoder
 
 
@@ -107,37 +108,36 @@ def set_of(folder: Path) -> str:
 Turn = tuple[Dialogue, int]  # a dialogue and the number of one of its turns
 
 
+@dataclass
 class Answerer:
     """A model that answers greedily. With `own_history` what it sees of earlier turns is its own
     answers, else the references. `only_last`: only each dialogue's last turn."""
 
-    def __init__(
-        self,
-        model: Aquila,
-        encoder: Encoder,
-        world: World,
-        max_new: int,
-        batch_size: int,
-        own_history: bool,
-        only_last: bool = False,
-    ):
-        self.model, self.encoder, self.world = model, encoder, world
-        self.sampling, self.batch_size = Sampling(max_new=max_new), batch_size
-        self.own_history, self.only_last = own_history, only_last
-        self.known: dict[tuple[str, int], dict] = {}  # answers by dialogue and round
+    model: Aquila
+    encoder: Encoder
+    max_new: int
+    batch_size: int
+    own_history: bool = False
+    only_last: bool = False
 
-    def run(self, asked: Sequence[Dialogue], out: Path) -> list[dict]:
+    def run(
+        self, asked: Sequence[Dialogue], out: Path, identity: dict[str, Any], world: World
+    ) -> list[dict]:
         """Every turn's answer, in OUT/answers.jsonl too: round by round, each in batches of about
-        the same length, batch b by rank b % size. It goes on where an earlier call was stopped.
-        Every rank calls it."""
-        path, world = out / "answers.jsonl", self.world
+        the same length, batch b by rank b % size. It goes on where an earlier call was stopped;
+        `identity` is what the answers depend on besides the settings here. Every rank calls it;
+        rank 0 gets the answers."""
+        path, self.known = out / "answers.jsonl", {}  # answers by dialogue and round
+        if world.is_main:
+            settings = {"max_new": self.max_new, "batch_size": self.batch_size}
+            settings |= {"tokenizer": self.encoder.tokenizer.fingerprint()}
+            settings |= {"template": self.encoder.template.to_json()}
+            open_folder(out, settings | identity)
+        pack_linears(self.model)
         batches = self._batches(asked)
-        ends = [sum(map(len, batches[: i + 1])) for i in range(len(batches))]
-        done = from_main(cut_back(path, ends) if world.is_main else None)
-        self._keep(from_main(read_lines(path) if world.is_main else None))
-        bar = tqdm(total=ends[-1], unit="answer", disable=not (world.is_main and is_terminal()))
-        bar.update(len(self.known))
-        with bar, appending(path, world.is_main) as write:
+        ends = list(accumulate(map(len, batches)))
+        with going_on(path, ends, "answer", world.is_main) as (done, write):
+            self._keep(from_main(read_lines(path) if world.is_main else None))
             while done < len(batches):
                 # At once only batches of one round: the next may need this one's answers.
                 together = [
@@ -146,10 +146,9 @@ class Answerer:
                 mine = together[world.rank] if world.rank < len(together) else None
                 for part in filter(None, from_all(self._answered(mine) if mine else None)):
                     self._keep(part)
-                    write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in part))
-                    bar.update(len(part))
+                    write(part)
                 done += len(together)
-        return list(self.known.values())
+        return list(self.known.values()) if world.is_main else []
 
     def _keep(self, lines) -> None:
         self.known |= {(line["id"], line["round"]): line for line in lines}
@@ -175,8 +174,16 @@ class Answerer:
                     for j, (q, _) in enumerate(history)
                 ]
             question, reference = dialogue.turns[i]
-            ids, dropped = self._prompt(dialogue.id, history, question)
+            turns = [t for q, a in history for t in (("user", q), ("assistant", a))]
+            longest = self.model.config.max_seq_len
+            ids, n_left_out = prompt_of(self.encoder, Chat([*turns, ("user", question)]), longest)
+            if not ids:
+                raise InputError(
+                    f"dialogue {dialogue.id}: a question leaves no room for an answer, the model "
+                    f"reads {longest} tokens; take it out of the file"
+                )
             prompts.append(ids)
+            dropped = n_left_out // 2
             named = {
                 "id": dialogue.id,
                 "round": i + 1,
@@ -185,24 +192,20 @@ class Answerer:
             }
             lines.append(named | {"reference": reference, "dropped_turns": dropped})
         stop = {self.encoder.turn_end, self.encoder.document_end}
-        texts = generate(self.model, prompts, stop, self.sampling)
+        texts = generate(self.model, prompts, stop, Sampling(max_new=self.max_new))
         decode = self.encoder.tokenizer.decode
         return [
             line | {"answer": decode(ids), "end": end}
             for line, (ids, end) in zip(lines, texts, strict=True)
         ]
 
-    def _prompt(
-        self, name: str, history: list[tuple[str, str]], question: str
-    ) -> tuple[list[int], int]:
-        """(ids, how many of the oldest turns had to go so that the prompt fits)."""
-        longest = self.model.config.max_seq_len
-        for dropped in range(len(history) + 1):
-            turns = [t for q, a in history[dropped:] for t in (("user", q), ("assistant", a))]
-            ids = self.encoder.prompt(Chat([*turns, ("user", question)]))
+
+def prompt_of(encoder: Encoder, chat: Chat, longest: int) -> tuple[list[int], int]:
+    """Of a chat that ends with a question: (fewer than `longest` ids, how many of the oldest turns
+    are left out for that); no ids if not even the question fits."""
+    for start, (role, _) in enumerate(chat.turns):
+        if role == "user":
+            ids = encoder.prompt(Chat(chat.turns[start:], chat.system))
             if len(ids) < longest:
-                return ids, dropped
-        raise InputError(
-            f"dialogue {name}: a question of {len(ids)} tokens leaves no room for an answer, the "
-            f"model reads {longest}; take it out of the file"
-        )
+                return ids, start
+    return [], 0

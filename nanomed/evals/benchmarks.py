@@ -6,28 +6,27 @@ OUT/results.json    by task and group: n, acc, acc_norm, stderr and what to hold
 """
 
 import hashlib
-import json
 import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 import kernels
-from nanomed.distributed import from_main
-from nanomed.evals.folder import appending, cut_back, read_lines, sha256
+from nanomed.build.files import read_lines
+from nanomed.evals.folder import going_on
 from nanomed.evals.items import Split
 from nanomed.evals.requests import Request
-from nanomed.evals.stats import pooled_stderr, stderr
+from nanomed.evals.stats import mean, pooled_stderr, stderr
 from nanomed.evals.tasks import groups
 from nanomed.model.decoder import Aquila
 from nanomed.model.scoring import Encoded, Plan, Scorer
 from nanomed.records.exams import LETTERS
-from nanomed.run.progress import is_terminal
+from nanomed.store.cache import digest
 from nanomed.training.reference import sums_of_bits
 
 
@@ -53,7 +52,7 @@ def identity(model: Aquila, tasks: Sequence[Prepared], data: Path) -> dict[str, 
         "weights": short_hash(sums_of_bits(model).cpu().numpy().tobytes()),
         "kernels": f"{used}, torch {torch.__version__}",
         "files": {
-            str(path.relative_to(data)): sha256(path) for task in tasks for path in task.split.files
+            str(path.relative_to(data)): digest(path) for task in tasks for path in task.split.files
         },
         "requests": {name: short_hash(text.encode()) for name, text in asked.items()},
     }
@@ -65,32 +64,22 @@ def short_hash(content: bytes) -> str:
 
 def score(tasks: Sequence[Prepared], scorer: Scorer, out: Path) -> None:
     """Fills OUT/items.jsonl, from where an earlier call was stopped. Every rank calls it."""
-    path, is_main = out / "items.jsonl", scorer.world.is_main
-    ends, total = [], 0
-    for task in tasks:
-        ends += [total + row.stop for row in task.plan.rows]
-        total += len(task.requests)
-    done = from_main(cut_back(path, ends) if is_main else None)
-    bar = tqdm(total=total, unit="item", disable=not (is_main and is_terminal()))
-    bar.update(ends[done - 1] if done else 0)
-    with bar, appending(path, is_main) as write:
+    ends = list(accumulate(len(row) for task in tasks for row in task.plan.rows))
+    with going_on(out / "items.jsonl", ends, "item", scorer.world.is_main) as (done, write):
         for task in tasks:
-            first, done = min(done, len(task.plan.rows)), max(0, done - len(task.plan.rows))
-            numbers = iter(
-                range(task.plan.rows[first].start if first < len(task.plan.rows) else 0, total)
-            )
-            for row in scorer.run(task.encoded, task.plan, first):
-                lines = [_line(task, next(numbers), logps) for logps in row]
-                write("".join(lines))
-                bar.update(len(lines))
+            rows = task.plan.rows
+            first, done = min(done, len(rows)), max(0, done - len(rows))
+            scored = scorer.run(task.encoded, task.plan, first)
+            for numbers, row in zip(rows[first:], scored, strict=True):
+                write([_line(task, i, logps) for i, logps in zip(numbers, row, strict=True)])
 
 
-def _line(task: Prepared, number: int, logps: list[float]) -> str:
+def _line(task: Prepared, number: int, logps: list[float]) -> dict[str, Any]:
     request, encoded = task.requests[number], task.encoded[number]
     pairs = zip(logps, request.choices, strict=True)
     per_character = [logp / max(1, len(text)) for logp, text in pairs]
     asks = len(logps) > 1  # else there is nothing to choose: a held-out chat
-    line = {
+    return {
         "id": request.id,
         "subject": request.item.subject,
         "shots": request.shots,
@@ -101,7 +90,6 @@ def _line(task: Prepared, number: int, logps: list[float]) -> str:
         "n_tokens": encoded.n_tokens,
         "truncated": max(0, encoded.truncated),
     }
-    return json.dumps(line, ensure_ascii=False) + "\n"
 
 
 def _largest(values: Sequence[float]) -> int:
@@ -126,7 +114,7 @@ def results(tasks: Sequence[Prepared], items: Sequence[dict]) -> dict[str, dict]
             subjects.setdefault(item["subject"] or task.name, []).append(item)
         by_subject = {name: _accuracy(part) for name, part in sorted(subjects.items())}
         found[task.name] = _summary(task.requests, mine) | {
-            "macro": _mean([part["acc"] for part in by_subject.values()]),
+            "macro": mean([part["acc"] for part in by_subject.values()]),
             "subjects": by_subject,
             "tokens_per_choice": sorted({tuple(item["n_tokens"]) for item in mine})
             if alike
@@ -161,7 +149,7 @@ def _of_group(
         _summary(requests, [by_id[r.id] for r in requests])
         | pooled
         | {
-            "macro": _mean([part["acc"] for part in parts]),
+            "macro": mean([part["acc"] for part in parts]),
             "distinct": _accuracy(list(distinct.values())),
             "tasks": members,
         }
@@ -179,7 +167,7 @@ def _summary(requests: Sequence[Request], items: Sequence[dict]) -> dict[str, An
     pred = Counter(choices[item["pred"]] for choices, item in pairs)
     commonest = max(gold, key=gold.get)
     return _accuracy(items) | {
-        "chance": _mean([1 / len(choices) for choices in names]),
+        "chance": mean([1 / len(choices) for choices in names]),
         "majority": {"choice": commonest, "acc": gold[commonest] / len(items)},
         "letters": {name: [pred[name], gold[name]] for name in sorted({*gold, *pred})},
         "shots": len(items[0]["shots"]),
@@ -207,15 +195,11 @@ def _accuracy(items: Sequence[dict]) -> dict[str, float]:
     norm = [item["pred_norm"] == item["gold"] for item in items]
     return {
         "n": len(items),
-        "acc": _mean(right),
-        "acc_norm": _mean(norm),
+        "acc": mean(right),
+        "acc_norm": mean(norm),
         "stderr": stderr(right),
         "stderr_norm": stderr(norm),
     }
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
 
 
 def warnings(results: dict[str, dict]) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from nanomed.config import InputError
 from nanomed.evals.answers import Dialogue
-from nanomed.evals.stats import stderr
+from nanomed.evals.stats import mean, stderr
 from nanomed.records import read_json
 
 SEVERAL = "多项选择题"  # the type of a question that may have several right letters
@@ -118,22 +118,18 @@ def results(answers: Sequence[dict], key: dict[str, dict]) -> dict[str, Any]:
             rules[rule] += 1
             if has_several:
                 several.append(letters == wanted)
-        shares = {names: _mean(right) for names, right in classes.items()}
+        shares = {names: mean(right) for names, right in classes.items()}
         types: dict[str, list[float]] = {}
         for (exam_type, _), share in shares.items():
             types.setdefault(exam_type, []).append(share)
         every = [right for part in classes.values() for right in part]
         found[name] = {
-            "acc": _mean(every),
+            "acc": mean(every),
             "stderr": stderr(every),
-            "class_macro": _mean([*shares.values()]),
-            "types": {exam_type: _mean(part) for exam_type, part in types.items()},
+            "class_macro": mean([*shares.values()]),
+            "types": {exam_type: mean(part) for exam_type, part in types.items()},
             "classes": {"/".join(names): share for names, share in shares.items()},
-            "several_answers": {"n": len(several), "acc": _mean(several) if several else None},
+            "several_answers": {"n": len(several), "acc": mean(several) if several else None},
             "rules": dict(rules),
         }
     return found
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

@@ -6,6 +6,7 @@ from typing import Any
 
 from nanomed.config import InputError
 from nanomed.evals.benchmarks import read_items
+from nanomed.evals.folder import finished
 from nanomed.evals.stats import bootstrap, sign_test
 from nanomed.evals.tasks import groups
 
@@ -14,7 +15,7 @@ def compare(a: Path, b: Path) -> dict[str, dict[str, Any]]:
     """By task and group that both folders have: both accuracies, the items that one alone has
     right, the exact McNemar probability, and the difference b - a with its bootstrap interval.
     Raises InputError if they were asked differently."""
-    items = [{item["id"]: item for item in read_items(_finished(folder))} for folder in (a, b)]
+    items = [{item["id"]: item for item in read_items(finished(folder))} for folder in (a, b)]
     asked = [
         json.loads((f / "config.json").read_text(encoding="utf-8"))["requests"] for f in (a, b)
     ]
@@ -37,12 +38,6 @@ def compare(a: Path, b: Path) -> dict[str, dict[str, Any]]:
         right = [[side[i]["pred"] == side[i]["gold"] for i in ids] for side in items]
         found[name] = _paired(ids, *right)
     return found
-
-
-def _finished(folder: Path) -> Path:
-    if not (folder / "results.json").exists():
-        raise InputError(f"{folder} holds no finished evaluation: it has no results.json")
-    return folder
 
 
 def _paired(ids: list[str], a: list[bool], b: list[bool]) -> dict[str, Any]:

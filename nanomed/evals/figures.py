@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from html import escape
 
 from nanomed.evals.stats import wilson
-from nanomed.page import COLOURS, chart
+from nanomed.page import COLOURS
 
 LEFT, WIDTH, STEP = 300, 420, 22  # of a row: its name's width, that of 0 to 100%, its height
 WIN, TIE, LOSS = "#0072b2", "#dddddd", "#e69f00"
@@ -46,19 +46,6 @@ def shares(counts: dict[str, tuple[Sequence[int], tuple[float, float] | None]]) 
     keys = zip(("win", "tie", "loss"), (WIN, TIE, LOSS), strict=True)
     legend = " ".join(f'<span style="color:{c}">■</span> {word}&ensp;' for word, c in keys)
     return f"<figure>{_svg(rows, len(counts))}<figcaption>{legend}</figcaption></figure>"
-
-
-def rounds(
-    aspect: str,
-    theirs: Sequence[tuple[str, Sequence[float]]],
-    ours: Sequence[tuple[str, Sequence[float]]],
-) -> str:
-    """(name, mean of each round): the paper's dashed, ours with a full line."""
-    lines = [
-        (name, COLOURS[i % len(COLOURS)], list(enumerate(means, 1)))
-        for i, (name, means) in enumerate([*theirs, *ours])
-    ]
-    return chart(aspect, lines[len(theirs) :], lines[: len(theirs)])
 
 
 def _x(share: float) -> float:

@@ -1,70 +1,57 @@
 """Folders that an evaluation is written into, line by line, and gone on in after a kill."""
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
+from nanomed.build.files import line_of, make_private, same_as_before, whole_lines
 from nanomed.config import InputError
+from nanomed.distributed import from_main
+from nanomed.run.progress import is_terminal
 
 
 def open_folder(out: Path, identity: dict[str, Any]) -> None:
     """Begins a folder, or goes on in one of the same identity. Raises InputError, naming what
     differs."""
     path = out / "config.json"
-    identity = json.loads(json.dumps(identity))
-    if path.exists():
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if "files" not in found:
-            raise InputError(f"{path} is not an evaluation's; choose an --out of its own")
-        if names := [n for n in {**found, **identity} if found.get(n) != identity.get(n)]:
-            both = "; ".join(
-                f"{n} was {found.get(n)!s:.200}, is {identity.get(n)!s:.200}" for n in names
-            )
-            raise InputError(f"{out} holds another evaluation: {both}. Choose another --out")
-        return
-    out.mkdir(parents=True, exist_ok=True, mode=0o700)  # answers may quote patients' texts
-    write_json(path, identity)
+    if path.exists() and "files" not in json.loads(path.read_text(encoding="utf-8")):
+        raise InputError(f"{path} is not an evaluation's; choose an --out of its own")
+    make_private(out)  # answers may quote patients' texts
+    same_as_before(path, identity, f"an evaluation in {out}")
 
 
-def write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-
-
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def read_lines(path: Path) -> list[dict]:
-    """Of a file of whole lines. A text may hold U+2028, which ends no line here."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
-
-
-def cut_back(path: Path, borders: Sequence[int]) -> int:
-    """How many of the borders (numbers of lines, rising) a file of lines has reached; what it holds
-    after the last one, half a line at its end included, is cut off."""
-    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-    reached = sum(border <= len(lines) for border in borders)
-    kept = lines[: borders[reached - 1] if reached else 0]
-    with open(path, "ab") as file:
-        file.truncate(sum(len(line) + 1 for line in kept))
-    return reached
+def finished(folder: Path) -> Path:
+    """The folder itself. Raises InputError if it has no results."""
+    if not (folder / "results.json").exists():
+        raise InputError(f"{folder} holds no finished evaluation: it has no results.json")
+    return folder
 
 
 @contextmanager
-def appending(path: Path, writes: bool) -> Iterator[Callable[[str], None]]:
-    """A function that appends text to the file, at once; on ranks that do not write it does
-    nothing."""
-    if not writes:
-        yield lambda text: None
-        return
-    with open(path, "ab") as file:
+def going_on(
+    path: Path, ends: Sequence[int], unit: str, is_main: bool
+) -> Iterator[tuple[int, Callable[[Sequence[dict]], None]]]:
+    """To write a file of lines, in parts of which `ends` has the number of lines up to the end of
+    each: (how many parts an earlier call has written, a function that appends lines). Every rank
+    calls it; only rank 0 writes."""
+    done = 0
+    if is_main:
+        n_lines = len(whole_lines(path))
+        done = sum(end <= n_lines for end in ends)
+        whole_lines(path, ends[done - 1] if done else 0)
+    done = from_main(done)
+    bar = tqdm(total=ends[-1], unit=unit, disable=not (is_main and is_terminal()))
+    bar.update(ends[done - 1] if done else 0)
+    with bar, open(path, "ab") if is_main else nullcontext() as file:
 
-        def write(text: str) -> None:
-            file.write(text.encode())
-            file.flush()
+        def write(lines: Sequence[dict]) -> None:
+            if file:
+                file.write(b"".join(map(line_of, lines)))
+                file.flush()
+            bar.update(len(lines))
 
-        yield write
+        yield done, write

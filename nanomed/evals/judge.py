@@ -10,7 +10,7 @@ from typing import Any
 
 from nanomed.build.labeller import Answer, Request, parse_object, quoted
 from nanomed.config import InputError
-from nanomed.evals.stats import bootstrap, sign_test, wilson
+from nanomed.evals.stats import bootstrap, mean, sign_test, wilson
 
 ASPECTS = ("fluency", "relevance", "completeness", "proficiency")
 VERDICTS = {"Answer 1 is better": 1, "Answer 2 is better": -1, "Both are equal": 0}
@@ -115,18 +115,33 @@ def replies(path: Path, asked: Sequence[Asked], model: str) -> list[Answer]:
     return found
 
 
+def both_orders(lines: Sequence[dict]) -> dict[tuple[str, int], tuple[int | None, int | None]]:
+    """By dialogue and round: what was said of each order, seen from a; None if it is unread."""
+    seen: dict[tuple[str, int], dict[str, int | None]] = {}
+    for line in lines:
+        value = line["value"]
+        if line["order"] == "ba" and value is not None:
+            value = -value
+        seen.setdefault((line["id"], line["round"]), {})[line["order"]] = value
+    return {name: (values["ab"], values["ba"]) for name, values in seen.items()}
+
+
+def verdict(ab: int | None, ba: int | None) -> int | str:
+    """1 or -1 if both orders prefer a or b, else why nobody wins."""
+    if ab is None or ba is None:
+        return "unread"
+    if ab != ba:
+        return "orders_disagree"
+    return ab or "tie"
+
+
 def pair_results(lines: Sequence[dict]) -> dict[str, Any]:
     """Seen from a. A win or a loss needs both orders to agree, all else is a tie (the paper's
     rule). How often the orders disagree, the first seat wins and the longer answer wins say what
     the judge is worth."""
-    seen: dict[tuple[str, int], dict[str, int | None]] = {}
-    lengths = {}
-    for line in lines:
-        name, value = (line["id"], line["round"]), line["value"]
-        sign = -1 if line["order"] == "ba" else 1
-        seen.setdefault(name, {})[line["order"]] = None if value is None else sign * value
-        lengths[name] = line["lengths"]
-    both = {name: (v["ab"], v["ba"]) for name, v in seen.items() if None not in v.values()}
+    seen = both_orders(lines)
+    lengths = {(line["id"], line["round"]): line["lengths"] for line in lines}
+    both = {name: values for name, values in seen.items() if None not in values}
     if not both:
         return {"n": 0, "unread": len(seen)}
     outcome = {name: x if x == y else 0 for name, (x, y) in both.items()}
@@ -164,18 +179,14 @@ def turn_results(lines: Sequence[dict]) -> dict[str, Any]:
         found["rounds"][str(i)] = sum(line["round"] == i for line in read)
     for aspect in ASPECTS if read else ():
         by_round = {
-            str(i): _mean([line["value"][aspect] for line in read if line["round"] == i])
+            str(i): mean([line["value"][aspect] for line in read if line["round"] == i])
             for i in rounds
         }
         values = [line["value"][aspect] for line in read]
         found["aspects"][aspect] = {
             "rounds": by_round,
-            "micro": _mean(values),
+            "micro": mean(values),
             "interval": bootstrap(values, [line["id"] for line in read]),
-            "mean_of_rounds": _mean([*by_round.values()]),
+            "mean_of_rounds": mean([*by_round.values()]),
         }
     return found
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from nanomed.config import InputError
-from nanomed.evals import figures
+from nanomed.evals import figures, report
 from nanomed.evals.benchmarks import read_items
 from nanomed.evals.compare import compare
+from nanomed.evals.folder import finished
 from nanomed.evals.judge import ASPECTS
 from nanomed.evals.requests import requests_of
 from nanomed.evals.tasks import tasks
-from nanomed.page import Text, details, document, heading, note, table
+from nanomed.page import COLOURS, Text, chart, details, document, heading, note, table
 from nanomed.records.exams import LETTERS
 
 
@@ -27,7 +28,10 @@ def page(folders: Sequence[Path], data: Path | None = None) -> str:
 def parts(folders: Sequence[Path], data: Path | None = None) -> list[str]:
     """Of that page, for another one to take in."""
     paper = tomllib.loads(Path(__file__).with_name("paper.toml").read_text(encoding="utf-8"))
-    ours = {str(folder): _results(folder) for folder in folders}
+    ours = {
+        str(folder): json.loads((finished(folder) / "results.json").read_text(encoding="utf-8"))
+        for folder in folders
+    }
     scored = {name: r for name, r in ours.items() if not {"pairs", "turns"} & set(r)}
     found = [_protocols(folders)]
     for name in ("table1", "table2"):
@@ -37,13 +41,6 @@ def parts(folders: Sequence[Path], data: Path | None = None) -> list[str]:
     for a, b in pairwise(likelihood):
         found += _changed(a, b, data)
     return found
-
-
-def _results(folder: Path) -> dict[str, Any]:
-    path = folder / "results.json"
-    if not path.exists():
-        raise InputError(f"{folder} holds no finished evaluation: it has no results.json")
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _protocols(folders: Sequence[Path]) -> str:
@@ -93,21 +90,8 @@ def _all_tasks(ours: dict[str, dict]) -> Iterable[str]:
         scored = {name: r for name, r in results.items() if "letters" in r}
         if not scored:
             continue
-        rows = [
-            [
-                name,
-                f"{r['n']:,}",
-                f"{100 * r['acc']:.2f} ± {100 * r['stderr']:.2f}",
-                f"{100 * r['macro']:.2f}",
-                f"{100 * r['chance']:.1f}",
-                f"{r['majority']['choice']}: {100 * r['majority']['acc']:.1f}",
-                ", ".join(f"{k} {chosen} ({right})" for k, (chosen, right) in r["letters"].items()),
-            ]
-            for name, r in scored.items()
-        ]
-        head = ["", "n", "accuracy", "macro", "chance", "commonest", "chosen (right)"]
         yield heading(folder)
-        yield table([head, *rows])
+        yield table(report.accuracies(scored))
         yield figures.dots({name: (r["acc"], r["n"], r["chance"]) for name, r in scored.items()})
         yield note("Dots: accuracy with Wilson's 95% interval; the grey line is chance.")
         for name, r in scored.items():
@@ -148,9 +132,13 @@ def _turns(paper: dict[str, dict], ours: dict[str, dict]) -> Iterable[str]:
         mine = {k: r["aspects"] for k, r in judged.items() if r.get("set") in (models["set"], "")}
         charts.append(heading(f"Figures 6 and 7: turns of {name} by four aspects"))
         for aspect in ASPECTS:
-            theirs = [(f"{k} (paper)", models[k][aspect][:-1]) for k in ("chat", "chat-dpo")]
-            own = [(k, [*r[aspect]["rounds"].values()]) for k, r in mine.items()]
-            charts.append(figures.rounds(aspect, theirs, own))
+            means = {f"{k} (paper)": models[k][aspect][:-1] for k in ("chat", "chat-dpo")}
+            means |= {k: [*r[aspect]["rounds"].values()] for k, r in mine.items()}
+            lines = [
+                (name, COLOURS[i % len(COLOURS)], list(enumerate(bars, 1)))
+                for i, (name, bars) in enumerate(means.items())
+            ]
+            charts.append(chart(aspect, lines[2:], dotted=lines[:2]))
             for model, bars in ((k, models[k][aspect]) for k in ("chat", "chat-dpo")):
                 cells = [f"{bar:.3f}" for bar in (bars[-1], *bars[:-1])]
                 rows.append(
@@ -177,14 +165,7 @@ def _changed(a: Path, b: Path, data: Path | None) -> Iterable[str]:
     except InputError as error:
         yield note(str(error))
         return
-    rows = []
-    for name, r in found.items():
-        change = f"{100 * r['difference']:+.2f}"
-        interval = f"{100 * r['interval'][0]:+.2f} to {100 * r['interval'][1]:+.2f}"
-        only = [str(len(r[side])) for side in ("only_a", "only_b")]
-        rows.append([name, str(r["n"]), change, interval, *only, f"{r['p']:.3g}"])
-    head = ["", "n", "difference", "95% interval", "now wrong", "now right", "p"]
-    yield table([head, *rows])
+    yield table(report.differences(found))
     sides = [{item["id"]: item for item in read_items(folder)} for folder in (a, b)]
     for name, r in found.items():
         if r["only_a"] and name == r["only_a"][0].rpartition("/")[0]:

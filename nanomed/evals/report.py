@@ -1,20 +1,17 @@
-"""What an evaluation shows: tables on the screen, and one page of HTML."""
+"""What an evaluation shows, as rows of texts: for the screen (aligned) and for the page."""
 
 from collections.abc import Sequence
 from typing import Any
 
+Rows = list[tuple[str, ...]]
 
-def table(results: dict[str, dict[str, Any]]) -> str:
+
+def accuracies(results: dict[str, dict[str, Any]]) -> Rows:
     """By task and group, in percent: the accuracy with its standard error, what it must be held
     against (chance, always the commonest letter), and how often each letter was chosen."""
     rows = [("", "n", "acc", "+-", "acc_norm", "macro", "chance", "commonest", "chosen (right)")]
-    texts = []
     for name, r in results.items():
-        if "loss" in r:
-            texts.append(
-                f"{name}: {r['loss']:.4f} +- {r['stderr']:.4f} nats for each of {r['tokens']:,} "
-                f"tokens of {r['n']:,} answers (perplexity {r['perplexity']:.2f})"
-            )
+        if "letters" not in r:
             continue
         letters = [
             f"{choice} {chosen} ({right})" for choice, (chosen, right) in r["letters"].items()
@@ -22,34 +19,43 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         shares = [f"{r[key]:.2%}" for key in ("acc", "stderr", "acc_norm", "macro", "chance")]
         common = f"{r['majority']['acc']:.1%}"
         rows.append((name, f"{r['n']:,}", *shares, common, "  ".join(letters)))
-    return "\n".join([aligned(rows), *texts])
+    return rows
 
 
-def differences(found: dict[str, dict[str, Any]]) -> str:
+def losses(results: dict[str, dict[str, Any]]) -> list[str]:
+    """Of each task whose answers are texts."""
+    return [
+        f"{name}: {r['loss']:.4f} +- {r['stderr']:.4f} nats for each of {r['tokens']:,} tokens of "
+        f"{r['n']:,} answers (perplexity {r['perplexity']:.2f})"
+        for name, r in results.items()
+        if "loss" in r
+    ]
+
+
+def differences(found: dict[str, dict[str, Any]]) -> Rows:
     rows = [("", "n", "first", "second", "difference", "95% interval", "only 1st", "only 2nd", "p")]
     for name, r in found.items():
         low, high = r["interval"]
-        accuracies = [f"{acc:.2%}" for acc in r["acc"]]
+        shares = [f"{acc:.2%}" for acc in r["acc"]]
         only = [str(len(r[side])) for side in ("only_a", "only_b")]
         interval = f"{100 * low:+.2f} to {100 * high:+.2f}"
         change = f"{100 * r['difference']:+.2f}"
-        rows.append((name, f"{r['n']:,}", *accuracies, change, interval, *only, f"{r['p']:.3g}"))
-    return aligned(rows)
+        rows.append((name, f"{r['n']:,}", *shares, change, interval, *only, f"{r['p']:.3g}"))
+    return rows
 
 
-def readings(found: dict[str, Any]) -> str:
+def readings(found: dict[str, Any]) -> Rows:
     """CMB's score by the benchmark's own reading of the answers and by the strict one."""
     sides = [found["official"], found["strict"]]
     unread = [side["rules"].get("none", 0) for side in sides]
     several = [side["several_answers"]["acc"] for side in sides]
-    rows = [
+    return [
         (f"of {found['n']:,} questions", "official", "strict"),
         *((name, *(f"{side[key]:.2%}" for side in sides)) for name, key in _CMB.items()),
         *((t, *(f"{side['types'][t]:.2%}" for side in sides)) for t in sides[0]["types"]),
         ("several answers", *("" if share is None else f"{share:.2%}" for share in several)),
         ("no letter found", *map(str, unread)),
     ]
-    return aligned(rows)
 
 
 _CMB = {"micro": "acc", "+-": "stderr", "mean of classes": "class_macro"}

@@ -10,10 +10,10 @@ from typing import Any
 
 from nanomed import store
 from nanomed.batches.loader import Loader
+from nanomed.build.files import write_json
 from nanomed.config import ROOT, SFT
 from nanomed.distributed import World
 from nanomed.evals.benchmarks import Prepared
-from nanomed.evals.folder import write_json
 from nanomed.evals.items import Item, Split
 from nanomed.evals.requests import Request, requests_of
 from nanomed.evals.score import encode

@@ -8,6 +8,10 @@ import numpy as np
 N_BOOTSTRAP = 10_000
 
 
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
 def stderr(values: Sequence[float]) -> float:
     """Of the mean: sample standard deviation / sqrt(n); 0 for a single value."""
     n = len(values)

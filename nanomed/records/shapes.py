@@ -76,7 +76,7 @@ def text_of(value: Any, name: str) -> str:
     if isinstance(value, list):
         parts = [p.get("text") for p in value if isinstance(p, dict) and p.get("type") == "text"]
         if len(parts) != len(value) or not all(isinstance(part, str) for part in parts):
-            raise BadField(name, f"only parts of type text can be trained on: {excerpt(value)}")
+            raise BadField(name, f"only parts of type text can be read: {excerpt(value)}")
         value = "".join(parts)
     if not isinstance(value, str):
         raise BadField(name, f"expected text, found {excerpt(value)}")

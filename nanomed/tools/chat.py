@@ -15,11 +15,13 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from nanomed.distributed import launch
+from nanomed.evals.answers import prompt_of
 from nanomed.model.decoder import Aquila
 from nanomed.model.generation import CHAT, Sampling, stream
 from nanomed.records import Chat
 from nanomed.text.template import Encoder
 from nanomed.tools.generate import add_arguments, open_model
+from nanomed.tools.serve_jobs import Answer, Job
 
 SAFETY = (
     "The answers can be wrong and are no medical advice; in an emergency call for help. "
@@ -92,57 +94,31 @@ def _take_turn(
     write: Callable[[str], None],
 ) -> None:
     chat.turns.append(("user", line))
-    prompt, dropped = _fitting_prompt(encoder, chat, model.config.max_seq_len, sampling.max_new)
+    longest = model.config.max_seq_len
+    room = min(sampling.max_new, longest // 2)  # for the answer
+    prompt, dropped = prompt_of(encoder, chat, longest - room + 1)
     if not prompt:
         chat.turns.pop()
-        write(f"[too long for a model that reads {model.config.max_seq_len} tokens]\n")
+        write(f"[too long for a model that reads {longest} tokens]\n")
         return
     if dropped:
         write(f"[the oldest {dropped} turns no longer fit and are left out]\n")
-    text = ""
+    stop = {encoder.turn_end, encoder.document_end}
+    answer = Answer(Job(prompt, sampling, lambda piece: write(piece.text)), encoder, stop)
     try:
-        for piece in pieces(model, encoder, sampling, prompt, number):
-            text += piece
-            write(piece)
+        for _, token, logits in stream(model, [prompt], stop, sampling, first=number):
+            if answer.add(token, logits):
+                break
+        else:  # the model reads no more
+            answer.end("length")
     except KeyboardInterrupt:
         write(" [interrupted]")
     write("\n")
+    text = answer.text[: answer.shown]
     if text.strip():
         chat.turns.append(("assistant", text))
     else:
         chat.turns.pop()
-
-
-def _fitting_prompt(
-    encoder: Encoder, chat: Chat, max_seq_len: int, max_new: int
-) -> tuple[list[int], int]:
-    """(ids, turns left out): as many of the last turns as leave room for an answer; no ids if
-    even the last one does not fit. The chat itself keeps all."""
-    room = max_seq_len - min(max_new, max_seq_len // 2)
-    users = [i for i, (role, _) in enumerate(chat.turns) if role == "user"]
-    for start in users:
-        ids = encoder.prompt(Chat(chat.turns[start:], chat.system))
-        if len(ids) <= room:
-            return ids, start
-    return [], 0
-
-
-def pieces(
-    model: Aquila, encoder: Encoder, sampling: Sampling, prompt: list[int], number: int
-) -> Iterator[str]:
-    """The answer's text as it grows. A token may end inside a character: what is not yet whole
-    waits for the next one."""
-    stop = {encoder.turn_end, encoder.document_end}
-    ids: list[int] = []
-    shown = ""
-    for _, token, _ in stream(model, [prompt], stop, sampling, first=number):
-        if token not in stop:
-            ids.append(token)
-        text = encoder.tokenizer.decode(ids)
-        if not text.endswith("\ufffd") and len(text) > len(shown):
-            yield text[len(shown) :]
-            shown = text
-    yield encoder.tokenizer.decode(ids)[len(shown) :]
 
 
 def typed_lines() -> Iterator[str]:

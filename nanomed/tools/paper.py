@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from nanomed.batches.packing import Row, row_from
+from nanomed.build.files import write_json
 from nanomed.config import ROOT, InputError
 from nanomed.distributed import launch
 from nanomed.hf import pretrained
@@ -158,17 +159,13 @@ def main() -> None:
     if c.command == "measure":
         _, encoder = pretrained.describe(c.folder)
         model = pretrained.load(c.folder)
-        return _write(c.folder / "results.json", measure(model, encoder))
+        return write_json(c.folder / "results.json", measure(model, encoder))
     stages = read_stages(c.folder)
     found, checked = deviations(stages, sys.stdin.read())
-    _write(c.folder / "results.json", {"stages": stages, "not_as_expected": found})
+    write_json(c.folder / "results.json", {"stages": stages, "not_as_expected": found})
     print(*lines(stages), "", sep="\n")
     print(*(f"NOT AS EXPECTED  {line}" for line in found), sep="\n", end="\n" if found else "")
     print(f"{checked - len(found)} of {checked} numbers are as expected")
-
-
-def _write(path: Path, value: dict) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ samples/, else with --show_text only.
 
 import argparse
 import dataclasses
-import json
 import math
 from pathlib import Path
 
@@ -19,14 +18,14 @@ from torch import nn
 from nanomed.batches import slices
 from nanomed.batches.packing import row_from
 from nanomed.config import InputError, Run
-from nanomed.distributed import World, full, launch, pick_device, shard, start
+from nanomed.distributed import World, full, launch, pick_device, start
 from nanomed.hf import pretrained
 from nanomed.model.decoder import Aquila
-from nanomed.model.recompute import set_recompute
 from nanomed.run import checkpoint
 from nanomed.stages import stage
 from nanomed.store import Store
 from nanomed.text.template import Encoder
+from nanomed.text.tokenizer_files import read_object
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -41,8 +40,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def replay(path: Path, world: World, show_text: bool = False) -> list[int]:
     """Prints a line for each example of the step; returns those that are not finite."""
-    facts, folder = _json(path), path.parent.parent
-    c = _settings(_json(folder / "config.json"))
+    facts, folder = read_object(path), path.parent.parent
+    c = _settings(read_object(folder / "config.json"))
     _, encoder = pretrained.describe(folder)
     data = _slices(c, encoder, folder) if c.stage == "cpt" else _store(facts)
     model = _model(c, folder, facts, world)
@@ -81,25 +80,18 @@ def run_alone(model: nn.Module, segments: list, device: torch.device) -> tuple[f
 
 def _model(c: Run, folder: Path, facts: dict, world: World) -> Aquila:
     config = pretrained.config_of(folder)
-    c = dataclasses.replace(c, dropout=0.0)
+    c = dataclasses.replace(c, dropout=0.0, optimizer="fsdp")
     if world.device.type == "cpu":
         c = dataclasses.replace(c, kernels="auto")  # the run's own may need its GPU
-    stage.choose_kernels(c, config, world.device)
     saved = facts["checkpoint"] and folder / "checkpoints" / Path(facts["checkpoint"]).name
     if saved and not saved.exists():
         gone, saved = saved.name, checkpoint.newest(folder / "checkpoints")
         print(f"{gone} is no longer kept; the weights are those of {saved and saved.name}")
-    if not saved:
+    if saved:
+        c = dataclasses.replace(c, init=str(saved))
+    else:
         print("there is no checkpoint from before the step: the weights are the run's first ones")
-        return stage.build_model(c, config, world)
-    with torch.device("meta"):
-        model = Aquila(config)
-    set_recompute(model, c.recompute)
-    shard(model, world, stage.compute_dtype(c, world.device))
-    model.to_empty(device=world.device)
-    checkpoint.load_weights(saved, model)
-    print(f"weights of {saved}")
-    return model
+    return stage.build_model(c, config, world)
 
 
 def _settings(saved: dict) -> Run:
@@ -116,7 +108,7 @@ def _store(facts: dict) -> Store:
 
 def _slices(c: Run, encoder: Encoder, folder: Path) -> slices.Slices:
     data = slices.read(c, encoder)
-    if data.meta["sha256"] != _json(folder / "data_report.json")["sha256"]:
+    if data.meta["sha256"] != read_object(folder / "data_report.json")["sha256"]:
         raise InputError(f"{' '.join(c.data)} is not what {folder} read; it was changed since")
     return data
 
@@ -130,13 +122,6 @@ def _where(data: Store | slices.Slices, i: int, record: dict) -> str:
         numbers.setdefault(file, []).append(str(number))
     documents = "; ".join(f"{file}, records {' '.join(n)}" for file, n in numbers.items())
     return f"slice {i} ({documents})"
-
-
-def _json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: {error}") from None
 
 
 if __name__ == "__main__":

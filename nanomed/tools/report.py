@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from nanomed import page
+from nanomed.build.files import read_lines
 from nanomed.config import CPT, DPO, SFT, STAGES, UNPUBLISHED, InputError
 from nanomed.distributed import launch
 from nanomed.evals import page as evaluations
@@ -64,17 +65,12 @@ def read(folder: Path, name: str) -> Shown:
         other = "an evaluation; give it after --evals" if "files" in config else "no run"
         raise InputError(f"{folder} holds {other}")
     parts = [_json(folder / f"{part}.json") for part in ("data_report", "answers", "results")]
-    return Shown(name, config, list(_lines(folder / "metrics.jsonl")), *parts)
+    metrics = folder / "metrics.jsonl"
+    return Shown(name, config, read_lines(metrics) if metrics.exists() else [], *parts)
 
 
 def _json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-
-def _lines(path: Path) -> Iterable[dict[str, Any]]:
-    text = path.read_text("utf-8", "replace") if path.exists() else ""
-    for line in text.split("\n")[:-1]:  # the last one may be half written
-        yield json.loads(line)
 
 
 def of_runs(folders: Sequence[Path], evals: Sequence[Path] = ()) -> str:

@@ -15,8 +15,8 @@ import itertools
 import json
 import socket
 import time
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, replace
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass, field, replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -47,9 +47,7 @@ class Server:
     worker: Worker
     defaults: Sampling
     name: str
-
-    def __post_init__(self) -> None:
-        self.numbers = itertools.count()  # of requests
+    numbers: Iterator[int] = field(default_factory=itertools.count)  # of requests
 
     def job(self, body: Any, put: Callable[[Piece], None]) -> Job:
         """Raises InputError naming the field that is wrong."""
@@ -69,7 +67,8 @@ class Server:
         for name, kind in (("stream", bool), ("logprobs", bool), ("stream_options", dict)):
             if not isinstance(given.get(name, kind()), kind):
                 raise InputError(f"{name}: {given[name]!r:.80} is no {kind.__name__}")
-        prompt = self.worker.encoder.prompt(chat_of({"messages": _plain(given)}, "the request"))
+        chat = chat_of({"messages": given.get("messages")}, "the request")
+        prompt = self.worker.encoder.prompt(chat)
         limits_of(self.worker.model, [prompt], sampling)
         return Job(
             prompt,
@@ -102,26 +101,6 @@ def _stops(value: str | list[str] | None) -> list[str]:
     if not isinstance(stops, list) or not all(isinstance(s, str) and s for s in stops):
         raise InputError(f"stop: {value!r:.80} is neither a text nor a list of texts")
     return stops
-
-
-def _plain(given: dict[str, Any]) -> Any:
-    """Messages whose content is one text; OpenAI's may be a list of parts, and a system text may
-    come from a "developer"."""
-    messages = given.get("messages")
-    if not isinstance(messages, list):
-        raise InputError("messages: a list of objects with role and content is wanted")
-    return [_message(message) for message in messages]
-
-
-def _message(message: Any) -> Any:
-    if not isinstance(message, dict):
-        return message
-    role, content = message.get("role"), message.get("content")
-    if isinstance(content, list):
-        if not all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-            raise InputError("messages: a part of a content is no text; only text can be read")
-        content = "".join(str(part.get("text", "")) for part in content)
-    return {"role": "system" if role == "developer" else role, "content": content}
 
 
 # ---------------------------------------------------------------- HTTP

@@ -4,7 +4,7 @@ import os
 import signal
 from pathlib import Path
 
-from nanomed.build.runner import whole
+from nanomed.build.files import whole
 from nanomed.config import InputError
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from nanomed.build import context
+from nanomed.model.scoring import in_order
 from nanomed.records import Chat
 from nanomed.text import template
 from tests.build.scored import folder_of, tiny
@@ -90,8 +91,7 @@ def test_what_is_certain_by_itself_is_not_divided_by():
 
 def test_rows_are_as_full_as_they_may_be(encoder):
     found = made(encoder) * 3
-    rows = context.rows(found, 200)
+    rows = in_order([one.n_tokens for one in found], 200)
     assert [i for row in rows for i in row] == list(range(9))
     sizes = [sum(found[i].n_tokens for i in row) for row in rows]
     assert all(size <= 200 or len(row) == 1 for size, row in zip(sizes, rows, strict=True))
-    assert context.rows([], 200) == []

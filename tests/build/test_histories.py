@@ -12,6 +12,7 @@ import torch
 from nanomed.build import context
 from nanomed.hf import pretrained
 from nanomed.model.packed import pack_linears
+from nanomed.model.scoring import in_order
 from nanomed.records import Chat, chats_of, read_json, read_pairs
 from tests.build import scored
 from tests.build.real import real_model_folder
@@ -32,7 +33,7 @@ def relevances(folder: Path, chats: list[Chat], targets: str = "turn") -> np.nda
     pack_linears(model)
     found = [context.dialogue(chat, encoder, 4096, targets) for chat in chats]
     values = []
-    for row in context.rows(found, 2048):
+    for row in in_order([one.n_tokens for one in found], 2048):
         for losses, *_ in context.run(model, [found[i] for i in row]):
             values.append(np.mean(context.relevance(losses)))
     return np.array(values)

@@ -11,6 +11,7 @@ import pytest
 
 from nanomed.build import labeller
 from nanomed.build.labeller import Endpoint, EndpointError, Request, parse_object, quoted
+from nanomed.config import InputError
 from tests.conftest import ROOT
 from tests.endpoint import hangs_up, replies, reply_of, serving, status
 
@@ -51,6 +52,14 @@ def test_answers_come_in_order_and_are_never_asked_twice(tmp_path):
         line = json.loads((tmp_path / "answers.jsonl").read_text().splitlines()[0])
         assert line["usage"] == {"prompt_tokens": 100, "completion_tokens": 10}
         assert line["served"] == "stand-in-1"
+
+
+def test_half_an_emoji_in_an_answer_is_kept(tmp_path):
+    """It was paid for, and no UTF-8 can hold it."""
+    cache = labeller.Cache(tmp_path / "answers.jsonl")
+    cache.add(labeller.Answer("k", "\ud83d", "m", "stop"))
+    cache.file.close()
+    assert labeller.Cache(tmp_path / "answers.jsonl").answers["k"].text == "\ud83d"
 
 
 @pytest.mark.parametrize(
@@ -113,7 +122,7 @@ def test_a_line_that_was_cut_off_is_asked_again_and_spoils_no_other(tmp_path):
 def test_the_file_belongs_to_one_process_and_to_its_user(tmp_path):
     with serving(echo) as standin:
         client = connect(standin, tmp_path / "new")
-        with pytest.raises(EndpointError, match="another process"):
+        with pytest.raises(InputError, match="another process"):
             connect(standin, tmp_path / "new")
         assert (tmp_path / "new/answers.jsonl").stat().st_mode & 0o077 == 0
         assert (tmp_path / "new").stat().st_mode & 0o077 == 0

@@ -12,6 +12,7 @@ import build_dpo
 from nanomed import store
 from nanomed.build import preferences
 from nanomed.config import InputError
+from nanomed.evals import judge
 from nanomed.records.exams import Exam
 from tests.build import scored
 from tests.build.scored import chat, lines, write
@@ -205,7 +206,7 @@ def test_ties_and_what_cannot_be_read_give_no_pair():
                              "lost": (-1, 1), "seat": (1, 1)}.items()
         for order, value in zip(("ab", "ba"), values, strict=True)
     ]  # fmt: skip
-    found = {name: verdict for (name, _), verdict in preferences.verdicts(lines).items()}
+    found = {name: judge.verdict(*both) for (name, _), both in judge.both_orders(lines).items()}
     assert found == {
         "tie": "tie", "half": "orders_disagree", "none": "unread", "won": 1, "lost": -1,
         "seat": "orders_disagree",

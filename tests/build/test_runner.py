@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from nanomed.build.runner import Runner, mark, whole
+from nanomed.build.files import whole
+from nanomed.build.runner import Runner, mark
 from nanomed.config import InputError
 from tests.build.corpora import ROOT, build, command, corpus, digests, exam, kept
 from tests.build.tasks import dies_once, fails, square
@@ -191,7 +192,7 @@ def test_another_setting_asks_for_another_folder(raw, tmp_path):
     out = tmp_path / "out"
     build(raw[:1], out, "--stop_after", "rules")
     before = digests(out)
-    with pytest.raises(InputError, match="min_tokens: 20 there, 9 here"):
+    with pytest.raises(InputError, match="min_tokens was 20, is 9"):
         build(raw[:1], out, "--min_tokens", "9")
     assert digests(out) == before
     assert json.loads((out / "report.json").read_text())["stages"][-1]["name"] == "rules"

@@ -39,8 +39,7 @@ def run(folder, out, own: bool, world=None, batch_size: int = 2):
     world = world or World(0, 1, torch.device("cpu"))
     _, encoder = pretrained.describe(folder)
     loaded = pretrained.load(folder, world.device, torch.float32)
-    out.mkdir(exist_ok=True)
-    return Answerer(loaded, encoder, world, 6, batch_size, own).run(TALKS, out)
+    return Answerer(loaded, encoder, 6, batch_size, own).run(TALKS, out, {"files": {}}, world)
 
 
 @pytest.mark.parametrize("own", [False, True])
@@ -99,14 +98,13 @@ def test_two_ranks_write_the_same_bytes(model, pool, tmp_path):  # noqa: F811
 def test_the_oldest_turns_go_where_a_prompt_is_too_long(model, tmp_path):  # noqa: F811
     _, encoder = pretrained.describe(model)
     loaded = pretrained.load(model, torch.device("cpu"), torch.float32)
-    answerer = Answerer(loaded, encoder, World(0, 1, torch.device("cpu")), 4, 2, False)
+    answerer = Answerer(loaded, encoder, 4, 2)
     long = "头痛" * 300
-    ids, dropped = answerer._prompt("x", [(long, long), ("短", "短")], "问")
-    assert dropped == 1 and ids == encoder.prompt(
-        Chat([("user", "短"), ("assistant", "短"), ("user", "问")])
-    )
-    with pytest.raises(InputError, match=r"dialogue x: a question of .* leaves no room"):
-        answerer._prompt("x", [], long * 3)
+    talk = Dialogue("x", [(long, long), ("短", "短"), ("问", "答")])
+    (line,) = answerer._answered([(talk, 2)])
+    assert line["dropped_turns"] == 1 and line["history"] == [("短", "短")]
+    with pytest.raises(InputError, match=r"dialogue x: a question leaves no room"):
+        answerer._answered([(Dialogue("x", [(long * 3, "答")]), 0)])
 
 
 def test_cmb_clin_has_its_case_before_the_first_question(tmp_path):

@@ -150,7 +150,7 @@ def test_a_killed_evaluation_goes_on_to_the_same_bytes(done, model, data, tmp_pa
 
 def test_another_model_and_other_settings_are_refused(done, model, data, tmp_path):
     other = write_folder(tmp_path / "other", seed=1)
-    with pytest.raises(InputError, match=r"another evaluation: weights was \w+, is \w+\. Choose"):
+    with pytest.raises(InputError, match=r"other settings: weights was \w+, is \w+\. Choose"):
         evaluate.score(argv(other, data, done))
     for more, name in (
         (["--shots", "2"], "shots"),

@@ -214,7 +214,7 @@ def test_other_answers_and_other_questions_are_refused(tmp_path):
     a = write_answers(tmp_path / "a", ["x", "y"])
     run(a, tmp_path / "out")
     write_answers(tmp_path / "a", ["x", "z"])
-    with pytest.raises(InputError, match="holds another evaluation: files was"):
+    with pytest.raises(InputError, match="other settings: files was"):
         run(a, tmp_path / "out")
     b = write_answers(tmp_path / "b", ["x"])
     with pytest.raises(InputError, match="dialogue 1, round 1: both must have answered it"):

@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+import torch
 
 import evaluate
 from nanomed.config import SFT, InputError
@@ -37,9 +38,9 @@ def test_the_loss_is_that_of_the_runs_validation(done, model):  # noqa: F811
     """Over the first held-out chats, by the rows that training validates with."""
     _, encoder = pretrained.describe(model)
     loader = samples.held_out(str(model), encoder, SFT.seq_len)
-    weights = pretrained.load(model, evaluate.pick_device("cpu"), evaluate.torch.float32)
+    weights = pretrained.load(model, torch.device("cpu"), torch.float32)
     rows = [*loader.rows(loader.val[:6])]
-    with evaluate.torch.no_grad():
+    with torch.no_grad():
         total = sum(weights(row).nll.sum().item() for row in rows)
     tokens = sum((row.labels != -100).sum().item() for row in rows)
     found = json.loads((done / "results.json").read_text())["heldout_chats"]

@@ -222,7 +222,7 @@ def test_a_file_of_prompts_is_answered_and_gone_on_with(folder, tmp_path, monkey
     with pytest.raises(InputError, match="other settings"):
         run(monkeypatch, *given, "--out", out, "--seed", 5)
     (tmp_path / "in.jsonl").write_text('{"prompt": "another"}\n')
-    with pytest.raises(InputError, match="answers other prompts"):
+    with pytest.raises(InputError, match="other settings: prompts was"):
         run(monkeypatch, *given, "--out", out)
     assert out.read_text() == whole
 
@@ -249,12 +249,12 @@ def test_answers_of_the_command_are_those_of_the_library(folder, tmp_path, monke
     "record, message",
     [
         ({"text": "x"}, "'messages' or 'prompt'"),
-        ({"prompt": 3}, r"messages\[0\] needs a role and a text"),
-        ({"prompt": "\ud83d"}, "needs a role and a text"),
+        ({"prompt": 3}, r"messages\[0\].content': expected text, found 3"),
+        ({"prompt": "\ud83d"}, "a lone surrogate"),
         ({"messages": turns("a", "b")}, "the last turn must be the user's"),
         ({"messages": []}, "the last turn must be the user's"),
-        ({"messages": "x"}, "needs a role"),
-        ({"prompt": "x", "system": 1}, "system is 1"),
+        ({"messages": "x"}, "expected a list of turns"),
+        ({"prompt": "x", "system": 1}, "'system': expected text, found 1"),
     ],
 )
 def test_prompts_that_cannot_be_read_are_named(record, message, folder, tmp_path, monkeypatch):

@@ -96,7 +96,9 @@ def test_characters_in_parts_arrive_whole(loaded, monkeypatch):
     ids = encoder.tokenizer.encode("好🧬龘")
     assert len(ids) > 6  # bytes
     prompts_of(monkeypatch, [[*ids, encoder.turn_end]])
-    assert list(tool.pieces(*loaded, SAMPLING, [1], 0)) == ["好", "🧬", "龘", ""]
+    written = []
+    tool.talk(*loaded, SAMPLING, ["x"], written.append)
+    assert written[1:] == ["好", "🧬", "龘", "", "\n"]
 
 
 def test_ctrl_c_ends_an_answer_and_keeps_what_was_said(loaded, monkeypatch):

@@ -173,7 +173,7 @@ def post(url: str, body: bytes, **headers) -> tuple[int, str]:
 WRONG = {
     "not JSON": (b"{", "Expecting"),
     "no object": (b"[]", "must be a JSON object"),
-    "messages": ({}, "messages: a list"),
+    "messages": ({}, "the last turn must be the user's"),
     "temperature": ({"temperature": "0"}, "temperature: '0' is no number"),
     "top_p": ({"top_p": 3}, "top_p is 3"),
     "max_tokens": ({"max_tokens": 2.5}, "max_tokens: 2.5 is no whole number"),
@@ -183,7 +183,10 @@ WRONG = {
     "stop": ({"stop": [""]}, "stop: "),
     "top_logprobs": ({"top_logprobs": 2}, "top_logprobs: 0 to 20, with logprobs: true"),
     "stream": ({"stream": "yes"}, "stream: 'yes' is no bool"),
-    "image": ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "no text"),
+    "image": (
+        {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+        "only parts of type text",
+    ),
     "last turn": ({"messages": [{"role": "assistant", "content": "x"}]}, "must be the user's"),
     "too long": ({"messages": [{"role": "user", "content": "x" * 1999}]}, "reads 1 to 1023"),
 }

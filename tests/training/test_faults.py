@@ -235,7 +235,7 @@ def test_a_bad_batch_replays(tmp_path, monkeypatch, capsys, world):
     facts = json.loads(found.read_text())
     assert len(broken) == 1 and broken[0] in facts["rows"][0]["examples"]
     assert printed.count("<- NOT FINITE") == len(broken)
-    assert "weights of " in printed and "samples/sft.jsonl, record" in printed
+    assert f"reading {out}/checkpoints/step-" in printed and "samples/sft.jsonl, record" in printed
     assert "<|im_start|>" in printed
 
 
