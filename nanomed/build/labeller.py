@@ -129,10 +129,9 @@ class Endpoint:
         threads: int = 8,
         timeout: float = 120.0,
         first_wait: float = 1.0,  # seconds before the second try; each further one twice that
-        show: Callable[[str], None] = print,
     ):
         self.url, self.model, self.threads, self.timeout = url.rstrip("/"), model, threads, timeout
-        self.first_wait, self.max_cost, self.show = first_wait, max_cost, show
+        self.first_wait, self.max_cost = first_wait, max_cost
         self.host = _allowed_host(url, send_texts_to)
         if (price_in is None or price_out is None) and not is_loopback(self.host):
             raise EndpointError(
@@ -178,7 +177,7 @@ class Endpoint:
         is under way then is waited for and kept."""
         todo = self.unasked(requests)
         if todo:
-            self.show(self.estimate(requests))
+            print(self.estimate(requests), flush=True)
             self._check_cost(sum(map(self._most, todo.values())))
         self._stopped.clear()
         with (

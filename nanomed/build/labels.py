@@ -108,7 +108,7 @@ def ask(endpoint: Endpoint, kind: str, docs: list[Doc], retry_failed: bool) -> l
             continue
         found.append(_label(doc.text, sum(values) / 2, doc.known["source"], in_pool=True))
     others = ", ".join(f"{n:,} {why}" for why, n in sorted(dropped.items()))
-    endpoint.show(f"{kind}: {len(docs):,} documents, {len(found):,} labelled; {others or 'all'}")
+    print(f"{kind}: {len(docs):,} documents, {len(found):,} labelled; {others or 'all'}")
     return found
 
 

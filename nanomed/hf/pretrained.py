@@ -13,6 +13,7 @@ from torch import nn
 
 from nanomed.config import InputError, ModelConfig
 from nanomed.hf import chat_template, reading
+from nanomed.hf.tensors import stored
 from nanomed.model.decoder import Aquila
 from nanomed.processes import rank_from_env
 from nanomed.run import checkpoint
@@ -87,9 +88,12 @@ def load(
 
 
 def dtype_of(folder: str | Path) -> torch.dtype:
-    """What an export has by default: a Hugging Face folder's own, bfloat16 of a run's masters."""
-    is_run = (_home(folder) / "model.json").exists()
-    return torch.bfloat16 if is_run else reading.read_dtype(folder)
+    """What an export has by default: what most tensors of a Hugging Face folder have, bfloat16 of a
+    run's masters."""
+    if (_home(folder) / "model.json").exists():
+        return torch.bfloat16
+    dtypes = [spec.dtype for _, spec in stored(folder).values()]
+    return max(set(dtypes), key=dtypes.count)
 
 
 def settings_of(folder: str | Path) -> dict:

@@ -39,12 +39,6 @@ def read_config(folder: str | Path) -> ModelConfig:
     return config
 
 
-def read_dtype(folder: str | Path) -> torch.dtype:
-    """The dtype that most of a folder's tensors have."""
-    dtypes = [spec.dtype for _, spec in stored(folder).values()]
-    return max(set(dtypes), key=dtypes.count)
-
-
 def load_weights(model: nn.Module, folder: str | Path) -> None:
     """Fills a model, sharded or not; each rank reads its own rows, and none the whole. Every
     rank calls it, and every rank raises InputError if one of them met a number that is none."""

@@ -25,7 +25,7 @@ def echo(messages: list[dict]) -> str:
 
 
 def connect(standin, path, **settings) -> Endpoint:
-    fixed = dict(first_wait=0.001, show=lambda _: None)
+    fixed = dict(first_wait=0.001)
     return Endpoint(standin.url, "some-model", path / "answers.jsonl", **fixed | settings)
 
 
@@ -163,7 +163,7 @@ def test_it_waits_as_long_as_it_is_told_to(tmp_path, monkeypatch):
     waits = []
     monkeypatch.setattr(threading.Event, "wait", lambda self, t=None: waits.append(t))
     monkeypatch.setattr(labeller.random, "uniform", lambda low, high: high)
-    client = Endpoint("http://127.0.0.1:9/v1", "m", tmp_path / "a", show=lambda _: None)
+    client = Endpoint("http://127.0.0.1:9/v1", "m", tmp_path / "a")
 
     def told(seconds: str):
         headers = {"Retry-After": seconds}
@@ -206,16 +206,16 @@ def test_an_endpoint_that_stays_down_stops_the_run_and_keeps_what_came(tmp_path)
 # ---------------------------------------------------------------- money
 
 
-def test_the_price_is_said_first_and_a_dear_run_does_not_begin(tmp_path):
-    said = []
-    prices = dict(price_in=1e6, price_out=1e6, show=said.append)  # 1 for each token
+def test_the_price_is_said_first_and_a_dear_run_does_not_begin(tmp_path, capsys):
+    prices = dict(price_in=1e6, price_out=1e6)  # 1 for each token
     with serving(echo) as standin:
         client = connect(standin, tmp_path, max_cost=100, **prices)
         with pytest.raises(EndpointError, match="--max_cost 100"):
             client.ask(requests(10, max_tokens=20))
         assert standin.bodies == []
         # "question 0" is 10 characters: 2 tokens (2.5 rounded to even), and 4 for the message.
-        assert "10 requests" in said[0] and "60 tokens in" in said[0] and "260.00" in said[0]
+        said = capsys.readouterr().out
+        assert "10 requests" in said and "60 tokens in" in said and "260.00" in said
         zh = Request([{"role": "user", "content": "发热怎么办呢吗啊 four"}], 5)
         assert zh.tokens_in == round(8 / 1.6 + 5 / 4) + 4
 

@@ -135,7 +135,7 @@ def test_a_seed_repeats_an_answer_and_without_one_they_differ(client):
 
 def test_the_labellers_client_many_at_a_time(served, loaded, tmp_path):
     """Eight threads; batches of greedy answers of different lengths say what each says alone."""
-    endpoint = Endpoint(served[0] + "/v1", "a-labeller", tmp_path / "answers.jsonl", show=str)
+    endpoint = Endpoint(served[0] + "/v1", "a-labeller", tmp_path / "answers.jsonl")
     texts = [f"question {'x' * i} 问" for i in range(12)]
     asked = [
         Request([{"role": "user", "content": t}], max_tokens=4 + i) for i, t in enumerate(texts)
@@ -187,6 +187,8 @@ WRONG = {
         {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
         "only parts of type text",
     ),
+    "name": ({"messages": [{**QUESTION[0], "name": "Ann"}]}, "messages[].name"),
+    "tool": ({"messages": [{"role": "tool", "content": "x"}]}, "tool turn"),
     "last turn": ({"messages": [{"role": "assistant", "content": "x"}]}, "must be the user's"),
     "too long": ({"messages": [{"role": "user", "content": "x" * 1999}]}, "reads 1 to 1023"),
 }
