@@ -65,7 +65,7 @@ class DrawnSegment:
 @dataclass
 class RowView:
     title: str
-    segments: list[DrawnSegment]
+    segments: list[DrawnSegment]  # none of an example that is dropped
 
 
 # ---------------------------------------------------------------- from a Row to a view of it
@@ -191,8 +191,7 @@ def _parts_of(data, i: int, encoder: Encoder, c: Run) -> Parts:
     raise config.InputError(f"{path}, record {number} is not what was tokenised; it was changed")
 
 
-def draw(c: Run, own: argparse.Namespace) -> list[RowView | str]:
-    """The views, or one line for an example that is dropped."""
+def draw(c: Run, own: argparse.Namespace) -> list[RowView]:
     model_config, encoder = stage.model_and_encoder(c)
     if own.step is None:
         found = first_examples(c, encoder, own.n)
@@ -205,7 +204,7 @@ def draw(c: Run, own: argparse.Namespace) -> list[RowView | str]:
     with start(pick_device(c.device)) as world, torch.no_grad():
         model = stage.build_model(c, model_config, world).eval()
         views = [_view(encoder, *one, model=model) for one in found]
-        for segment in (s for v in views if own.cr and isinstance(v, RowView) for s in v.segments):
+        for segment in (s for v in views if own.cr for s in v.segments):
             segment.relevance = _relevance(segment, encoder, model)
         return views
 
@@ -224,9 +223,9 @@ def _relevance(segment: DrawnSegment, encoder: Encoder, model: Aquila) -> dict[i
 
 def _view(
     encoder: Encoder, name: str, row: Row | None, parts: Parts, model: Aquila | None
-) -> RowView | str:
+) -> RowView:
     if row is None:
-        return name
+        return RowView(name, [])
     nll = None if model is None else model(row.to(next(model.parameters()).device)).nll.cpu()
     return view(row, encoder, parts, nll, name)
 

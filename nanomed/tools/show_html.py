@@ -22,13 +22,11 @@ p, h3 { line-height: 1.5 } h3 { font-size: .9em; color: #555; font-weight: 600; 
 .t { border-radius: 3px; padding: 1px 0; margin-right: 1px; background: #f1f1f1; color: #666;
      white-space: pre-wrap } .t.on { background: #bfe8c8; color: #000 }
 ruby { ruby-position: under } rt { font-size: 9px; color: #555 }
-.dropped { color: #a00 }
 """
 
 
 def page(views: list) -> str:
     """The page; every token's id, position and loss are in its tooltip, the loss below it too."""
-    rows = [_dropped(v) if isinstance(v, str) else _row(v) for v in views]
     legend = (
         f"{_span('learned', 'on')} tokens are labels, {_span('grey', '')} ones only context. "
         + "Numbers below are losses in nats (a dot: below 0.05), redder is higher. "
@@ -36,11 +34,7 @@ def page(views: list) -> str:
         + "A solid frame is a packed row, a dashed line the border of a segment, where positions "
         "restart; a bar shows the row's segments to scale, the learned share in green."
     )
-    return document("What is trained", [f"<p>{legend}</p>", *rows], STYLE)
-
-
-def _dropped(text: str) -> str:
-    return f"<p class='dropped'>{html.escape(text)}</p>"
+    return document("What is trained", [f"<p>{legend}</p>", *map(_row, views)], STYLE)
 
 
 def _row(view) -> str:

@@ -25,9 +25,6 @@ def lines(views: list, colour: bool) -> list[str]:
     Without colour, what is trained stands between ⟦ and ⟧."""
     out = [_legend(views, colour)]
     for view in views:
-        if isinstance(view, str):
-            out += ["", view]
-            continue
         out += ["", _bold(f"=== {view.title}", colour)]
         for segment in view.segments:
             out.append(f"--- {segment.title}")
@@ -61,7 +58,7 @@ def _legend(views: list, colour: bool) -> str:
 
 
 def has_loss(view) -> bool:
-    return not isinstance(view, str) and any(
+    return any(
         token.loss is not None for s in view.segments for _, turn in s.turns for token in turn
     )
 

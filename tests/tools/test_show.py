@@ -147,7 +147,7 @@ def test_the_page_is_whole_and_escapes_what_users_typed(file, tmp_path, capsys):
     for tag in ("div", "span", "ruby", "html", "h3"):
         opened, closed = len(re.findall(f"<{tag}[ >]", text)), text.count(f"</{tag}>")
         assert opened == closed, tag
-    assert text.count("class='row'") == 2 and "DROPPED, empty answer" in text
+    assert text.count("class='row'") == 3 and "DROPPED, empty answer" in text
 
 
 def test_colours_show_the_loss():
@@ -179,7 +179,7 @@ PAIRS = [
 def test_a_pair_is_drawn_as_two_chats_that_share_their_prompt(tmp_path, capsys, encoder):
     file = write(tmp_path / "pairs.jsonl", *PAIRS)
     views = views_of(file)
-    assert views[2].endswith("record 3: DROPPED, empty answer")
+    assert views[2].title.endswith("record 3: DROPPED, empty answer") and not views[2].segments
     for view, record in zip(views, PAIRS[:2], strict=False):
         chosen, rejected = view.segments
         assert chosen.title.startswith("chosen") and rejected.title.startswith("rejected")
