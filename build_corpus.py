@@ -152,9 +152,9 @@ def deciding(c: Corpus) -> dict[str, Any]:
     return {name: value for name, value in vars(c).items() if name not in CHANGE_NOTHING}
 
 
-def facts(c: Corpus, build: Build, found: list[tuple[str, Tally | str]]) -> dict[str, Any]:
+def facts(c: Corpus, build: Build, found: list[tuple[str, Tally]]) -> dict[str, Any]:
     """What the report says beside the tallies."""
-    tallies = {name: tally for name, tally in found if isinstance(tally, Tally)}
+    tallies = {name: tally for name, tally in found if not tally.not_run}
     more: dict[str, Any] = {
         "settings": deciding(c),
         "files": build.files,

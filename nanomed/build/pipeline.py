@@ -107,11 +107,11 @@ Prepare = Callable[[Build, Path, list[Path], Tally], Judge | str]
 ASIDE = {"domain": "stage1-general", "quality": "stage1-medical"}
 
 
-def run(build: Build, stages: list[tuple[str, Prepare]]) -> list[tuple[str, Tally | str]]:
+def run(build: Build, stages: list[tuple[str, Prepare]]) -> list[tuple[str, Tally]]:
     """All stages, one after another, then OUT/final and what was put aside for stage 1. The name
-    and the tally of each stage, `read` first, or why it did not run."""
+    and the tally of each stage, `read` first."""
     paths, groups, tally = build.read()
-    found: list[tuple[str, Tally | str]] = [("read", tally)]
+    found = [("read", tally)]
     build.say(described("read", tally))
     last, aside, judge = build.out / "0-read", {}, None
     for number, (name, prepare) in enumerate(stages, 1):
@@ -119,7 +119,7 @@ def run(build: Build, stages: list[tuple[str, Prepare]]) -> list[tuple[str, Tall
         judge = prepare(build, folder, paths, tally)
         if isinstance(judge, str):
             build.say(f"{name} DOES NOT RUN: {judge}")
-            found.append((name, judge))
+            found.append((name, Tally(read=tally.kept, not_run=judge)))
             continue
         paths, tally = build.judge(folder, paths, judge, aside=name in ASIDE)
         if name in ASIDE:

@@ -19,8 +19,8 @@ figure { width: 260px; }
 """
 
 
-def write(out: Path, stages: list[tuple[str, Tally | str]], more: dict[str, Any]) -> None:
-    """`stages`: the name and tally of each, or why it did not run; `more`: what else is known."""
+def write(out: Path, stages: list[tuple[str, Tally]], more: dict[str, Any]) -> None:
+    """`stages`: the name and tally of each; `more`: what else is known."""
     for name, text in (
         ("report.json", as_json(stages, more)),
         ("report.html", as_html(stages, more)),
@@ -29,20 +29,15 @@ def write(out: Path, stages: list[tuple[str, Tally | str]], more: dict[str, Any]
             file.write(text.encode())
 
 
-def as_json(stages: list[tuple[str, Tally | str]], more: dict[str, Any]) -> str:
+def as_json(stages: list[tuple[str, Tally]], more: dict[str, Any]) -> str:
     """`stages` is a list of {name, read, kept, dropped: {reason: n}, ...}."""
-    found, kept = [], 0
+    found = []
     for name, tally in stages:
-        if isinstance(tally, str):
-            found.append(
-                {"name": name, "read": kept, "kept": kept, "dropped": {}, "not_run": tally}
-            )
-            continue
-        kept = tally.kept
         flow = [dict(zip(("source", "lang"), key.split("\t"), strict=True))
                 | dict(zip(SIZES, sizes, strict=True))
                 for key, sizes in sorted(tally.flow.items())]  # fmt: skip
-        found.append({"name": name, "read": tally.read, "kept": kept, "dropped": tally.dropped,
+        found.append({"name": name, "read": tally.read, "kept": tally.kept,
+                      "dropped": tally.dropped, "not_run": tally.not_run,
                       "flow": flow, "limits": tally.limits, "histograms": tally.bins})  # fmt: skip
     return json.dumps({"stages": found, **more}, ensure_ascii=False, indent=1)
 
@@ -50,10 +45,11 @@ def as_json(stages: list[tuple[str, Tally | str]], more: dict[str, Any]) -> str:
 # ---------------------------------------------------------------- the page
 
 
-def as_html(stages: list[tuple[str, Tally | str]], more: dict[str, Any]) -> str:
-    ran = [(name, tally) for name, tally in stages if isinstance(tally, Tally)]
-    skipped = [f"{name} did not run: {why}" for name, why in stages if isinstance(why, str)]
-    parts = [note(text) for text in skipped]
+def as_html(stages: list[tuple[str, Tally]], more: dict[str, Any]) -> str:
+    ran = [(name, tally) for name, tally in stages if not tally.not_run]
+    parts = [
+        note(f"{name} did not run: {tally.not_run}") for name, tally in stages if tally.not_run
+    ]
     parts += [heading("What each stage kept"), waterfall(ran)]
     parts += [heading("By source and language"), by_source(ran)]
     for title, rows in tables(more).items():

@@ -157,6 +157,7 @@ class Tally:
     limits: dict[str, float] = field(default_factory=dict)  # by "value\tlanguage"
     touched: dict[str, list[int]] = field(default_factory=dict)  # documents, dropped; by benchmark
     near: dict[str, list] = field(default_factory=dict)  # by "value\tlanguage\tside": examples
+    not_run: str = ""  # why, of a stage that is left out
 
     @property
     def kept(self) -> int:
