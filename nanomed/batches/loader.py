@@ -122,14 +122,12 @@ class Loader:
         """This rank's rows of a step; every rank has the same number of them. Those of the next
         step are then prepared in the background, so that the device need not wait for them."""
         prepared = self._prepared.pop(step, None)
-        rows = prepared.result() if prepared else self._rows_of(step)
+        rows = prepared.result() if prepared else list(self.rows(self.examples(step)))
         self._prepared.clear()
         if step + 1 < self.n_steps:
-            self._prepared[step + 1] = self._background.submit(self._rows_of, step + 1)
+            following = self.rows(self.examples(step + 1))
+            self._prepared[step + 1] = self._background.submit(list, following)
         return rows
-
-    def _rows_of(self, step: int) -> list[Row]:
-        return list(self.rows(self.examples(step)))
 
     def divisor(self, step: int) -> int:
         """What the loss of the whole step, summed over all ranks, is divided by."""

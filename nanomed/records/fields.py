@@ -1,6 +1,6 @@
 """The names that fields go by, and the ledger of those that hold text and are not read."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 from nanomed.config import InputError, nearest
@@ -57,11 +57,17 @@ def by_known_names(record: dict) -> tuple[dict, dict[str, str]]:
     return rest | {known: record[name] for known, name in own.items()}, own
 
 
-def holds_text(value: Any) -> bool:
+def strings_in(value: Any) -> Iterator[str]:
+    """Every string in a value of JSON, however deep."""
     if isinstance(value, str):
-        return any(map(str.isalpha, value))
-    children = value.values() if isinstance(value, dict) else value
-    return isinstance(value, dict | list | tuple) and any(map(holds_text, children))
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for child in value.values() if isinstance(value, dict) else value:
+            yield from strings_in(child)
+
+
+def holds_text(value: Any) -> bool:
+    return any(c.isalpha() for string in strings_in(value) for c in string)
 
 
 def unread(record: dict, read: Collection[str]) -> list[str]:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nanomed.records import Chat, Document, read_records, texts_in
+from nanomed.records.fields import strings_in
 from nanomed.store.cache import group_key
 from nanomed.store.tally import Facts
 from nanomed.text.template import Encoder
@@ -46,20 +47,12 @@ def batches(files: list[str], fields: Sequence[str], start: tuple[int, int]) -> 
             if number < first:
                 continue
             records.append((number, record))
-            size += _size(record)
+            size += 8 + sum(map(len, strings_in(record)))
             if size >= BATCH:
                 yield Batch(file, files[file], records, n_bytes)
                 records, size = [], 0
         if records:
             yield Batch(file, files[file], records, n_bytes)
-
-
-def _size(value: Any) -> int:
-    """About how many characters a record holds."""
-    if isinstance(value, str):
-        return len(value)
-    children = value.values() if isinstance(value, dict) else value
-    return 8 + (sum(map(_size, children)) if isinstance(value, dict | list) else 0)
 
 
 def encode(batch: Batch, encoder: Encoder) -> Encoded:

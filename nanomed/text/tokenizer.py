@@ -19,6 +19,7 @@ from typing import Any
 
 from nanomed.config import InputError, optional
 from nanomed.processes import n_cores
+from nanomed.records.fields import strings_in
 from nanomed.records.files import kind_of, read_json, read_lines
 from nanomed.text.tokenizer_files import (
     DOCUMENT_END,
@@ -282,14 +283,7 @@ def texts_in(path: str) -> list[str]:
     """Every string in a file of JSON, or the lines of a text file."""
     if kind_of(path) not in (".json", ".jsonl"):
         return [line for _, line, _ in read_lines(path)]
-
-    def strings(value: object) -> list[str]:
-        if isinstance(value, str):
-            return [value]
-        children = value.values() if isinstance(value, dict) else value
-        return [s for x in children for s in strings(x)] if isinstance(value, dict | list) else []
-
-    return [s for _, record, _ in read_json(path) for s in strings(record)]
+    return [text for _, record, _ in read_json(path) for text in strings_in(record)]
 
 
 def main() -> None:
