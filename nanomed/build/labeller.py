@@ -322,8 +322,7 @@ def quoted(text: str) -> str:
 
 def parse_object(text: str, allowed: dict[str, Sequence[Any]]) -> dict[str, Any] | None:
     """The answer's one JSON object, with exactly these names and for each one of its allowed
-    values, of the same type (1 is neither 1.0 nor true). A ``` fence around it is accepted, nothing
-    else is."""
+    values. A ``` fence around it is accepted, nothing else is."""
     fenced = _FENCED.fullmatch(text.strip())
     try:
         found = json.loads(fenced[1] if fenced else text)
@@ -331,10 +330,13 @@ def parse_object(text: str, allowed: dict[str, Sequence[Any]]) -> dict[str, Any]
         return None
     if not isinstance(found, dict) or set(found) != set(allowed):
         return None
-    for name, values in allowed.items():
-        if not any(type(v) is type(found[name]) and v == found[name] for v in values):
-            return None
-    return found
+    fits = all(is_one_of(found[name], values) for name, values in allowed.items())
+    return found if fits else None
+
+
+def is_one_of(value: Any, allowed: Sequence[Any]) -> bool:
+    """Of the same type, too: 1 is neither 1.0 nor true."""
+    return any(type(other) is type(value) and other == value for other in allowed)
 
 
 _FENCED = re.compile(r"```(?:json)?\s*(.*?)\s*```", re.DOTALL)

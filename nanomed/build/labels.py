@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nanomed.build.files import line_of, whole
-from nanomed.build.labeller import Endpoint, Request, parse_object, quoted
+from nanomed.build.labeller import Endpoint, Request, is_one_of, parse_object, quoted
 from nanomed.build.pipeline import Build
 from nanomed.build.shards import Doc, Tally, lottery, packed, read_shard
 from nanomed.config import InputError
@@ -51,12 +51,10 @@ def read_labels(kind: str, paths: list[str]) -> list[Label]:
         for number, record, _ in read_records(path):
             if not isinstance(record, dict) or record.get(kind) is None:
                 continue
-            if not any(type(a) is type(record[kind]) and a == record[kind]
-                       for a in prompts()[kind]["answers"]):  # fmt: skip
-                raise InputError(
-                    f"{path}, record {number}: field {kind!r}: {record[kind]!r} is none of "
-                    f"{prompts()[kind]['answers']}"
-                )
+            answers = prompts()[kind]["answers"]
+            if not is_one_of(record[kind], answers):
+                where = f"{path}, record {number}: field {kind!r}"
+                raise InputError(f"{where}: {record[kind]!r} is none of {answers}")
             text = text_of(record.get("text"), "text")
             source = source_of(record) or Path(path).name
             in_pool = bool(record.get("in_pool"))
