@@ -14,7 +14,6 @@ step is packed as it was.
 
 import argparse
 import dataclasses
-import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -32,6 +31,7 @@ from nanomed.build import context
 from nanomed.build.deita import rounds
 from nanomed.config import Run
 from nanomed.distributed import launch, pick_device, start
+from nanomed.hf import pretrained
 from nanomed.model.decoder import Aquila
 from nanomed.records import Chat, Document, PreferencePair, examples_in, read_records
 from nanomed.stages import stage
@@ -243,11 +243,10 @@ def settings(files: list[str], flags: list[str]) -> Run:
     cls = kinds[type(examples_in(files[0], number, record)[0])]
     argv = ["--data", *files, *flags]
     c = arguments.parse(cls, argv)
-    path = Path(c.init) / "config.json"
-    if not c.init or not (Path(c.init) / "model.json").exists():
+    if not c.init:
         return c
     known = {f.name for f in dataclasses.fields(cls)} - set(OWN)
-    base = {name: v for name, v in json.loads(path.read_text("utf-8")).items() if name in known}
+    base = {name: v for name, v in pretrained.settings_of(c.init).items() if name in known}
     return arguments.parse(cls, argv, base)
 
 
