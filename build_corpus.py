@@ -24,7 +24,7 @@ from nanomed.build.pipeline import Build, Prepare, run
 from nanomed.build.runner import ENGINES, Runner, mark, script
 from nanomed.build.settings import Paid, files_of, flag, weight_files
 from nanomed.build.shards import Judge, Tally
-from nanomed.config import InputError, beside_the_scripts, nearest
+from nanomed.config import InputError, beside_the_scripts, check_limits, nearest
 
 
 @dataclass(frozen=True)
@@ -67,12 +67,10 @@ class Corpus(Paid):
     show_text: bool = flag(False, "texts of dropped documents in the lists and the report")
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("max_special", "max_repetition", "min_domain", "general"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"--{name} is {getattr(self, name)}; it must be between 0 and 1")
-        if not 0 < self.near_dup_jaccard <= 1:
-            raise InputError("--near_dup_jaccard must be above 0 and at most 1")
+        shares = ("max_special", "max_repetition", "min_domain", "general")
+        limits = [(0 <= getattr(self, name) <= 1, name, "between 0 and 1") for name in shares]
+        limits.append((0 < self.near_dup_jaccard <= 1, "near_dup_jaccard", "above 0, at most 1"))
+        check_limits(self, limits)
         if self.stop_after and self.stop_after not in (names := stages(self)):
             hint = nearest(self.stop_after, names)
             raise InputError(f"--stop_after {self.stop_after}: stages are {', '.join(names)}{hint}")

@@ -35,7 +35,7 @@ from nanomed.build.pipeline import Build, described, facts_of, run
 from nanomed.build.runner import Runner
 from nanomed.build.settings import Paid, files_of, flag, weight_files
 from nanomed.build.shards import read_shard
-from nanomed.config import InputError, beside_the_scripts
+from nanomed.config import InputError, beside_the_scripts, check_limits
 from nanomed.distributed import alone_or_start, launch, pick_device
 from nanomed.hf import pretrained
 from nanomed.model.packed import pack_linears
@@ -86,13 +86,10 @@ class Chats(Paid):
     show_text: bool = flag(False, "texts of dropped chats in the lists and the report")
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.near_dup_jaccard <= 1 or not 0 < self.max_similarity <= 1:
-            raise InputError(
-                "--near_dup_jaccard and --max_similarity must be above 0 and at most 1"
-            )
-        if self.min_cr > self.max_cr:
-            raise InputError(f"--min_cr {self.min_cr} is above --max_cr {self.max_cr}")
+        shares = ("near_dup_jaccard", "max_similarity")
+        limits = [(0 < getattr(self, name) <= 1, name, "above 0, at most 1") for name in shares]
+        limits.append((self.min_cr <= self.max_cr, "min_cr", f"at most --max_cr {self.max_cr}"))
+        check_limits(self, limits)
 
 
 DEMONSTRATION = {"limit": 400, "targets": "assistant", "keep": 200, "show_text": True}

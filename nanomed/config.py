@@ -242,15 +242,16 @@ class Run:
             (self.examples >= 0, "examples", "0 or more"),
         ]  # fmt: skip
         check_limits(self, limits)
-        for f in dataclasses.fields(self):
-            choices, value = f.metadata["choices"], getattr(self, f.name)
-            if choices and value not in choices:
-                hint = nearest(value, choices)
-                raise InputError(f"--{f.name} is {value!r}; it must be one of {choices}{hint}")
 
 
 def check_limits(settings: Any, limits: list[tuple[bool, str, str]]) -> None:
-    """Raises InputError unless all hold: (whether it holds, the setting's name, the rule)."""
+    """Raises InputError unless each setting is one of its choices, if it has any, and all limits
+    hold: (whether it holds, the setting's name, the rule)."""
+    for f in dataclasses.fields(settings):
+        choices, value = f.metadata.get("choices"), getattr(settings, f.name)
+        if choices and value not in choices:
+            hint = nearest(value, choices)
+            raise InputError(f"--{f.name} is {value!r}; it must be one of {choices}{hint}")
     for holds, name, rule in limits:
         if not holds:
             raise InputError(f"--{name} is {getattr(settings, name, '?')}; it must be {rule}")

@@ -1,11 +1,11 @@
 """What the scripts that build data share of their settings."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 from nanomed.build.labeller import Endpoint
-from nanomed.config import InputError, nearest
+from nanomed.config import InputError, check_limits
 
 KINDS = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet")  # in a folder; each also as .gz
 
@@ -29,11 +29,7 @@ class Paid:
     retry_failed: bool = flag(False, "ask again where its answer could not be read")
 
     def __post_init__(self) -> None:
-        for f in fields(self):
-            choices, value = f.metadata["choices"], getattr(self, f.name)
-            if choices and value not in choices:
-                hint = nearest(value, choices)
-                raise InputError(f"--{f.name} is {value!r}; it must be one of {choices}{hint}")
+        check_limits(self, [])
 
     def endpoint(self, url: str, model: str, answers: Path) -> Endpoint:
         return Endpoint(
