@@ -45,7 +45,7 @@ def _convert_file(path: Path, target: Path) -> list[Spec]:
     tensors = _read(path)
     specs = [Spec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
     specs.sort(key=lambda spec: spec.name)
-    write_file(target, specs, (tensors[spec.name] for spec in specs))
+    write_file(target, specs, ((spec, tensors[spec.name]) for spec in specs))
     return specs
 
 

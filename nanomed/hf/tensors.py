@@ -136,9 +136,9 @@ def file_names(n: int) -> list[str]:
     return [f"model-{i:05d}-of-{n:05d}.safetensors" for i in range(1, n + 1)]
 
 
-def write_file(path: Path, specs: list[Spec], values: Iterable[Tensor]) -> None:
-    """Writes tensors as they come, in the order of `specs`. Raises ValueError if they are not what
-    the header says."""
+def write_file(path: Path, specs: list[Spec], pieces: Iterable[tuple[Spec, Tensor]]) -> None:
+    """Writes tensors as they come, in the order of `specs`; a tensor may come in several pieces,
+    its rows one after another. Raises ValueError if they are not what the header says."""
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for spec in specs:
         place = [end, end := end + spec.n_bytes]
@@ -146,14 +146,17 @@ def write_file(path: Path, specs: list[Spec], values: Iterable[Tensor]) -> None:
         header[spec.name] = kind | {"data_offsets": place}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # so that the first tensor is aligned
+    written = dict.fromkeys(specs, 0)
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for spec, value in zip(specs, values, strict=True):
-            if (value.dtype, value.shape) != (spec.dtype, spec.shape):
-                raise ValueError(f"{spec} came as {value.dtype} {tuple(value.shape)}")
-            file.write(value.cpu().reshape(-1).view(torch.uint8).numpy().data)
+        for spec, piece in pieces:
+            if piece.dtype != spec.dtype or piece.shape[1:] != spec.shape[1:]:
+                raise ValueError(f"{spec} came as {piece.dtype} {tuple(piece.shape)}")
+            written[spec] += file.write(piece.cpu().reshape(-1).view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())
+    if wrong := [spec.name for spec, n in written.items() if n != spec.n_bytes]:
+        raise ValueError(f"{path}: not all of {some(wrong)} was written")
 
 
 def write_index(folder: Path, shards: list[tuple[str, list[Spec]]]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nanomed.config import InputError
-from nanomed.distributed import from_main, full
+from nanomed.distributed import from_main, is_sharded
 from nanomed.hf.card import model_card
 from nanomed.hf.config import render, unsaid
 from nanomed.hf.reading import hf_name
@@ -55,11 +55,10 @@ def export(
     shards = plan(specs)
     with progress(len(specs), "tensor", "writing weights") as bar:
         for name, members in shards:
-            values = _values(model, members, bar)
             if main:
-                write_file(unfinished / name, members, values)
+                write_file(unfinished / name, members, _pieces(model, members, bar))
             else:  # takes part, keeps nothing
-                for _ in values:
+                for _ in _pieces(model, members, bar):
                     pass
     if main:
         if len(shards) > 1:
@@ -86,16 +85,33 @@ def _specs(model: Aquila, dtype: torch.dtype, is_qwen2: bool) -> list[Spec]:
     return specs
 
 
-def _values(model: Aquila, specs: list[Spec], bar: tqdm) -> Iterator[Tensor]:
-    """The tensors' values in order, each whole. Every rank must ask for all of them."""
+def _pieces(model: Aquila, specs: list[Spec], bar: tqdm) -> Iterator[tuple[Spec, Tensor]]:
+    """The tensors' values in order, a piece at a time: the rows of one rank, on every rank. Every
+    rank must ask for all of them."""
     params = {hf_name(name): param.detach() for name, param in model.named_parameters()}
     for spec in specs:
         bar.update()
         param = params.get(spec.name)
         if param is None:
-            yield torch.zeros(spec.shape, dtype=spec.dtype)
+            yield spec, torch.zeros(spec.shape, dtype=spec.dtype)
+        elif is_sharded(param):
+            yield from ((spec, rows) for rows in _rows_of_each_rank(param, spec.dtype))
         else:
-            yield full(param.to(spec.dtype))
+            yield spec, param.to(spec.dtype)
+
+
+def _rows_of_each_rank(param: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
+    """full_tensor() was seen to need the tensor three times at a peak, on every rank."""
+    (sharded,) = [i for i, p in enumerate(param.placements) if p.is_shard()]
+    group = param.device_mesh.get_group(sharded)
+    size = dist.get_world_size(group)
+    for rank, like in enumerate(torch.empty(len(param), device="meta").chunk(size)):
+        if rank == dist.get_rank(group):
+            rows = param.to_local().to(dtype).contiguous()
+        else:
+            rows = torch.empty(len(like), *param.shape[1:], dtype=dtype, device=param.device)
+        dist.broadcast(rows, group=group, group_src=rank)
+        yield rows
 
 
 def _problem(model: Aquila, tokenizer: Tokenizer, folder: Path, n_bytes: int, replace: bool) -> str:

@@ -108,5 +108,5 @@ def test_memory_of_import_and_export(tmp_path):
         r = json.loads((tmp_path / f"in-report-{rank}").read_text())
         print({name: f"{value / 1e6:.0f} MB" for name, value in r.items()})
         assert r["import"] <= 1.3 * r["share"] + r["largest"]
-        assert r["export"] <= 2.2 * r["largest"]  # gathered, then put together
+        assert r["export"] <= r["largest"] < 250e6  # a shard of the export
     assert all_tensors(tmp_path / "in-out").keys() == all_tensors(folder).keys()
