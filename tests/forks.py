@@ -16,9 +16,9 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from nanomed.distributed import World
 
-# What shard(), fit(), FSDP's first step and DCP's first save import: seconds in each process.
-IMPORTED = ["tests.killed", "torch.distributed.fsdp", "nanomed.run.saves", "torch._dynamo"]
-IMPORTED += ["torch.distributed.checkpoint._fsspec_filesystem"]
+# What tests, shard(), fit(), FSDP's first step and DCP's first save import: seconds each time.
+IMPORTED = ["tests.conftest", "tests.killed", "torch.distributed.fsdp", "nanomed.run.saves"]
+IMPORTED += ["torch._dynamo", "torch.distributed.checkpoint._fsspec_filesystem"]
 
 
 def server() -> mp.context.ForkServerContext:

@@ -29,9 +29,10 @@ from nanomed.training.step import Loss, reduced, train_step
 from tests.training.test_exactness import Recorder, assert_same_gradients, sharded
 
 # (ranks, tokens of a row at most, how the model is shared): one row; many rows; ranks that share;
-# ranks with fillers alone; two copies on two ranks each
-LAYOUTS = [(1, 4096, Sharing()), (1, 96, Sharing()), (2, 200, Sharing(once=True))]
-LAYOUTS += [(4, 4096, Sharing()), (4, 96, Sharing(copies=2))]
+# two copies on two ranks each. Of an epoch's short last step one row, copies, ranks with fillers.
+ONE_ROW, COPIES = (1, 4096, Sharing()), (4, 96, Sharing(copies=2))
+LAYOUTS = [ONE_ROW, (1, 96, Sharing()), (2, 200, Sharing(once=True)), COPIES]
+OF_THE_LAST = [ONE_ROW, COPIES, (4, 4096, Sharing())]
 BATCH = 8
 CLOCK = ("tokens_per_s", "peak_memory_gb")  # what a step logs and depends on no loss
 
@@ -89,9 +90,9 @@ def check_loss(pool, config, data, make_loss: Callable[[], Loss], formula: Formu
     """Raises AssertionError unless the loss is the formula, however its step is laid out."""
     last = -(-len(data) // BATCH) - 1
     assert len(data) % BATCH, "the last step must be a short one"
-    for step in (0, last):
+    for step, layouts in ((0, LAYOUTS), (last, OF_THE_LAST)):
         gradients, values = by_formula(config, data, formula, step)
-        for n_ranks, *layout in LAYOUTS:
+        for n_ranks, *layout in layouts:
             for ours, logged in pool(n_ranks, packed_step, config, data, make_loss, *layout, step):
                 assert_same_gradients(ours, gradients)
                 # What the formula says nothing of must at least be the same in every layout.

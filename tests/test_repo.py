@@ -146,14 +146,15 @@ def test_text_files_are_utf_8_whatever_the_locale_says():
 def test_importing_does_nothing():
     """It prints nothing, touches no process group and no thread setting, and needs no optional
     package; and our `kernels` has no __version__ that others would take for theirs, and leaves
-    its Triton files alone. torch itself imports triton and zstandard. What torch shards and saves
-    with takes as long as torch: --help and refusals come without. The processes of a corpus's build
-    go without torch."""
+    its Triton files alone. torch itself imports triton and zstandard. What torch shards, saves and
+    compiles with takes as long as torch: --help, refusals and an empty model come without. The
+    processes of a corpus's build go without torch."""
     code = (
         "import sys, build_corpus; assert 'torch' not in sys.modules;"
         "import torch; n = torch.get_num_threads(); import train_sft, evaluate, build_dpo;"
         "import kernels;"
-        "slow = ('torch.distributed.fsdp', 'torch.distributed.checkpoint', 'sympy');"
+        "torch.set_default_device('meta'); train_sft.stage.Aquila(train_sft.stage.MODELS['tiny']);"
+        "slow = ('torch.distributed.fsdp', 'torch.distributed.checkpoint', 'torch._dynamo');"
         "assert not [name for name in sys.modules if name.startswith(slow)];"
         "assert n == torch.get_num_threads() and not torch.distributed.is_initialized();"
         "assert not hasattr(kernels, '__version__');"

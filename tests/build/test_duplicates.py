@@ -1,5 +1,6 @@
 """Duplicates: all exact ones, near ones as often as the formula says, and nothing else."""
 
+import functools
 import itertools
 import json
 import random
@@ -20,6 +21,7 @@ from tests.build.corpora import corpus, digests, dropped, exam, kept, read, text
 LETTER = {"zh": "", "en": " "}
 
 
+@functools.cache
 def shingles(document: str) -> set[tuple[str, ...]]:
     """5-grams without any of the library's code; texts here need no normalising but the case."""
     words = re.findall("[\u4e00-\u9fff]|[a-z0-9]+", document.lower())
@@ -28,7 +30,8 @@ def shingles(document: str) -> set[tuple[str, ...]]:
 
 def jaccard(a: str, b: str) -> float:
     one, other = shingles(a), shingles(b)
-    return len(one & other) / len(one | other)
+    common = len(one & other)
+    return common / (len(one) + len(other) - common)
 
 
 def edited(rng: random.Random, document: str, lang: str, share: float) -> str:

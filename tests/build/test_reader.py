@@ -25,7 +25,7 @@ def folder(encoder, tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def learned(folder, tmp_path_factory) -> tuple[reader.Reader, Path]:
-    found, work = labelled(640), tmp_path_factory.mktemp("work")
+    found, work = labelled(320), tmp_path_factory.mktemp("work")
     texts, targets = [x.text for x in found], np.array([x.value for x in found])
     return reader.learn("domain", texts, targets, folder, work), work
 
@@ -101,14 +101,14 @@ def test_the_head_begins_as_the_best_ridge_regression(folder, encoder):
 
 def test_a_run_that_was_killed_goes_on(learned, folder, tmp_path, monkeypatch):
     """After the second of its three epochs, and to the same bits."""
-    found = labelled(640)
+    found = labelled(320)
     given = [x.text for x in found], np.array([x.value for x in found]), folder, tmp_path
     trained, steps = reader.fit, []
 
     def killed(c, model, loader, loss, run):
         def counting(values, row):
             steps.append(row)
-            if len(steps) > 50:
+            if len(steps) > 25:
                 raise KeyboardInterrupt
             return loss(values, row)
 
@@ -156,7 +156,7 @@ def test_documents_that_are_all_alike_begin_at_the_mean(folder, encoder):
 
 def test_quality_is_a_number(folder, tmp_path):
     rng = np.random.default_rng(0)
-    targets = rng.integers(0, 7, 640).astype(float)
+    targets = rng.integers(0, 7, 320).astype(float)
     texts = [f"{'good clear ' * int(n)}{'buy now ' * int(6 - n)}{rng.random()}" for n in targets]
     model = reader.learn("quality", texts, targets, folder, tmp_path)
     assert (

@@ -252,7 +252,7 @@ def saves_on_a_full_disk(world, folder: str, n: int, error: int) -> list[str]:
     return problems
 
 
-@pytest.mark.parametrize("n_ranks, n", [(1, 10), (2, 20)])
+@pytest.mark.parametrize("n_ranks, n", [(1, 10), (2, 12)])
 def test_a_full_disk_leaves_the_last_checkpoint(pool, tmp_path, n_ranks, n):
     """ENOSPC at random offsets of a save, in shards, metadata and manifest."""
     for problems in pool(n_ranks, saves_on_a_full_disk, str(tmp_path), n, errno.ENOSPC):

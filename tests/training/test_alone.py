@@ -53,11 +53,11 @@ def test_two_halves_are_a_float32():
 
 
 def test_rounding_at_random_is_right_on_average():
-    """The mean of 10,000 roundings within 4 standard errors; each is a neighbour."""
+    """The mean of 2,500 roundings within 4 standard errors; each is a neighbour."""
     torch.manual_seed(0)
     x = torch.cat([torch.randn(200), torch.randn(50) * 1e-12, torch.tensor([1 + 2**-12, -1e-30])])
-    drawn = torch.stack([rounded_at_random(x).double() for _ in range(10_000)])
-    error = drawn.std(0, correction=1) / 100
+    drawn = torch.stack([rounded_at_random(x).double() for _ in range(2_500)])
+    error = drawn.std(0, correction=1) / 50
     assert ((drawn.mean(0) - x.double()).abs() <= 4 * error + 1e-45).float().mean() > 0.99
     assert ((drawn - x.double()).abs() <= 2**-7 * x.double().abs()).all()
     exact = torch.tensor([0.0, 1.0, -0.5])
@@ -191,9 +191,9 @@ def test_a_run_is_fsdps(world, small, tmp_path):
 def test_moments_in_bfloat16_learn_as_well(world, small, tmp_path):
     losses = {
         way: run(world, small, tmp_path / way, way, steps=40, log_every=40)[1][-1]["val_loss"]
-        for way in ("fsdp", "split_bf16")
+        for way in ("split", "split_bf16")
     }
-    assert losses["split_bf16"] == pytest.approx(losses["fsdp"], rel=0.005)
+    assert losses["split_bf16"] == pytest.approx(losses["split"], rel=0.005)
 
 
 @pytest.mark.parametrize("first, second", [("split", "fsdp"), ("fsdp", "split")])

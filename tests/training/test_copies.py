@@ -34,14 +34,14 @@ def test_each_node_holds_a_whole_model(pool, small):
 
 @pytest.fixture(scope="module")
 def copies(pool, small, tmp_path_factory) -> Path:
-    """A run of 20 steps, saved in the background."""
+    """A run of 10 steps, saved in the background."""
     folder = tmp_path_factory.mktemp("copies") / "x"
-    pool(4, train, small, str(folder), {"lr": 1e-3, "save": "background"}, (), 20, COPIES)
+    pool(4, train, small, str(folder), {"lr": 1e-3, "save": "background"}, (), 10, COPIES)
     return folder
 
 
 def test_copies_learn_as_one_process(pool, small, tmp_path, copies):
-    pool(1, train, small, str(tmp_path / "x"), {"lr": 1e-3}, (), 20)
+    pool(1, train, small, str(tmp_path / "x"), {"lr": 1e-3})
     for ours, theirs in zip(metrics_of(copies), metrics_of(tmp_path / "x"), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5)
 
@@ -69,7 +69,7 @@ def test_one_copy_goes_on_with_a_save_of_copies(pool, small, tmp_path, copies):
 def test_copies_go_on(pool, small, tmp_path, first, save):
     """With a save of one copy on four ranks the losses stay within 1e-5; of as many copies, they
     and the dropout are the same bit for bit."""
-    changes = {"save": save, "dropout": 0.2 if first else 0.0, "eval_every": 5}
+    changes = {"save": save, "dropout": 0.2 if first else 0.0}
     pool(4, train, small, str(tmp_path / "x"), {"lr": 1e-3} | changes, (), 10, first)
     for ours, theirs in zip(*goes_on(pool, small, tmp_path / "x", COPIES, **changes), strict=True):
         assert ours == (theirs if first else pytest.approx(theirs, rel=1e-5))

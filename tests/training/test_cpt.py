@@ -153,11 +153,11 @@ def test_a_dry_run_says_what_the_run_would_take(world, monkeypatch, capsys):
 
 
 def train(world, model_config, out, weighted: bool, stops_at=0, dropout=0.0, **changes):
-    """20 steps on two sources, validated every tenth; `stops_at` ends it after that step's save."""
+    """12 steps on two sources, validated every sixth; `stops_at` ends it after that step's save."""
     c = CPT(
         lr=1e-3, batch_size=8, seq_len=64, micro_tokens=256, epochs=4, warmup_ratio=0.0,
         dropout=dropout,
-        eval_every=10, save_every=5, out=out, steps=20, **changes,
+        eval_every=6, save_every=4, out=out, steps=12, **changes,
     )  # fmt: skip
     sources = [random_documents(60, 0, longest=150), random_documents(40, 1)]
     held_out = [random_documents(5, 2, longest=150), random_documents(5, 3)]
@@ -188,11 +188,11 @@ def n_bytes_of(model_config) -> torch.Tensor:
 
 
 def test_early_losses_do_not_depend_on_the_number_of_processes(pool, small, tmp_path):
-    """Dropout 0: 20 steps within 1e-5 on 1 and 2 processes, and the sources' metrics with them."""
+    """Dropout 0: 12 steps within 1e-5 on 1 and 2 processes, and the sources' metrics with them."""
     for n_ranks in (1, 2):
         pool(n_ranks, train, small, str(tmp_path / f"on{n_ranks}"), False)
     alone = metrics_of(tmp_path / "on1")
-    assert len([m for m in alone if "loss" in m]) == 20 and "val_bits_per_byte/source1" in alone[-1]
+    assert len([m for m in alone if "loss" in m]) == 12 and "val_bits_per_byte/source1" in alone[-1]
     for ours, wanted in zip(metrics_of(tmp_path / "on2"), alone, strict=True):
         assert ours == pytest.approx(wanted, rel=1e-5)
 
@@ -202,7 +202,7 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(pool, small, tmp_path):
     n_ranks = 2
     straight, halves = (str(tmp_path / name) for name in ("straight", "halves"))
     wanted = pool(n_ranks, train, small, straight, True, 0, 0.2)
-    pool(n_ranks, train, small, halves, True, 13, 0.2)
+    pool(n_ranks, train, small, halves, True, 9, 0.2)
     got = pool(n_ranks, resumed, small, halves)
     assert all(torch.equal(a, b) for a, b in zip(got[0], wanted[0], strict=True))
     assert metrics_of(tmp_path / "halves") == metrics_of(tmp_path / "straight")

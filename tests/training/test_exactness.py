@@ -245,10 +245,10 @@ def test_every_parameter_moves(pool, small, tmp_path, n_ranks, before):
 # ---------------------------------------------------------------- resume
 
 
-def train(world, model_config, out, changes, dies=(), n_steps=20, sharing=None):
+def train(world, model_config, out, changes, dies=(), n_steps=10, sharing=None):
     """A run in the folder `out`; `dies` (module, name, step) is a function that ends it once that
     step is saved. What it leaves behind."""
-    saving = dict(save_every=5, eval_every=10, save="blocking", out=out)
+    saving = dict(save_every=5, eval_every=5, save="blocking", out=out)
     c = settings(batch_size=16, micro_tokens=256, epochs=5, **{**saving, **changes})
     model = sharded(world, model_config, dropout=c.dropout, sharing=sharing)
     run = RunFolder(c, world)
@@ -278,14 +278,14 @@ def metrics_of(folder: Path) -> list[dict]:
     return [{k: v for k, v in m.items() if k not in clock} for m in lines]
 
 
-RIGHT_AFTER_THE_SAVE = ("nanomed.training.trainer", "evaluate", 10)
-AFTER_VALIDATION = ("nanomed.training.trainer", "train_step", 10)
+RIGHT_AFTER_THE_SAVE = ("nanomed.training.trainer", "evaluate", 5)
+AFTER_VALIDATION = ("nanomed.training.trainer", "train_step", 5)
 
 
 @pytest.mark.parametrize(
     "n_ranks, dies", [(1, (RIGHT_AFTER_THE_SAVE, AFTER_VALIDATION)), (2, (AFTER_VALIDATION,))]
 )
-def test_twenty_steps_are_ten_and_a_resume_and_ten(pool, small, tmp_path, n_ranks, dies):
+def test_ten_steps_are_five_and_a_resume_and_five(pool, small, tmp_path, n_ranks, dies):
     """With dropout: weights, losses, learning rates, validation and the choice of
     the best checkpoint, bit for bit."""
     straight = tmp_path / "straight"
@@ -293,7 +293,7 @@ def test_twenty_steps_are_ten_and_a_resume_and_ten(pool, small, tmp_path, n_rank
     for place in dies:
         halves = tmp_path / place[1]
         pool(n_ranks, train, small, str(halves), {"dropout": 0.2}, place)
-        assert metrics_of(halves)[-1]["step"] == 10
+        assert metrics_of(halves)[-1]["step"] == 5
         got = pool(n_ranks, train, small, str(halves), {"dropout": 0.2, "resume": "latest"})
         for a, b in zip(got[0], wanted[0], strict=True):
             assert torch.equal(a, b)
@@ -303,19 +303,19 @@ def test_twenty_steps_are_ten_and_a_resume_and_ten(pool, small, tmp_path, n_rank
 
 
 def test_early_losses_do_not_depend_on_the_number_of_processes(pool, small, tmp_path):
-    """Dropout 0: the first 25 steps within 1e-5 on 1, 2 and 4 processes; and the 20 steps after a
+    """Dropout 0: the first 20 steps within 1e-5 on 1, 2 and 4 processes; and the 15 steps after a
     resume on another number of them."""
 
     def run(n_ranks: int, name: str, **changes) -> list[dict]:
-        changes |= {"lr": 1e-3, "keep_last": 9}
-        pool(n_ranks, train, small, str(tmp_path / name), changes, (), 25)
+        changes |= {"lr": 1e-3, "keep_last": 9, "eval_every": 10}
+        pool(n_ranks, train, small, str(tmp_path / name), changes, (), 20)
         return metrics_of(tmp_path / name)
 
     alone, *found = [run(n, f"on{n}") for n in (1, 2, 4)]
-    for step in (10, 15, 20, 25):
+    for step in (10, 15, 20):
         checkpoint.delete(tmp_path / f"on2/checkpoints/step-{step:06d}")
     found.append(run(1, "on2", resume="latest"))
-    assert [lines[-1]["step"] for lines in (alone, *found)] == [25] * 4
+    assert [lines[-1]["step"] for lines in (alone, *found)] == [20] * 4
     for lines in found:
         for ours, wanted in zip(lines, alone, strict=True):
             assert ours == pytest.approx(wanted, rel=1e-5)

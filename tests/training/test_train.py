@@ -239,14 +239,14 @@ def test_without_out_the_next_free_folder(tmp_path, world, monkeypatch):
 # ---------------------------------------------------------------- it learns, and stops
 
 
-def test_sixteen_chats_are_learned_by_heart_and_every_answer_ends(tmp_path, encoder, world):
-    """Greedy generation gives all 16 last answers of multi-turn chats, and stops by
-    itself on all 16."""
-    chats = long_chats(encoder, 16)
+def test_eight_chats_are_learned_by_heart_and_every_answer_ends(tmp_path, encoder, world):
+    """Greedy generation gives all 8 last answers of multi-turn chats, and stops by itself on all
+    8."""
+    chats = long_chats(encoder, 8)
     data_file = write(tmp_path / "chats.jsonl", *chats)
     data = store.chats([data_file], encoder, 1024, 0.0)
     n = 64  # epochs of one step
-    c = SFT(batch_size=16, micro_tokens=4096, lr=8e-3, dropout=0.0, seq_len=1024, epochs=n,
+    c = SFT(batch_size=8, micro_tokens=4096, lr=8e-3, dropout=0.0, seq_len=1024, epochs=n,
             warmup_ratio=0.1, min_lr_ratio=0.05, log_every=n, save_every=n, eval_every=n,
             out=str(tmp_path / "run"))  # fmt: skip
     config = dataclasses.replace(
@@ -263,7 +263,7 @@ def test_sixteen_chats_are_learned_by_heart_and_every_answer_ends(tmp_path, enco
     shard(model, world, torch.float32)
     model.to_empty(device="cpu")
     init_weights(model)
-    loader = Loader(c, data, parts=(np.arange(16), np.arange(0)))
+    loader = Loader(c, data, parts=(np.arange(8), np.arange(0)))
     run = train_sft.RunFolder(c, world)
     fit(c, model, loader, train_sft.next_token_loss, run)
     run.close()
