@@ -11,7 +11,7 @@ import argparse
 import dataclasses
 
 from nanomed import arguments
-from nanomed.config import MODELS, Run
+from nanomed.config import MODELS, InputError, Run
 from nanomed.distributed import launch
 from nanomed.hf import pretrained
 from nanomed.model.recompute import POLICIES
@@ -25,9 +25,15 @@ def main(argv: list[str] | None = None) -> None:
     stages = {cls.stage: cls for cls in Run.__subclasses__()}
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--stage", choices=stages, default="sft")
+    parser.add_argument("--gpus", type=int, help="another number than --hardware's")
+    parser.add_argument("--gpu_memory", type=float, help="another number of GiB than --hardware's")
     given, rest = parser.parse_known_args(argv)
     c = arguments.parse(stages[given.stage], rest)
     hw = parse_hardware(c.hardware)
+    hw = dataclasses.replace(hw, n_gpus=given.gpus if given.gpus is not None else hw.n_gpus)
+    hw = dataclasses.replace(hw, gib=given.gpu_memory or hw.gib)
+    if hw.n_gpus < 1:
+        raise InputError(f"--gpus is {hw.n_gpus}; it must be at least 1")
     config = pretrained.config_of(c.init) if c.init else MODELS[c.model or "tiny"]
     print(f"{c.stage}, {config.n_params():,} parameters on {hw.n_gpus} GPUs, kernels {c.kernels}")
     segments, length = c.batch_size * (2 if c.stage == "dpo" else 1), c.seq_len

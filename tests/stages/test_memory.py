@@ -152,7 +152,7 @@ def test_the_tool(capsys):
         "bound: ",
     ):
         assert part in text
-    with pytest.raises(InputError, match="--hardware is '0xH100'"):
-        tool.main(["--hardware", "0xH100"])
+    with pytest.raises(InputError, match="--gpus is 0; it must be at least 1"):
+        tool.main(["--gpus", "0"])
     with pytest.raises(InputError, match="did you mean --micro_tokens"):
         tool.main(["--micro_token", "8"])
