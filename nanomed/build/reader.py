@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from nanomed.batches.loader import Loader
 from nanomed.batches.packing import Row, row_from
-from nanomed.build.runner import whole
+from nanomed.build.files import whole
 from nanomed.config import SFT, ModelConfig
 from nanomed.distributed import full, pick_device, shard, start
 from nanomed.hf import pretrained
