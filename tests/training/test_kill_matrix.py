@@ -90,7 +90,8 @@ def kill_at_a_random_time(
         victims = range(n_ranks)
     group.kill(*victims)
     codes = group.wait(ENDS_WITH_THE_OTHERS)
-    assert -9 in codes and None not in codes  # no rank waits for a dead one
+    assert None not in codes  # no rank waits for a dead one
+    assert -9 in codes or codes == [0] * n_ranks  # or a fast run had ended before
     goes_on_as_if_nothing_had_been(forks, straight, folder, n_ranks, stage, save)
 
 
