@@ -10,6 +10,7 @@ tokenizer.json says. So an export is a Qwen2 where the tokenizer is Qwen's and q
 a bias, a Qwen3 where q and k are normalised, else a Llama.
 """
 
+from nanomed.hf.pretrained import load
 from nanomed.hf.writing import export
 
-__all__ = ["export"]
+__all__ = ["export", "load"]

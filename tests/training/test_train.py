@@ -13,11 +13,10 @@ import torch
 
 import kernels
 import train_sft
-from nanomed import store
+from nanomed import hf, store
 from nanomed.batches.loader import Loader
 from nanomed.config import MODELS, SFT, InputError
 from nanomed.distributed import shard
-from nanomed.hf import pretrained
 from nanomed.model.decoder import Aquila, init_weights
 from nanomed.model.generation import greedy_in_lockstep
 from nanomed.records import Chat, chats_of
@@ -189,7 +188,7 @@ def test_the_export_loads_in_transformers(finished, encoder):
     folder = finished[1] / "export"
     theirs = AutoModelForCausalLM.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    ours = pretrained.load(folder)
+    ours = hf.load(folder)
     prompt = encoder.prompt(Chat([("user", "什么是高血压？")]))
     messages = [{"role": "user", "content": "什么是高血压？"}]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
