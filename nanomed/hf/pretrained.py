@@ -12,7 +12,9 @@ import torch
 from torch import nn
 
 from nanomed.config import InputError, ModelConfig
-from nanomed.hf import chat_template, reading
+from nanomed.hf.chat_template import difference, like, renderer
+from nanomed.hf.reading import load_weights as load_hf_weights
+from nanomed.hf.reading import read_config
 from nanomed.hf.tensors import stored
 from nanomed.model.decoder import Aquila
 from nanomed.processes import rank_from_env
@@ -38,12 +40,12 @@ def _template_of(folder: str | Path, tok: tokenizer.Tokenizer, named: str) -> te
     if named:
         return template.load(named)
     home = _home(folder)
-    render = chat_template.renderer(home)
+    render = renderer(home)
     if (stored := home / "template.json").exists():
         chosen = template.load(str(stored))
     else:
-        chosen = (render and chat_template.like(render, tok)) or template.fitting(tok)
-    if render and (other := chat_template.difference(render, chosen)) and rank_from_env()[0] == 0:
+        chosen = (render and like(render, tok)) or template.fitting(tok)
+    if render and (other := difference(render, chosen)) and rank_from_env()[0] == 0:
         print(
             f"WARNING: {folder}: its own chat template is not followed: {other}. Give --template a "
             "JSON file that renders as it does (docs/aquilamed.md shows one), or one of "
@@ -56,7 +58,7 @@ def _template_of(folder: str | Path, tok: tokenizer.Tokenizer, named: str) -> te
 def config_of(folder: str | Path) -> ModelConfig:
     saved = _home(folder) / "model.json"
     if not saved.exists():
-        return reading.read_config(folder)
+        return read_config(folder)
     try:
         raw = json.loads(saved.read_text("utf-8"))
         raw.pop("dropout", None)  # runs up to November 2026 wrote it here; it is the run's alone
@@ -72,7 +74,7 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             checkpoint.load_weights(_checkpoint(folder), model)
     else:
-        reading.load_weights(model, folder)
+        load_hf_weights(model, folder)
 
 
 def load(
