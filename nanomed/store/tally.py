@@ -1,7 +1,7 @@
 """What became of the records of a file or source: the numbers of data_report.json."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ from nanomed.records.shapes import Chat, Document, language
 from nanomed.text.template import Encoder
 
 PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
-NAMES = 100  # of so many unread fields each is named in the report
+NAMES = 100  # of so many sources of a file, and unread fields of each, the report has the names
 LENGTH_BITS = 11  # exact below 2,048 tokens, and a length of any size to 0.1%
 
 
@@ -55,9 +55,8 @@ class Tally:
         this stays small: lengths are rounded down to LENGTH_BITS significant bits."""
         self.examples += 1
         self.changed.update(facts.notes)
-        for name in facts.unread:  # a file may call its fields by endless names
-            known = name in self.unread or len(self.unread) < NAMES
-            self.unread[name if known else "(others)"] += 1
+        for name in facts.unread:
+            self.unread[among(self.unread, name)] += 1
         if n_tokens == 0:
             self.dropped[facts.dropped or "longer than seq_len"] += 1
             return
@@ -71,24 +70,15 @@ class Tally:
         self.languages[facts.language] += 1
 
     @classmethod
-    def of(cls, parts: Iterable["Tally"]) -> "Tally":
-        """The sum of several."""
+    def of(cls, parts: Iterable[dict]) -> "Tally":
+        """The sum of several, each as vars() gives it, or JSON that was made of that."""
         total = cls()
-        for part in parts:
-            for name, value in vars(part).items():
+        for name, value in (item for part in parts for item in part.items()):
+            if isinstance(value, dict):
+                getattr(total, name).update(value)
+            else:
                 setattr(total, name, getattr(total, name) + value)
         return total
-
-    def to_json(self) -> dict:
-        return dict(vars(self))
-
-    @classmethod
-    def from_json(cls, fields: dict) -> "Tally":
-        tally = cls(**fields)
-        for name in ("dropped", "changed", "unread", "languages"):
-            setattr(tally, name, Counter(fields[name]))
-        tally.lengths = Counter({int(length): n for length, n in fields["lengths"].items()})
-        return tally
 
     def report(self) -> dict:
         kept = self.lengths.total()
@@ -112,13 +102,18 @@ class Tally:
 
     def _percentiles(self) -> dict[str, int]:
         """The nearest length that occurs, at or below each percentile."""
-        lengths = sorted(self.lengths)
-        if not lengths:
+        if not self.lengths:
             return {}
-        up_to = np.cumsum([self.lengths[length] for length in lengths])
+        found = sorted((int(length), n) for length, n in self.lengths.items())  # JSON's are texts
+        up_to = np.cumsum([n for _, n in found])
         ranks = [int(p / 100 * (up_to[-1] - 1)) for p in PERCENTILES]
         where = np.searchsorted(up_to, ranks, side="right")
-        return {f"p{p}": lengths[i] for p, i in zip(PERCENTILES, where, strict=True)}
+        return {f"p{p}": found[i][0] for p, i in zip(PERCENTILES, where, strict=True)}
+
+
+def among(known: Collection[str], name: str) -> str:
+    """The name under which something is counted: a file may have endless ones."""
+    return name if name in known or len(known) < NAMES else "(others)"
 
 
 def remarks(report: dict) -> list[str]:
@@ -144,11 +139,11 @@ def report_of(files: list[str], tallies: Mapping[tuple[str, str], Tally]) -> dic
     `tallies` is by (file, source)."""
     by_file = {path: {s: t for (p, s), t in tallies.items() if p == path} for path in files}
     return {
-        **Tally.of(tallies.values()).report(),
+        **Tally.of(map(vars, tallies.values())).report(),
         "files": {
             path: {
                 "encoding": encoding(path),
-                **Tally.of(sources.values()).report(),
+                **Tally.of(map(vars, sources.values())).report(),
                 "sources": {name or "(none named)": t.report() for name, t in sources.items()},
             }
             for path, sources in by_file.items()

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -21,14 +21,13 @@ from nanomed.store.cache import cached, digest, hash_of_first, progress
 from nanomed.store.pool import in_order
 from nanomed.store.shards import Shard, file_of, finished, write_json
 from nanomed.store.stream import Documents, check
-from nanomed.store.tally import Facts, Tally, report_of
+from nanomed.store.tally import Facts, Tally, among, report_of
 from nanomed.store.texts import Encoded, batches, ids_of
 from nanomed.store.versions import check_versions, versions
 from nanomed.text.template import Encoder
 
 SHARD_TOKENS = 32 << 20  # at most, 128 MiB; a document longer than that has a shard of its own
 SMALL = 8 << 20  # bytes of files that are read before other processes have started
-SOURCES = 100  # of so many in a file each is named in the report, the rest together
 
 
 def documents(files: list[str], encoder: Encoder, fields: Sequence[str] = ()) -> Documents:
@@ -99,10 +98,10 @@ def _write(folder: Path, files: list[str], encoder: Encoder, plan: dict, n_proce
 
 def _manifest(folder: Path, sources: list[dict]) -> dict:
     written = finished(folder)
-    tallies: dict[tuple[str, str], Tally] = defaultdict(Tally)
+    parts: dict[tuple[str, str], list[dict]] = defaultdict(list)
     for file, source, tally in (entry for shard in written for entry in shard["tallies"]):
-        key = (sources[file]["path"], source)
-        tallies[key] = Tally.of([tallies[key], Tally.from_json(tally)])
+        parts[sources[file]["path"], source].append(tally)
+    tallies = {key: Tally.of(tallied) for key, tallied in parts.items()}
     report = report_of([source["path"] for source in sources], tallies)
     kept = [
         {name: shard[name] for name in ("tokens", "documents", "files")}
@@ -181,8 +180,9 @@ class _Builder:
         done = finished(folder)
         self.start = tuple(done[-1]["next"]) if done else (0, 1)
         self.number, self.shard = len(done), Shard()
-        self.named = {tuple(key) for shard in done for *key, _ in shard["tallies"]}
-        self.n_named = Counter(file for file, _ in self.named)
+        self.named: dict[int, set[str]] = defaultdict(set)  # of each file the sources told apart
+        for file, source, _ in (entry for shard in done for entry in shard["tallies"]):
+            self.named[file].add(source)
         self.tallies: dict[tuple[int, str], Tally] = defaultdict(Tally)  # of this shard
 
     def run(self, encoder: Encoder, fields: Sequence[str], n_processes: int) -> None:
@@ -211,20 +211,16 @@ class _Builder:
                 self._count(file, batch.facts[i], length)
 
     def _count(self, file: int, facts: Facts, n_tokens: int) -> None:
-        key = (file, facts.source)
-        if key not in self.named and self.n_named[file] < SOURCES:
-            self.named.add(key)
-            self.n_named[file] += 1
-        self.tallies[key if key in self.named else (file, "(others)")].count(
-            facts, n_tokens, n_tokens - 1
-        )
+        source = among(self.named[file], facts.source)
+        self.named[file].add(source)
+        self.tallies[file, source].count(facts, n_tokens, n_tokens - 1)
 
     def _finish(self, following: tuple[int, int]) -> None:
         """Writes the shard; the next one begins with the record `following`."""
         about = {"documents": 0}
         if self.shard.n_tokens:
             about = self.shard.write(self.folder, self.number)
-        tallies = [[*key, tally.to_json()] for key, tally in self.tallies.items()]
+        tallies = [[*key, vars(tally)] for key, tally in self.tallies.items()]
         about |= {"next": following, "tallies": tallies}
         write_json(self.folder / f"shard-{self.number:05d}.json", about)
         self.number, self.shard = self.number + 1, Shard()
