@@ -16,11 +16,15 @@ import io
 import json
 import os
 from array import array
+from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from nanomed.store.tally import Tally
+from nanomed.store.texts import Encoded
 
 DTYPES = {
     "tokens": np.dtype("<u4"),
@@ -34,26 +38,35 @@ def file_of(shard: int, name: str) -> str:
     return f"shard-{shard:05d}.{name}.{'u32' if name == 'tokens' else 'npy'}"
 
 
+def files_of(shards: list[dict]) -> dict[str, dict]:
+    """Size and hash of each of their files, by name."""
+    return {name: facts for shard in shards for name, facts in shard["files"].items()}
+
+
 class Shard:
     """Documents gathered in memory, in one piece that is given back whole, until written."""
 
-    def __init__(self):
+    def __init__(self, number: int):
+        self.number = number
         self.tokens, self.keys = array("I"), array("Q")
         self.borders, self.source = array("q", [0]), array("q")
+        self.tallies: dict[tuple[int, str], Tally] = defaultdict(Tally)  # (file, its source)
 
     @property
     def n_tokens(self) -> int:
         return self.borders[-1]
 
-    def add(self, ids: np.ndarray, key: int, file: int, record: int) -> None:
-        """ids[n] uint32"""
-        self.tokens.frombytes(ids.tobytes())
-        self.borders.append(len(self.tokens))
-        self.keys.append(key)
-        self.source.extend((file, record))
+    def add(self, text: Encoded, file: int, record: int, source: str) -> None:
+        self.tallies[file, source].count(text.facts, text.n_tokens, text.n_tokens - 1)
+        if text.n_tokens:
+            self.tokens.frombytes(text.ids)
+            self.borders.append(len(self.tokens))
+            self.keys.append(text.key)
+            self.source.extend((file, record))
 
-    def write(self, folder: Path, number: int) -> dict[str, Any]:
-        """Its arrays, in the order of the documents' keys. Returns what the manifest says."""
+    def write(self, folder: Path, following: tuple[int, int]) -> None:
+        """Its arrays, in the order of the documents' keys, and then its JSON; the next shard begins
+        with the record `following`."""
         tokens = np.frombuffer(self.tokens, np.uint32).astype(DTYPES["tokens"], copy=False)
         borders = np.array(self.borders, DTYPES["borders"])
         keys = np.array(self.keys, DTYPES["keys"])
@@ -65,14 +78,18 @@ class Shard:
             "keys": [_npy(keys[order])],
             "source": [_npy(source[order])],
         }
-        return {
+        about = {
             "tokens": self.n_tokens,
             "documents": len(order),
             "files": {
-                file_of(number, name): _write(folder / file_of(number, name), chunks)
+                file_of(self.number, name): _write(folder / file_of(self.number, name), chunks)
                 for name, chunks in content.items()
+                if self.n_tokens  # else all of its records were dropped
             },
+            "next": following,
+            "tallies": [[*key, vars(tally)] for key, tally in self.tallies.items()],
         }
+        write_json(folder / f"shard-{self.number:05d}.json", about)
 
 
 def _npy(values: np.ndarray) -> bytes:

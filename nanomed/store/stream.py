@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from nanomed.config import InputError
 from nanomed.store.cache import digest, limit_of
-from nanomed.store.shards import DTYPES, file_of
+from nanomed.store.shards import DTYPES, file_of, files_of
 from nanomed.store.texts import RENDERED
 from nanomed.store.versions import check_versions
 
@@ -157,7 +157,7 @@ def read_manifest(folder: Path) -> dict:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         whole = sum(shard["tokens"] for shard in manifest["shards"]) == manifest["tokens"]
-        expected = {name: facts["size"] for name, facts in _files(manifest).items()}
+        expected = {name: facts["size"] for name, facts in files_of(manifest["shards"]).items()}
     except FileNotFoundError:
         begun = (folder / "unfinished.json").exists()
         raise InputError(
@@ -179,11 +179,6 @@ def read_manifest(folder: Path) -> dict:
     return manifest
 
 
-def _files(manifest: dict) -> dict[str, dict]:
-    """Sizes and hashes of all shards' files, by name."""
-    return {name: facts for shard in manifest["shards"] for name, facts in shard["files"].items()}
-
-
 def check(store: Documents, identity: dict) -> None:
     """Raises InputError unless the ids are those that this tokenizer, template and code make."""
     found = store.manifest
@@ -197,7 +192,7 @@ def check(store: Documents, identity: dict) -> None:
 
 def verify(folder: Path) -> None:
     """Reads the whole store and compares every file's hash. Raises InputError."""
-    files = _files(read_manifest(folder))
+    files = files_of(read_manifest(folder)["shards"])
     size = sum(facts["size"] for facts in files.values())
     with tqdm(total=size, unit="B", unit_scale=True, desc="verifying", disable=None) as bar:
         for name, facts in files.items():

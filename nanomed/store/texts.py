@@ -1,9 +1,8 @@
 """A record of a file becomes token ids: what each tokenising process does."""
 
+from array import array
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from nanomed.records import Chat, Document, read_records, texts_in
 from nanomed.records.fields import strings_in
@@ -17,24 +16,24 @@ NO_LIMIT = 1 << 62  # tokens of a chat: here it is cut into slices, not shortene
 
 
 class Batch(NamedTuple):
-    """Records of one file as they stand in it."""
+    """Records of one file as they stand in it; once encoded, what they became."""
 
     file: int  # its number
     path: str
-    records: list[tuple[int, Any]]  # (number from 1, record)
     n_bytes: int  # of the file read so far
+    records: list[tuple[int, Any]]  # (number from 1, record); encoded: (number, list[Encoded])
 
 
 class Encoded(NamedTuple):
-    """A batch's documents one after another; a dropped one has length 0."""
+    """A document, or a chat as one."""
 
-    file: int
-    n_bytes: int  # of the file read so far
-    ids: np.ndarray  # [T] uint32
-    lengths: list[int]
-    records: list[int]
-    keys: list[int]
-    facts: list[Facts]
+    ids: bytes  # uint32; none if it is dropped
+    key: int
+    facts: Facts
+
+    @property
+    def n_tokens(self) -> int:
+        return len(self.ids) // 4
 
 
 def batches(files: list[str], fields: Sequence[str], start: tuple[int, int]) -> Iterator[Batch]:
@@ -49,26 +48,27 @@ def batches(files: list[str], fields: Sequence[str], start: tuple[int, int]) -> 
             records.append((number, record))
             size += 8 + sum(map(len, strings_in(record)))
             if size >= BATCH:
-                yield Batch(file, files[file], records, n_bytes)
+                yield Batch(file, files[file], n_bytes, records)
                 records, size = [], 0
         if records:
-            yield Batch(file, files[file], records, n_bytes)
+            yield Batch(file, files[file], n_bytes, records)
 
 
-def encode(batch: Batch, encoder: Encoder) -> Encoded:
+def encode(batch: Batch, encoder: Encoder) -> Batch:
     """Raises InputError at the first record that cannot be read."""
-    ids, lengths, records, keys, facts = [], [], [], [], []
-    for number, record in batch.records:
-        for text in texts_in(batch.path, number, record):
-            its_ids = ids_of(text, encoder)
-            ids.append(np.array(its_ids, np.uint32))
-            lengths.append(len(its_ids))
-            records.append(number)
-            keys.append(group_key(text.group))
-            facts.append(Facts.of(text, encoder))
-            if isinstance(text, Chat):
-                facts[-1].notes.append(RENDERED)
-    return Encoded(batch.file, batch.n_bytes, np.concatenate(ids), lengths, records, keys, facts)
+    return batch._replace(
+        records=[
+            (number, [_encoded(text, encoder) for text in texts_in(batch.path, number, record)])
+            for number, record in batch.records
+        ]
+    )
+
+
+def _encoded(text: Document | Chat, encoder: Encoder) -> Encoded:
+    facts = Facts.of(text, encoder)
+    if isinstance(text, Chat):
+        facts.notes.append(RENDERED)
+    return Encoded(array("I", ids_of(text, encoder)).tobytes(), group_key(text.group), facts)
 
 
 def ids_of(text: Document | Chat, encoder: Encoder) -> list[int]:

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
-from itertools import groupby
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -19,10 +19,10 @@ from nanomed.processes import n_cores
 from nanomed.records import read_records, texts_in
 from nanomed.store.cache import cached, digest, hash_of_first, progress
 from nanomed.store.pool import in_order
-from nanomed.store.shards import Shard, file_of, finished, write_json
+from nanomed.store.shards import Shard, files_of, finished, write_json
 from nanomed.store.stream import Documents, check
-from nanomed.store.tally import Facts, Tally, among, report_of
-from nanomed.store.texts import Encoded, batches, ids_of
+from nanomed.store.tally import Tally, among, report_of
+from nanomed.store.texts import batches, ids_of
 from nanomed.store.versions import check_versions, versions
 from nanomed.text.template import Encoder
 
@@ -36,10 +36,10 @@ def documents(files: list[str], encoder: Encoder, fields: Sequence[str] = ()) ->
 
     Raises InputError for a file that cannot be read, and for a store that is damaged or not of
     this tokenizer and code."""
+    plan = _plan(files, encoder, fields, SHARD_TOKENS)
     if len(files) == 1 and Path(files[0]).is_dir():
         folder = Path(files[0])
     else:
-        plan = _plan(files, encoder, fields, SHARD_TOKENS)
         first = [hash_of_first(_ids_in(path, encoder, fields)) for path in files]
         parts = [json.dumps(plan), *map(digest, files), *first]
         small = sum(map(os.path.getsize, files)) < SMALL
@@ -47,7 +47,7 @@ def documents(files: list[str], encoder: Encoder, fields: Sequence[str] = ()) ->
         write = partial(build, files=files, encoder=encoder, fields=fields, n_processes=processes)
         folder = cached("documents", parts, write)
     store = Documents(folder)
-    check(store, _identity(encoder))
+    check(store, plan)
     return store
 
 
@@ -71,8 +71,7 @@ def build(
     plan = _plan(files, encoder, fields, shard_tokens)
     if not (folder / "manifest.json").exists():
         with locks.take(folder / "unfinished.json", patience=0) as begun:
-            begun.seek(0)
-            _go_on(folder, begun, plan, files)
+            _begin(folder, begun, plan | {"times": _times(files)})
             _write(folder, files, encoder, plan, n_processes)
     (folder / "unfinished.json").unlink(missing_ok=True)
     store = Documents(folder)
@@ -85,8 +84,7 @@ def _write(folder: Path, files: list[str], encoder: Encoder, plan: dict, n_proce
     hasher = ThreadPoolExecutor(1)  # reads beside the tokenising
     try:
         hashes = hasher.map(digest, files)
-        builder = _Builder(folder, files, plan["shard_tokens"])
-        builder.run(encoder, plan["fields"], n_processes)
+        _write_shards(folder, files, encoder, plan, n_processes)
         sources = [
             {"path": path, "size": os.path.getsize(path), "sha256": sha256}
             for path, sha256 in zip(files, hashes, strict=True)
@@ -110,31 +108,25 @@ def _manifest(folder: Path, sources: list[dict]) -> dict:
     ]
     if not kept:
         raise InputError(f"no document in {', '.join(report['files'])}: {report['dropped']}")
+    # Of tokens, borders and keys: what a resumed run must find again.
+    hashes = [file["sha256"] for name, file in files_of(kept).items() if ".source." not in name]
     return {
         "tokens": report["tokens"],
         "documents": report["kept"],
         "bytes": report["bytes"],
-        "sha256": _content(kept),
+        "sha256": hashlib.sha256("".join(hashes).encode()).hexdigest(),
         "sources": sources,
         "shards": kept,
         "report": report,
     }
 
 
-def _content(kept: list[dict]) -> str:
-    """One hash of all tokens, borders and keys: what a resumed run must find again."""
-    hashes = [
-        facts["sha256"]
-        for number, shard in enumerate(kept)
-        for name, facts in shard["files"].items()
-        if name != file_of(number, "source")
-    ]
-    return hashlib.sha256("".join(hashes).encode()).hexdigest()
-
-
-def _identity(encoder: Encoder) -> dict:
-    """What a store must share with the run that reads it."""
+def _plan(files: list[str], encoder: Encoder, fields: Sequence[str], shard_tokens: int) -> dict:
+    """All that decides what is in a store, but for the content of its files."""
     return {
+        "paths": list(files),
+        "fields": list(fields),
+        "shard_tokens": shard_tokens,
         "tokenizer": encoder.tokenizer.fingerprint(),
         "document_end": encoder.document_end,
         "template": encoder.template.to_json(),
@@ -142,27 +134,25 @@ def _identity(encoder: Encoder) -> dict:
     }
 
 
-def _plan(files: list[str], encoder: Encoder, fields: Sequence[str], shard_tokens: int) -> dict:
-    settings = {"fields": list(fields), "shard_tokens": shard_tokens}
-    return {"paths": list(files), **settings, **_identity(encoder)}
-
-
-def _go_on(folder: Path, begun, plan: dict, files: list[str]) -> None:
-    """Sees that what is in the folder was begun for the same store."""
+def _times(files: list[str]) -> list[int]:
     try:
-        plan = plan | {"times": [os.stat(path).st_mtime_ns for path in files]}
+        return [os.stat(path).st_mtime_ns for path in files]
     except OSError as error:
         raise InputError(f"{error.filename}: {error.strerror}") from None
-    text = begun.read()
+
+
+def _begin(folder: Path, begun: IO[str], plan: dict) -> None:
+    """Sees that what is in the folder was begun by the same plan, or notes the plan there."""
+    begun.seek(0)
     if any(folder.glob("shard-*")):
-        found = json.loads(text or "{}")
+        found = json.loads(begun.read() or "{}")
         _same(folder, plan, found)
         check_versions(str(folder), found.get("versions", {}), plan["versions"])
-        return
-    begun.truncate(0)  # what was begun, if anything, had come to nothing
-    begun.write(json.dumps(plan))
-    begun.flush()
-    os.fsync(begun.fileno())
+    else:
+        begun.truncate()  # what was begun, if anything, had come to nothing
+        begun.write(json.dumps(plan))
+        begun.flush()
+        os.fsync(begun.fileno())
 
 
 def _same(folder: Path, plan: dict, found: dict) -> None:
@@ -174,54 +164,30 @@ def _same(folder: Path, plan: dict, found: dict) -> None:
         )
 
 
-class _Builder:
-    def __init__(self, folder: Path, files: list[str], shard_tokens: int):
-        self.folder, self.files, self.shard_tokens = folder, files, shard_tokens
-        done = finished(folder)
-        self.start = tuple(done[-1]["next"]) if done else (0, 1)
-        self.number, self.shard = len(done), Shard()
-        self.named: dict[int, set[str]] = defaultdict(set)  # of each file the sources told apart
-        for file, source, _ in (entry for shard in done for entry in shard["tallies"]):
-            self.named[file].add(source)
-        self.tallies: dict[tuple[int, str], Tally] = defaultdict(Tally)  # of this shard
-
-    def run(self, encoder: Encoder, fields: Sequence[str], n_processes: int) -> None:
-        sizes = np.cumsum([0, *(os.path.getsize(path) for path in self.files)]).tolist()
-        with progress(self.files, sizes[self.start[0]]) as bar:
-            todo = batches(self.files, fields, self.start)
-            with closing(in_order(todo, encoder, n_processes)) as done:
-                for encoded in done:
-                    self._add(encoded)
-                    bar.update(sizes[encoded.file] + encoded.n_bytes - bar.n)
-        if self.shard.n_tokens or self.tallies:
-            self._finish((len(self.files), 1))
-
-    def _add(self, batch: Encoded) -> None:
-        """A shard is cut between records, before the one that it has no room for."""
-        file, at = batch.file, 0
-        for record, group in groupby(range(len(batch.records)), batch.records.__getitem__):
-            members = list(group)
-            n_tokens = sum(batch.lengths[i] for i in members)
-            if self.shard.n_tokens and self.shard.n_tokens + n_tokens > self.shard_tokens:
-                self._finish((file, record))
-            for i in members:
-                if length := batch.lengths[i]:
-                    self.shard.add(batch.ids[at : at + length], batch.keys[i], file, record)
-                at += length
-                self._count(file, batch.facts[i], length)
-
-    def _count(self, file: int, facts: Facts, n_tokens: int) -> None:
-        source = among(self.named[file], facts.source)
-        self.named[file].add(source)
-        self.tallies[file, source].count(facts, n_tokens, n_tokens - 1)
-
-    def _finish(self, following: tuple[int, int]) -> None:
-        """Writes the shard; the next one begins with the record `following`."""
-        about = {"documents": 0}
-        if self.shard.n_tokens:
-            about = self.shard.write(self.folder, self.number)
-        tallies = [[*key, vars(tally)] for key, tally in self.tallies.items()]
-        about |= {"next": following, "tallies": tallies}
-        write_json(self.folder / f"shard-{self.number:05d}.json", about)
-        self.number, self.shard = self.number + 1, Shard()
-        self.tallies.clear()
+def _write_shards(
+    folder: Path, files: list[str], encoder: Encoder, plan: dict, n_processes: int
+) -> None:
+    """Those that are not written yet. A shard is cut between records, before the one that it has no
+    room for."""
+    done = finished(folder)
+    start = tuple(done[-1]["next"]) if done else (0, 1)
+    named: dict[int, set[str]] = defaultdict(set)  # of each file the sources told apart
+    for file, source, _ in (entry for shard in done for entry in shard["tallies"]):
+        named[file].add(source)
+    shard = Shard(len(done))
+    sizes = np.cumsum([0, *map(os.path.getsize, files)]).tolist()
+    encoded = in_order(batches(files, plan["fields"], start), encoder, n_processes)
+    with progress(files, sizes[start[0]]) as bar, closing(encoded):
+        for file, _, n_bytes, records in encoded:
+            for record, texts in records:
+                n_tokens = sum(text.n_tokens for text in texts)
+                if shard.n_tokens and shard.n_tokens + n_tokens > plan["shard_tokens"]:
+                    shard.write(folder, (file, record))
+                    shard = Shard(shard.number + 1)
+                for text in texts:
+                    source = among(named[file], text.facts.source)
+                    named[file].add(source)
+                    shard.add(text, file, record, source)
+            bar.update(sizes[file] + n_bytes - bar.n)
+    if shard.tallies:
+        shard.write(folder, (len(files), 1))
