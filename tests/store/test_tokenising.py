@@ -128,7 +128,7 @@ def test_killed_at_ten_random_moments(tmp_path):
 
 
 def test_a_tokenising_process_needs_no_torch():
-    code = "import sys, nanomed.store.process; assert 'torch' not in sys.modules"
+    code = "import sys, nanomed.store.pool; assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
