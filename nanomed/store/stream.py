@@ -12,6 +12,7 @@ A Part is one side of it, shard after shard, as one stream of tokens.
 import json
 import mmap
 import os
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +25,8 @@ from nanomed.store.cache import digest, limit_of
 from nanomed.store.shards import DTYPES, file_of, files_of
 from nanomed.store.texts import RENDERED
 from nanomed.store.versions import check_versions
+
+NPY_HEADER = 128  # bytes, as np.save writes it for arrays of one or two dimensions
 
 
 class Piece(NamedTuple):
@@ -49,16 +52,12 @@ class Documents:
     def split(self, fraction: float) -> tuple["Part", "Part"]:
         """(to train on, held out): a document is held out if its key is below the fraction's share
         of all keys. Either part may be empty."""
-        limit = limit_of(fraction)
-        sizes = [(shard["documents"], shard["tokens"]) for shard in self.manifest["shards"]]
+        limit, shards = limit_of(fraction), self.manifest["shards"]
+        borders = [int(np.searchsorted(self._map(s, "keys"), limit)) for s in range(len(shards))]
         # [shards,2] documents and tokens before each shard's border, and before its end
-        cuts = np.array([self._cut(s, limit) for s in range(len(sizes))], np.int64)
-        ends = np.array(sizes, np.int64)
+        cuts = np.array([(n, self._map(s, "borders")[n]) for s, n in enumerate(borders)], np.int64)
+        ends = np.array([(shard["documents"], shard["tokens"]) for shard in shards], np.int64)
         return Part(self, cuts, ends), Part(self, np.zeros_like(cuts), cuts)
-
-    def _cut(self, shard: int, limit: np.uint64) -> tuple[int, int]:
-        n = int(np.searchsorted(self._map(shard, "keys"), limit))
-        return n, int(self._map(shard, "borders")[n])
 
     def where(self, document: int) -> tuple[str, int]:
         """The file, and the record's number in it, that a document was read from."""
@@ -67,6 +66,18 @@ class Documents:
         file, record = self._map(shard, "source").reshape(-1, 2)[place]
         return self.manifest["sources"][file]["path"], int(record)
 
+    def pieces(self, shard: int, start: int, stop: int) -> Iterator[Piece]:
+        """Those of a shard's documents in its tokens [start, stop)."""
+        borders, tokens = (self._map(shard, array) for array in ("borders", "tokens"))
+        first = int(np.searchsorted(borders, start, "right")) - 1
+        last = int(np.searchsorted(borders, stop, "left"))
+        ids = tokens[start : stop + 1].astype(np.int64)  # and one more, which may follow
+        edges = pairwise(borders[first : last + 1].tolist())
+        for document, (low, high) in enumerate(edges, first + int(self.starts[shard])):
+            a, b = max(low, start), min(high, stop)
+            last_label = int(ids[b - start]) if b < high else -100
+            yield Piece(ids[a - start : b - start], last_label, document)
+
     @property
     def keys(self) -> np.ndarray:
         """[documents] uint64, which decide what a split holds out; 8 bytes of memory for each."""
@@ -74,13 +85,9 @@ class Documents:
 
     def _map(self, shard: int, array: str) -> np.ndarray:
         """Mapped anew each time, so that what a process has read does not stay in its memory."""
-        n = self.manifest["shards"][shard]["tokens" if array == "tokens" else "documents"]
-        count = {"tokens": n, "borders": n + 1, "keys": n, "source": 2 * n}[array]
-        dtype = DTYPES[array]
         with open(self.folder / file_of(shard, array), "rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        # An .npy file ends with its values.
-        return np.frombuffer(mapped, dtype, offset=len(mapped) - count * dtype.itemsize)
+        return np.frombuffer(mapped, DTYPES[array], offset=0 if array == "tokens" else NPY_HEADER)
 
 
 class Part:
@@ -89,63 +96,35 @@ class Part:
     def __init__(self, store: Documents, first: np.ndarray, last: np.ndarray):
         """first, last: [shards,2] documents and tokens before the part's begin and its end."""
         self.store = store
-        self.first, self.begins = first.T  # [shards] document and token
-        sums = np.concatenate((np.zeros((1, 2), np.int64), np.cumsum(last - first, axis=0)))
-        self.documents, self.offsets = sums.T  # [shards+1] before each shard, in the stream
-
-    @property
-    def n_tokens(self) -> int:
-        return int(self.offsets[-1])
-
-    @property
-    def n_documents(self) -> int:
-        return int(self.documents[-1])
+        self.begins = first[:, 1]  # [shards] the first token in each
+        self.n_documents, self.n_tokens = (last - first).sum(0).tolist()
+        self.offsets = np.cumsum([0, *(last - first)[:, 1]])  # [shards+1] tokens before each shard
 
     def read(self, start: int, stop: int) -> list[Piece]:
         """The pieces of documents in tokens [start, stop) of the stream, in its order. Raises
         IndexError beyond the stream's ends."""
         if not 0 <= start <= stop <= self.n_tokens:
             raise IndexError(f"tokens {start} to {stop} of a stream of {self.n_tokens}")
-        pieces: list[Piece] = []
-        shard = self._shard_at(start)
-        while start < stop:
-            end = min(stop, int(self.offsets[shard + 1]))
-            pieces += self._read_shard(shard, start, end)
-            start, shard = end, shard + 1
-        return pieces
-
-    def _read_shard(self, shard: int, start: int, stop: int) -> list[Piece]:
-        if start == stop:
-            return []
-        borders, tokens = (self.store._map(shard, array) for array in ("borders", "tokens"))
-        start, stop = (int(x - self.offsets[shard] + self.begins[shard]) for x in (start, stop))
-        first = int(np.searchsorted(borders, start, "right")) - 1
-        last = int(np.searchsorted(borders, stop, "left"))
-        edges = borders[first : last + 1].tolist()
-        first += int(self.store.starts[shard])
-        ids = tokens[start : stop + 1].astype(np.int64)  # and one more, which may follow
-        pieces = []
-        for document, (low, high) in enumerate(pairwise(edges), first):
-            a, b = max(low, start), min(high, stop)
-            last_label = int(ids[b - start]) if b < high else -100
-            pieces.append(Piece(ids[a - start : b - start], last_label, document))
-        return pieces
+        return [piece for span in self._spans(start, stop) for piece in self.store.pieces(*span)]
 
     def n_ends(self, start: int, stop: int) -> int:
         """How many documents have their last token in [start, stop) of the stream: so many of its
         tokens have no successor to learn."""
-        return self._ends_before(stop) - self._ends_before(start)
+        n = 0
+        for shard, *span in self._spans(start, stop):
+            before, after = np.searchsorted(self.store._map(shard, "borders"), span, "right")
+            n += int(after - before)
+        return n
 
-    def _ends_before(self, position: int) -> int:
-        shard = self._shard_at(position)
-        if shard == len(self.begins):
-            return self.n_documents
-        token = position - self.offsets[shard] + self.begins[shard]
-        ended = np.searchsorted(self.store._map(shard, "borders"), token, "right") - 1
-        return int(self.documents[shard] + ended - self.first[shard])
-
-    def _shard_at(self, position: int) -> int:
-        return int(np.searchsorted(self.offsets, position, "right")) - 1
+    def _spans(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """(shard, from which of its tokens, to which) of tokens [start, stop) of the stream."""
+        shard = int(np.searchsorted(self.offsets, start, "right")) - 1
+        while start < stop:
+            shift = int(self.begins[shard] - self.offsets[shard])
+            end = min(stop, int(self.offsets[shard + 1]))
+            if start < end:  # else none of this shard's documents is in the part
+                yield shard, start + shift, end + shift
+            start, shard = end, shard + 1
 
 
 # ---------------------------------------------------------------- checks
