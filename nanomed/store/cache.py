@@ -5,8 +5,9 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from itertools import accumulate, islice
 from pathlib import Path
 
 import numpy as np
@@ -45,13 +46,15 @@ def limit_of(fraction: float) -> np.uint64:
     return np.uint64(min(int(fraction * 2**64), 2**64 - 1))
 
 
-def progress(files: list[str], done: int = 0) -> tqdm:
-    """A bar over the bytes of the files, with MB/s and the time left; on rank 0's terminal only."""
-    total = sum(os.path.getsize(path) for path in files)
+@contextmanager
+def progress(files: list[str], first: int = 0) -> Iterator[Callable[[int, int], None]]:
+    """A bar over the bytes of the files from this one on, with MB/s and the time left; on rank 0's
+    terminal only. It moves as it is told (a file's number, its bytes read so far)."""
+    before = [0, *accumulate(map(os.path.getsize, files))]
     hidden = None if rank_from_env()[0] == 0 else True  # None: shown on a terminal only
-    return tqdm(
-        total=total, initial=done, unit="B", unit_scale=True, desc="tokenising", disable=hidden
-    )
+    look = {"unit": "B", "unit_scale": True, "desc": "tokenising", "disable": hidden}
+    with tqdm(total=before[-1], initial=before[first], **look) as bar:
+        yield lambda file, n_bytes: bar.update(before[file] + n_bytes - bar.n)
 
 
 def cached(kind: str, parts: list[str], write: Callable[[Path], None]) -> Path:

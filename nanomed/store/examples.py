@@ -9,14 +9,14 @@ import hashlib
 import json
 from array import array
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from nanomed.config import InputError
-from nanomed.records import Chat, PreferencePair, read_chats, read_pairs
+from nanomed.records import Chat, read_chats, read_pairs
 from nanomed.store.cache import cached, digest, group_key, hash_of_first, progress
 from nanomed.store.tally import Facts, Tally, report_of
 from nanomed.store.versions import versions
@@ -61,47 +61,6 @@ class Store:
         return self.meta["files"][file], int(record)
 
 
-class Writer:
-    """Appends examples to a store under construction; memory does not grow with the tokens."""
-
-    def __init__(self, folder: Path, files: list[str], segments_per_example: int = 1):
-        self.folder = folder
-        self.meta = {"files": files, "segments_per_example": segments_per_example}
-        self.tokens = open(folder / "tokens.u32", "wb")
-        self.trained = open(folder / "trained.u8", "wb")
-        self.borders, self.source = array("q", [0]), array("q")
-        self.keys, self.divisors, self.kinds = array("Q"), array("q"), array("q")
-        self.hash = hashlib.sha256()  # of the content: what a resumed run must find again
-        self.names: dict[str, int] = {}
-
-    def add(
-        self, segments: list[Encoded], divisor: int, file: int, record: int, group: str, kind: str
-    ) -> None:
-        for ids, trained in segments:
-            content = [array("I", ids).tobytes(), bytes(trained)]
-            self.tokens.write(content[0])
-            self.trained.write(content[1])
-            self.hash.update(b"%d " % len(ids) + b"".join(content))
-            self.borders.append(self.borders[-1] + len(ids))
-        self.source.extend((file, record))
-        self.keys.append(group_key(group))
-        self.divisors.append(divisor)
-        self.kinds.append(self.names.setdefault(kind, len(self.names)))
-
-    def close(self, report: dict) -> None:
-        self.tokens.close()
-        self.trained.close()
-        np.save(self.folder / "borders.npy", np.array(self.borders, np.int64))
-        np.save(self.folder / "source.npy", np.array(self.source, np.int64).reshape(-1, 2))
-        np.save(self.folder / "keys.npy", np.array(self.keys, np.uint64))
-        np.save(self.folder / "divisors.npy", np.array(self.divisors, np.int64))
-        np.save(self.folder / "kinds.npy", np.array(self.kinds, np.int64))
-        self.meta |= {"tokens": self.borders[-1], "kinds": list(self.names), "report": report}
-        self.meta["sha256"] = self.hash.hexdigest()
-        content = json.dumps(self.meta, ensure_ascii=False, indent=2)
-        (self.folder / "meta.json").write_text(content, "utf-8")
-
-
 def chats(
     files: list[str], encoder: Encoder, seq_len: int, allow_drop: float, fields: Sequence[str] = ()
 ) -> Store:
@@ -110,94 +69,109 @@ def chats(
 
     Raises InputError for a file that cannot be read, and if more than the share `allow_drop` of
     the chats could not be kept."""
-    return _open("chats", files, encoder, seq_len, allow_drop, fields)
+    return _Reading("chats", files, encoder, seq_len, fields).store(allow_drop)
 
 
 def pairs(
     files: list[str], encoder: Encoder, seq_len: int, allow_drop: float, fields: Sequence[str] = ()
 ) -> Store:
     """The same of preference pairs: two segments each, the chosen answer first."""
-    return _open("pairs", files, encoder, seq_len, allow_drop, fields)
+    return _Reading("pairs", files, encoder, seq_len, fields).store(allow_drop)
 
 
-def _open(
-    kind: str,
-    files: list[str],
-    encoder: Encoder,
-    seq_len: int,
-    allow_drop: float,
-    fields: Sequence[str],
-) -> Store:
-    encoded = partial(_encoded, kind, fields, encoder, seq_len)
+@dataclass
+class _Reading:
+    """All that a store's content depends on."""
 
-    def write(folder: Path) -> None:
-        writer = Writer(folder, files, segments_per_example=2 if kind == "pairs" else 1)
-        writer.meta["fields"] = list(fields)
-        report = _write(writer, files, encoded, encoder)
-        _check_drops(report, seq_len, allow_drop=1.0)  # an empty store is of no use to anybody
-        writer.close(report)
+    kind: str
+    files: list[str]
+    encoder: Encoder
+    seq_len: int
+    fields: Sequence[str]
 
-    parts = [
-        kind,
-        *map(digest, files),
-        json.dumps([files, list(fields)]),
-        encoder.tokenizer.fingerprint(),
-        encoder.template.to_json(),
-        str(seq_len),
-        json.dumps(versions(encoder, kind)),
-        *(hash_of_first((e.group, segments) for _, e, segments, *_ in encoded(p)) for p in files),
-    ]
-    store = Store(cached(kind, parts, write))
-    if len(store.tokens) != store.meta["tokens"] or len(store.trained) != store.meta["tokens"]:
-        raise InputError(f"{store.folder} is damaged; delete it and start again")
-    _check_drops(store.meta["report"], seq_len, allow_drop)
-    return store
+    def store(self, allow_drop: float) -> Store:
+        found = Store(cached(self.kind, self.key(), self.write))
+        if not len(found.tokens) == len(found.trained) == found.meta["tokens"]:
+            raise InputError(f"{found.folder} is damaged; delete it and start again")
+        self.check_drops(found.meta["report"], allow_drop)
+        return found
 
+    def key(self) -> list[str]:
+        return [
+            self.kind,
+            *map(digest, self.files),
+            json.dumps([self.files, list(self.fields)]),
+            self.encoder.tokenizer.fingerprint(),
+            self.encoder.template.to_json(),
+            str(self.seq_len),
+            json.dumps(versions(self.encoder, self.kind)),
+            *(hash_of_first((e.group, s) for _, e, s, *_ in self.read(p)) for p in self.files),
+        ]
 
-def _encoded(
-    kind: str, fields: Sequence[str], encoder: Encoder, seq_len: int, path: str
-) -> Iterator[tuple[int, Chat, list[Encoded], int, int]]:
-    """(record number, example, its segments, turns cut, bytes read so far) of each example of a
-    file; one that is dropped or too long has no segment."""
-    read = read_pairs if kind == "pairs" else read_chats
-    for record, example, n_bytes in read(path, fields):
-        if example.dropped:
-            segments, cut = [], 0
-        elif kind == "pairs":
-            segments, cut = encoder.pair(example, seq_len)
-        else:
-            ids, trained, cut = encoder.chat(example, seq_len)
-            segments = [(ids, trained)] if ids else []
-        yield record, example, segments, cut, n_bytes
+    def read(self, path: str) -> Iterator[tuple[int, Chat, list[Encoded], int, int]]:
+        """(record number, example, its segments, turns cut, bytes read so far) of each example of a
+        file; one that is dropped or too long has no segment."""
+        reader = read_pairs if self.kind == "pairs" else read_chats
+        for record, example, n_bytes in reader(path, self.fields):
+            if example.dropped:
+                segments, cut = [], 0
+            elif self.kind == "pairs":
+                segments, cut = self.encoder.pair(example, self.seq_len)
+            else:
+                ids, trained, cut = self.encoder.chat(example, self.seq_len)
+                segments = [(ids, trained)] if ids else []
+            yield record, example, segments, cut, n_bytes
 
+    def write(self, folder: Path) -> None:
+        """The whole store; memory does not grow with its tokens."""
+        borders, kinds = array("q", [0]), {}
+        rows = array("Q")  # of each example: file, record, key, divisor, kind
+        content = hashlib.sha256()  # what a resumed run must find again
+        tallies: dict[tuple[str, str], Tally] = defaultdict(Tally)  # (file, source)
+        with (
+            progress(self.files) as reached,
+            open(folder / "tokens.u32", "wb") as tokens,
+            open(folder / "trained.u8", "wb") as trained,
+        ):
+            for file, path in enumerate(self.files):
+                for record, example, segments, cut, n_bytes in self.read(path):
+                    before = borders[-1]
+                    for ids, flags in segments:
+                        written = array("I", ids).tobytes(), bytes(flags)
+                        tokens.write(written[0])
+                        trained.write(written[1])
+                        content.update(b"%d " % len(ids) + b"".join(written))
+                        borders.append(borders[-1] + len(ids))
+                    # A segment's first token has no predecessor, so it is never a label.
+                    n_labels = sum(sum(flags[1:]) for _, flags in segments)
+                    if segments:
+                        divisor = 1 if self.kind == "pairs" else n_labels
+                        named = getattr(example, "kind", "") or example.source
+                        kind = kinds.setdefault(named, len(kinds))
+                        rows.extend((file, record, group_key(example.group), divisor, kind))
+                    facts = Facts.of(example, self.encoder)
+                    tally = tallies[path, example.source]
+                    tally.count(facts, borders[-1] - before, n_labels, cut)
+                    reached(file, n_bytes)
+        report = report_of(self.files, tallies)
+        self.check_drops(report, allow_drop=1.0)  # an empty store is of no use to anybody
+        table = np.array(rows).reshape(-1, 5)
+        np.save(folder / "borders.npy", np.array(borders))
+        np.save(folder / "source.npy", table[:, :2].astype(np.int64))
+        np.save(folder / "keys.npy", table[:, 2])
+        np.save(folder / "divisors.npy", table[:, 3].astype(np.int64))
+        np.save(folder / "kinds.npy", table[:, 4].astype(np.int64))
+        meta = {"files": self.files, "segments_per_example": 2 if self.kind == "pairs" else 1}
+        meta |= {"fields": list(self.fields), "tokens": borders[-1], "kinds": list(kinds)}
+        meta |= {"report": report, "sha256": content.hexdigest()}
+        (folder / "meta.json").write_text(json.dumps(meta, ensure_ascii=False, indent=2), "utf-8")
 
-def _write(writer: Writer, files: list[str], encoded: Callable, encoder: Encoder) -> dict:
-    """All examples of the files. Returns the report."""
-    tallies: dict[tuple[str, str], Tally] = defaultdict(Tally)  # (file, source)
-    with progress(files) as bar:
-        for number, path in enumerate(files):
-            before = 0
-            for record, example, segments, cut, n_bytes in encoded(path):
-                # A segment's first token has no predecessor, so it is never a label.
-                n_trained = sum(sum(trained[1:]) for _, trained in segments)
-                if segments:
-                    divisor = 1 if isinstance(example, PreferencePair) else n_trained
-                    label = getattr(example, "kind", "") or example.source
-                    writer.add(segments, divisor, number, record, example.group, label)
-                n_tokens = sum(len(ids) for ids, _ in segments)
-                facts = Facts.of(example, encoder)
-                tallies[path, example.source].count(facts, n_tokens, n_trained, cut)
-                bar.update(n_bytes - before)
-                before = n_bytes
-    return report_of(files, tallies)
-
-
-def _check_drops(report: dict, seq_len: int, allow_drop: float) -> None:
-    total, dropped = report["examples"], sum(report["dropped"].values())
-    if dropped > allow_drop * total or dropped == total:
-        causes = ", ".join(f"{n} {cause}" for cause, n in report["dropped"].items())
-        raise InputError(
-            f"{dropped} of {total} examples in {', '.join(report['files'])} cannot be kept "
-            f"({causes}); raise --seq_len (now {seq_len}), mend the data, or allow it with "
-            "--allow_drop"
-        )
+    def check_drops(self, report: dict, allow_drop: float) -> None:
+        total, dropped = report["examples"], sum(report["dropped"].values())
+        if dropped > allow_drop * total or dropped == total:
+            causes = ", ".join(f"{n} {cause}" for cause, n in report["dropped"].items())
+            raise InputError(
+                f"{dropped} of {total} examples in {', '.join(report['files'])} cannot be kept "
+                f"({causes}); raise --seq_len (now {self.seq_len}), mend the data, or allow it "
+                "with --allow_drop"
+            )

@@ -11,8 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import IO
 
-import numpy as np
-
 from nanomed import locks
 from nanomed.config import InputError
 from nanomed.processes import n_cores
@@ -175,9 +173,8 @@ def _write_shards(
     for file, source, _ in (entry for shard in done for entry in shard["tallies"]):
         named[file].add(source)
     shard = Shard(len(done))
-    sizes = np.cumsum([0, *map(os.path.getsize, files)]).tolist()
     encoded = in_order(batches(files, plan["fields"], start), encoder, n_processes)
-    with progress(files, sizes[start[0]]) as bar, closing(encoded):
+    with progress(files, start[0]) as reached, closing(encoded):
         for file, _, n_bytes, records in encoded:
             for record, texts in records:
                 n_tokens = sum(text.n_tokens for text in texts)
@@ -188,6 +185,6 @@ def _write_shards(
                     source = among(named[file], text.facts.source)
                     named[file].add(source)
                     shard.add(text, file, record, source)
-            bar.update(sizes[file] + n_bytes - bar.n)
+            reached(file, n_bytes)
     if shard.tallies:
         shard.write(folder, (len(files), 1))

@@ -45,7 +45,7 @@ def test_what_goes_in_comes_out(file, encoder):
 
 def test_a_second_launch_reads_nothing_again(file, encoder, monkeypatch):
     first = build(file, encoder)
-    monkeypatch.setattr(examples, "_write", lambda *_: pytest.fail("tokenised twice"))
+    monkeypatch.setattr(examples._Reading, "write", lambda *_: pytest.fail("tokenised twice"))
     assert build(file, encoder).folder == first.folder
 
 
@@ -128,8 +128,8 @@ def test_the_report_has_every_file_and_source(tmp_path, encoder):
 def test_one_process_tokenises_and_the_others_wait_without_a_collective(file, encoder, monkeypatch):
     """Threads stand in for the other ranks; there is no process group here."""
     passes, opened = [], []
-    original = examples._write
-    monkeypatch.setattr(examples, "_write", lambda *a: (passes.append(1), original(*a))[1])
+    original = examples._Reading.write
+    monkeypatch.setattr(examples._Reading, "write", lambda *a: (passes.append(1), original(*a))[1])
     local_rank = threading.local()
     monkeypatch.setattr(cache, "rank_from_env", lambda: (0, 2, local_rank.value, 2))
 
@@ -146,11 +146,10 @@ def test_one_process_tokenises_and_the_others_wait_without_a_collective(file, en
 
 
 def test_an_unfinished_store_is_not_taken_for_one(file, encoder, monkeypatch):
-    original = examples.Writer.close
-    monkeypatch.setattr(examples.Writer, "close", lambda *_: (_ for _ in ()).throw(OSError("full")))
-    with pytest.raises(OSError, match="full"):
-        build(file, encoder)
-    monkeypatch.setattr(examples.Writer, "close", original)
+    with monkeypatch.context() as patched:
+        patched.setattr(np, "save", lambda *_: (_ for _ in ()).throw(OSError("full")))
+        with pytest.raises(OSError, match="full"):
+            build(file, encoder)
     assert len(build(file, encoder)) == 20
 
 
