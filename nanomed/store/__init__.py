@@ -2,10 +2,10 @@
 ids are then read from disk (memory-mapped).
 
 examples.py    chats and preference pairs, with the tokens that are trained on
-stream.py      documents for continued pre-training as streams of tokens: the reader
-shards.py      a store of documents on disk, shard by shard
-texts.py       a record of a file becomes token ids: what each tokenising process does
-writing.py     files into shards, in order, resumable
+stream.py      documents for continued pre-training on disk, read as streams of tokens
+writing.py     files into such a store: in order, resumable
+tokenising.py  records become token ids, in many processes
+tally.py       what became of the records, for the report
 cache.py       which store belongs to which files, tokenizer and code
 
 python -m nanomed.store FILES --tokenizer DIR --out STORE

@@ -1,7 +1,17 @@
-"""A store of documents, opened: streams of tokens that are never in memory.
+"""A store of documents: its files, and streams of its tokens that are never in memory.
 
-A store is a folder of shards (nanomed/store/shards.py has the layout). Within a shard documents
-stand in the order of their split keys, so what any fraction holds out is each shard's beginning:
+    shard-00000.tokens.u32     the documents' ids, one after another, uint32 little-endian
+    shard-00000.borders.npy    [n+1] int64: document d is tokens borders[d] to borders[d+1]
+    shard-00000.keys.npy       [n] uint64, rising: which side of a split a document stands on
+    shard-00000.source.npy     [n,2] int64: the file's number and the record's in it
+    shard-00000.json           counts and hashes, and where in the files the next shard begins
+    manifest.json              all of that together; a folder with one is a finished store
+
+A shard's JSON comes after its arrays and the manifest comes last, each by a rename: what has its
+JSON is whole. Nothing in them depends on the time, the machine or the number of processes.
+
+Within a shard documents stand in the order of their split keys, so what any fraction holds out is
+each shard's beginning:
 
     shard 0   | held out |  to train on            |
     shard 1   | held out   |  to train on        |         (the border: a binary search per shard)
@@ -22,11 +32,20 @@ from tqdm import tqdm
 
 from nanomed.config import InputError
 from nanomed.store.cache import digest, limit_of
-from nanomed.store.shards import DTYPES, file_of, files_of
-from nanomed.store.texts import RENDERED
+from nanomed.store.tokenising import RENDERED
 from nanomed.store.versions import check_versions
 
+DTYPES = {"tokens": "<u4", "borders": "<i8", "keys": "<u8", "source": "<i8"}
 NPY_HEADER = 128  # bytes, as np.save writes it for arrays of one or two dimensions
+
+
+def file_of(shard: int, name: str) -> str:
+    return f"shard-{shard:05d}.{name}.{'u32' if name == 'tokens' else 'npy'}"
+
+
+def files_of(shards: list[dict]) -> dict[str, dict]:
+    """Size and hash of each of their files, by name."""
+    return {name: facts for shard in shards for name, facts in shard["files"].items()}
 
 
 class Piece(NamedTuple):

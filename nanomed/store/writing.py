@@ -1,26 +1,28 @@
 """Files into a store of documents: in order, shard by shard, and on from the last whole one."""
 
 import hashlib
+import io
 import json
 import os
+from array import array
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
+
+import numpy as np
 
 from nanomed import locks
 from nanomed.config import InputError
 from nanomed.processes import n_cores
 from nanomed.records import read_records, texts_in
 from nanomed.store.cache import cached, digest, hash_of_first, progress
-from nanomed.store.pool import in_order
-from nanomed.store.shards import Shard, files_of, finished, write_json
-from nanomed.store.stream import Documents, check
+from nanomed.store.stream import DTYPES, Documents, check, file_of, files_of
 from nanomed.store.tally import Tally, among, report_of
-from nanomed.store.texts import batches, ids_of
+from nanomed.store.tokenising import Encoded, batches, ids_of, in_order
 from nanomed.store.versions import check_versions, versions
 from nanomed.text.template import Encoder
 
@@ -188,3 +190,85 @@ def _write_shards(
             reached(file, n_bytes)
     if shard.tallies:
         shard.write(folder, (len(files), 1))
+
+
+class Shard:
+    """Documents gathered in memory, in one piece that is given back whole, until written."""
+
+    def __init__(self, number: int):
+        self.number = number
+        self.tokens, self.keys = array("I"), array("Q")
+        self.borders, self.source = array("q", [0]), array("q")
+        self.tallies: dict[tuple[int, str], Tally] = defaultdict(Tally)  # (file, its source)
+
+    @property
+    def n_tokens(self) -> int:
+        return self.borders[-1]
+
+    def add(self, text: Encoded, file: int, record: int, source: str) -> None:
+        self.tallies[file, source].count(text.facts, text.n_tokens, text.n_tokens - 1)
+        if text.n_tokens:
+            self.tokens.frombytes(text.ids)
+            self.borders.append(len(self.tokens))
+            self.keys.append(text.key)
+            self.source.extend((file, record))
+
+    def write(self, folder: Path, following: tuple[int, int]) -> None:
+        """Its arrays, in the order of the documents' keys, and then its JSON; the next shard begins
+        with the record `following`."""
+        tokens = np.frombuffer(self.tokens, np.uint32).astype(DTYPES["tokens"], copy=False)
+        borders = np.array(self.borders, DTYPES["borders"])
+        keys = np.array(self.keys, DTYPES["keys"])
+        source = np.array(self.source, DTYPES["source"]).reshape(-1, 2)
+        order = np.argsort(keys, kind="stable")
+        content = {
+            "tokens": (tokens[borders[i] : borders[i + 1]].tobytes() for i in order),
+            "borders": [_npy(np.concatenate(([0], np.cumsum(np.diff(borders)[order]))))],
+            "keys": [_npy(keys[order])],
+            "source": [_npy(source[order])],
+        }
+        about = {
+            "tokens": self.n_tokens,
+            "documents": len(order),
+            "files": {
+                file_of(self.number, name): _hashed(folder / file_of(self.number, name), chunks)
+                for name, chunks in content.items()
+                if self.n_tokens  # else all of its records were dropped
+            },
+            "next": following,
+            "tallies": [[*key, vars(tally)] for key, tally in self.tallies.items()],
+        }
+        write_json(folder / f"shard-{self.number:05d}.json", about)
+
+
+def _npy(values: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, values)
+    return file.getvalue()
+
+
+def _hashed(path: Path, chunks: Iterable[bytes]) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    with open(path, "wb") as file:
+        for chunk in chunks:
+            file.write(chunk)
+            digest.update(chunk)
+        size = file.tell()
+        file.flush()
+        os.fsync(file.fileno())
+    return {"size": size, "sha256": digest.hexdigest()}
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Whole or not at all."""
+    unfinished = path.with_suffix(".unfinished")
+    _hashed(unfinished, [json.dumps(content, ensure_ascii=False).encode()])
+    unfinished.rename(path)
+
+
+def finished(folder: Path) -> list[dict]:
+    """What each shard's JSON says, up to the first shard without one."""
+    found: list[dict] = []
+    while (path := folder / f"shard-{len(found):05d}.json").exists():
+        found.append(json.loads(path.read_text(encoding="utf-8")))
+    return found

@@ -19,8 +19,7 @@ from nanomed import store
 from nanomed.config import InputError
 from nanomed.records.shapes import blank
 from nanomed.store.cache import limit_of
-from nanomed.store.shards import file_of
-from nanomed.store.stream import verify
+from nanomed.store.stream import file_of, verify
 from nanomed.text import template
 from tests.conftest import ROOT
 from tests.stores import SAMPLES, everything, in_shard, write

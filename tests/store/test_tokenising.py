@@ -14,13 +14,13 @@ import pytest
 
 from nanomed import store
 from nanomed.config import InputError
-from nanomed.store import pool
+from nanomed.store import tokenising
 from tests.conftest import ROOT
 from tests.stores import SAMPLES, content, write
 
 
 def test_the_number_of_processes_changes_no_byte(tmp_path, encoder, monkeypatch):
-    monkeypatch.setattr("nanomed.store.texts.BATCH", 5_000)
+    monkeypatch.setattr("nanomed.store.tokenising.BATCH", 5_000)
     stores = [tmp_path / str(n) for n in (1, 2)]
     for n, folder in enumerate(stores, 1):
         store.build(folder, SAMPLES, encoder, shard_tokens=5_000, n_processes=n)
@@ -53,9 +53,9 @@ def test_a_kill_at_any_write_costs_one_shard(tmp_path, encoder, monkeypatch):
         encoded.append(batch.records[0][0])
         return original(batch, *rest)
 
-    original = pool.encode
+    original = tokenising.encode
     monkeypatch.setattr(os, "fsync", dying)
-    monkeypatch.setattr(pool, "encode", noted)
+    monkeypatch.setattr(tokenising, "encode", noted)
     n_writes = 1 + 5 * n_shards + 1  # the plan, each shard's arrays and JSON, the manifest
     for n in range(1, n_writes + 1):
         left[0] = n
@@ -128,18 +128,18 @@ def test_killed_at_ten_random_moments(tmp_path):
 
 
 def test_a_tokenising_process_needs_no_torch():
-    code = "import sys, nanomed.store.pool; assert 'torch' not in sys.modules"
+    code = "import sys, nanomed.store.tokenising; assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 def test_a_process_that_dies_is_named(tmp_path, encoder, monkeypatch):
-    class Doomed(pool._Process):
+    class Doomed(tokenising._Process):
         def __init__(self, *settings):
             super().__init__(*settings)
             self.process.kill()
 
-    monkeypatch.setattr(pool, "_Process", Doomed)
-    monkeypatch.setattr("nanomed.store.texts.BATCH", 5_000)  # more batches than processes
+    monkeypatch.setattr(tokenising, "_Process", Doomed)
+    monkeypatch.setattr("nanomed.store.tokenising.BATCH", 5_000)  # more batches than processes
     with pytest.raises(ChildProcessError, match=r"exit code -9 .*the same command goes on"):
         store.build(tmp_path / "store", SAMPLES, encoder, n_processes=2)
 

@@ -16,7 +16,7 @@ import pytest
 
 from nanomed import store
 from nanomed.config import InputError
-from nanomed.store import shards, writing
+from nanomed.store import stream, writing
 from nanomed.store.versions import VERSIONS, check_versions, versions
 from nanomed.text import template, tokenizer
 from nanomed.text.tokenizer_files import byte_letters
@@ -119,7 +119,7 @@ def becomes(name: str, folder: Path) -> object:
 
 
 def _arrays(folder: Path, name: str) -> list[int]:
-    path = folder / shards.file_of(0, name)
+    path = folder / stream.file_of(0, name)
     return (np.fromfile(path, np.uint32) if name == "tokens" else np.load(path)).tolist()
 
 
