@@ -38,8 +38,7 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         if arguments.verify:
-            verify(arguments.verify)
-            _describe(Documents(arguments.verify))
+            _describe(verify(arguments.verify))
         elif arguments.files and arguments.tokenizer and arguments.out:
             _build(arguments)
         else:

@@ -68,6 +68,17 @@ class Documents:
     def __len__(self) -> int:
         return int(self.starts[-1])
 
+    def made_by(self, plan: dict) -> "Documents":
+        """Itself. Raises InputError unless its ids are those that the plan's tokenizer, template
+        and code make."""
+        rendered = RENDERED in self.manifest["report"]["changed"]  # else the template has no part
+        for name in ("tokenizer", "document_end", *["template"] * rendered):
+            if self.manifest.get(name) != plan[name]:
+                raise InputError(f"{self.folder} was tokenised with another {name} than this run's")
+        wanted = {part: n for part, n in plan["versions"].items() if rendered or part != "chats"}
+        check_versions(str(self.folder), self.manifest.get("versions", {}), wanted)
+        return self
+
     def split(self, fraction: float) -> tuple["Part", "Part"]:
         """(to train on, held out): a document is held out if its key is below the fraction's share
         of all keys. Either part may be empty."""
@@ -177,20 +188,10 @@ def read_manifest(folder: Path) -> dict:
     return manifest
 
 
-def check(store: Documents, identity: dict) -> None:
-    """Raises InputError unless the ids are those that this tokenizer, template and code make."""
-    found = store.manifest
-    rendered = RENDERED in found["report"]["changed"]  # else the template has no part in it
-    for name in ("tokenizer", "document_end", *(["template"] if rendered else [])):
-        if found.get(name) != identity[name]:
-            raise InputError(f"{store.folder} was tokenised with another {name} than this run's")
-    wanted = {p: n for p, n in identity["versions"].items() if rendered or p != "chats"}
-    check_versions(str(store.folder), found.get("versions", {}), wanted)
-
-
-def verify(folder: Path) -> None:
+def verify(folder: Path) -> Documents:
     """Reads the whole store and compares every file's hash. Raises InputError."""
-    files = files_of(read_manifest(folder)["shards"])
+    store = Documents(folder)
+    files = files_of(store.manifest["shards"])
     size = sum(facts["size"] for facts in files.values())
     with tqdm(total=size, unit="B", unit_scale=True, desc="verifying", disable=None) as bar:
         for name, facts in files.items():
@@ -200,3 +201,4 @@ def verify(folder: Path) -> None:
                     "tokenise the files again"
                 )
             bar.update(facts["size"])
+    return store

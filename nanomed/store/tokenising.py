@@ -34,24 +34,18 @@ AHEAD = 2  # batches under way for each process, so that none waits for this one
 
 
 class Batch(NamedTuple):
-    """Records of one file as they stand in it; once encoded, what they became."""
+    """Records of one file as they stand in it; once encoded, the texts that they became."""
 
     file: int  # its number
     path: str
     n_bytes: int  # of the file read so far
-    records: list[tuple[int, Any]]  # (number from 1, record); encoded: (number, list[Encoded])
+    records: list[tuple[int, Any]]  # (number from 1, record); encoded: Text of each text
 
 
-class Encoded(NamedTuple):
-    """A document, or a chat as one."""
-
-    ids: bytes  # uint32; none if it is dropped
-    key: int
-    facts: Facts
-
-    @property
-    def n_tokens(self) -> int:
-        return len(self.ids) // 4
+# Of a document, or a chat as one: (its record's number, tokens of all of the record's texts, its
+# own ids as uint32, none if it is dropped; its key, what is reported of it).
+# A plain tuple: of millions of small objects a process can take no more from others in time.
+Text = tuple[int, int, bytes, int, Facts]
 
 
 def batches(files: list[str], fields: Sequence[str], start: tuple[int, int]) -> Iterator[Batch]:
@@ -74,19 +68,18 @@ def batches(files: list[str], fields: Sequence[str], start: tuple[int, int]) -> 
 
 def encode(batch: Batch, encoder: Encoder) -> Batch:
     """Raises InputError at the first record that cannot be read."""
-    return batch._replace(
-        records=[
-            (number, [_encoded(text, encoder) for text in texts_in(batch.path, number, record)])
-            for number, record in batch.records
-        ]
-    )
-
-
-def _encoded(text: Document | Chat, encoder: Encoder) -> Encoded:
-    facts = Facts.of(text, encoder)
-    if isinstance(text, Chat):
-        facts.notes.append(RENDERED)
-    return Encoded(array("I", ids_of(text, encoder)).tobytes(), group_key(text.group), facts)
+    encoded: list[Text] = []
+    for number, record in batch.records:
+        texts = texts_in(batch.path, number, record)
+        ids = [ids_of(text, encoder) for text in texts]
+        n_tokens = sum(map(len, ids))
+        for text, its_ids in zip(texts, ids, strict=True):
+            facts = Facts.of(text, encoder)
+            if isinstance(text, Chat):
+                facts.notes.append(RENDERED)
+            its_ids = array("I", its_ids).tobytes()
+            encoded.append((number, n_tokens, its_ids, group_key(text.group), facts))
+    return batch._replace(records=encoded)
 
 
 def ids_of(text: Document | Chat, encoder: Encoder) -> list[int]:

@@ -20,9 +20,9 @@ from nanomed.config import InputError
 from nanomed.processes import n_cores
 from nanomed.records import read_records, texts_in
 from nanomed.store.cache import cached, digest, hash_of_first, progress
-from nanomed.store.stream import DTYPES, Documents, check, file_of, files_of
-from nanomed.store.tally import Tally, among, report_of
-from nanomed.store.tokenising import Encoded, batches, ids_of, in_order
+from nanomed.store.stream import DTYPES, Documents, file_of, files_of
+from nanomed.store.tally import Facts, Tally, among, report_of
+from nanomed.store.tokenising import batches, ids_of, in_order
 from nanomed.store.versions import check_versions, versions
 from nanomed.text.template import Encoder
 
@@ -46,9 +46,7 @@ def documents(files: list[str], encoder: Encoder, fields: Sequence[str] = ()) ->
         processes = 1 if small else n_cores()
         write = partial(build, files=files, encoder=encoder, fields=fields, n_processes=processes)
         folder = cached("documents", parts, write)
-    store = Documents(folder)
-    check(store, plan)
-    return store
+    return Documents(folder).made_by(plan)
 
 
 def _ids_in(path: str, encoder: Encoder, fields: Sequence[str]) -> Iterator[tuple[str, list[int]]]:
@@ -76,8 +74,7 @@ def build(
     (folder / "unfinished.json").unlink(missing_ok=True)
     store = Documents(folder)
     _same(folder, plan, store.manifest)
-    check(store, plan)
-    return store
+    return store.made_by(plan)
 
 
 def _write(folder: Path, files: list[str], encoder: Encoder, plan: dict, n_processes: int) -> None:
@@ -177,16 +174,15 @@ def _write_shards(
     shard = Shard(len(done))
     encoded = in_order(batches(files, plan["fields"], start), encoder, n_processes)
     with progress(files, start[0]) as reached, closing(encoded):
-        for file, _, n_bytes, records in encoded:
-            for record, texts in records:
-                n_tokens = sum(text.n_tokens for text in texts)
-                if shard.n_tokens and shard.n_tokens + n_tokens > plan["shard_tokens"]:
+        for file, _, n_bytes, texts in encoded:
+            for record, n_tokens, ids, key, facts in texts:
+                full = shard.n_tokens and shard.n_tokens + n_tokens > plan["shard_tokens"]
+                if full and shard.last != (file, record):
                     shard.write(folder, (file, record))
                     shard = Shard(shard.number + 1)
-                for text in texts:
-                    source = among(named[file], text.facts.source)
-                    named[file].add(source)
-                    shard.add(text, file, record, source)
+                source = among(named[file], facts.source)
+                named[file].add(source)
+                shard.add(ids, key, file, record, source, facts)
             reached(file, n_bytes)
     if shard.tallies:
         shard.write(folder, (len(files), 1))
@@ -200,17 +196,20 @@ class Shard:
         self.tokens, self.keys = array("I"), array("Q")
         self.borders, self.source = array("q", [0]), array("q")
         self.tallies: dict[tuple[int, str], Tally] = defaultdict(Tally)  # (file, its source)
+        self.last = 0, 0  # file and record of the text that was added last
 
     @property
     def n_tokens(self) -> int:
         return self.borders[-1]
 
-    def add(self, text: Encoded, file: int, record: int, source: str) -> None:
-        self.tallies[file, source].count(text.facts, text.n_tokens, text.n_tokens - 1)
-        if text.n_tokens:
-            self.tokens.frombytes(text.ids)
+    def add(self, ids: bytes, key: int, file: int, record: int, source: str, facts: Facts) -> None:
+        self.last = file, record
+        n_tokens = len(ids) // self.tokens.itemsize
+        self.tallies[file, source].count(facts, n_tokens, n_tokens - 1)
+        if n_tokens:
+            self.tokens.frombytes(ids)
             self.borders.append(len(self.tokens))
-            self.keys.append(text.key)
+            self.keys.append(key)
             self.source.extend((file, record))
 
     def write(self, folder: Path, following: tuple[int, int]) -> None:

@@ -122,6 +122,15 @@ def test_chats_become_documents_by_the_template(tmp_path, encoder):
     }
 
 
+def test_a_record_is_never_cut_between_shards(tmp_path, encoder):
+    """However many texts it has, and however short a shard is: a kill costs whole records."""
+    wordings = {"questions": list("abcd"), "answers": "c"}
+    file = write(tmp_path / "x.jsonl", [wordings, " ", wordings, "an other"])
+    built = store.build(tmp_path / "store", [file], encoder, shard_tokens=50)
+    sources = [built._map(shard, "source").reshape(-1, 2).tolist() for shard in range(3)]
+    assert sources == [[[0, 1]] * 4, [[0, 3]] * 4, [[0, 4]]]
+
+
 def test_a_template_whose_turns_end_as_documents_do(tmp_path, encoder):
     """As in aquila-v1, where both end with </s>."""
     end = "<|endoftext|>"
