@@ -43,23 +43,21 @@ class Source:
 
 def read(c: CPT, encoder: Encoder) -> "Slices":
     """Files are tokenised now or found in the cache; a store is opened. Raises InputError."""
-    trained = [path_and_weight(entry) for entry in c.data]
-    check_weights(c.data, [weight for _, weight in trained])
-    paths = [*(path for path, _ in trained), *c.val_data]
+    weighted = [path_and_weight(entry) for entry in c.data]
+    check_weights(c.data, [weight for _, weight in weighted])
+    entries = [*weighted, *((path, None) for path in c.val_data)]
     sources = []
-    for name, path in zip(names_of(paths), paths, strict=True):
+    for name, (path, weight) in zip(names_of([path for path, _ in entries]), entries, strict=True):
         documents = store.documents([path], encoder, c.fields)
         train, val = documents.split(0.0 if c.val_data else c.val_fraction)
-        if len(sources) >= len(trained):  # held out whole
-            source = Source(name, path, documents, train=val, val=train)
-        else:
-            source = Source(name, path, documents, train, val, trained[len(sources)][1])
-            if train.n_tokens == 0:
-                raise InputError(
-                    f"--val_fraction {c.val_fraction} leaves no document of {path} to train on; "
-                    "give more data, another fraction, or a file of its own with --val_data"
-                )
-        sources.append(source)
+        if len(sources) >= len(c.data):  # held out whole
+            train, val = val, train
+        elif train.n_tokens == 0:
+            raise InputError(
+                f"--val_fraction {c.val_fraction} leaves no document of {path} to train on; "
+                "give more data, another fraction, or a file of its own with --val_data"
+            )
+        sources.append(Source(name, path, documents, train, val, weight))
     if c.val_fraction and not any(source.val.n_tokens for source in sources):
         raise InputError(
             f"--val_fraction {c.val_fraction} of {', '.join(c.data)} holds out no document; give "
@@ -169,11 +167,11 @@ def report(loader: Loader) -> dict:
 
 def split_remarks(data: Slices, fraction: float) -> list[str]:
     """Of each source, the warning of split_remark() if there is one."""
-    remarks = []
-    for source in data.sources:
-        name, n_held_out = f"documents of {source.name}", source.val.n_documents
-        remarks += split_remark(name, source.documents, n_held_out, fraction)
-    return remarks
+    return [
+        line
+        for s in data.sources
+        for line in split_remark(f"documents of {s.name}", s.documents, s.val.n_documents, fraction)
+    ]
 
 
 def _counts(part: Part, n_slices: int) -> dict[str, int]:
