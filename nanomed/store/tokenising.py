@@ -52,10 +52,9 @@ def batches(files: list[str], fields: Sequence[str], start: tuple[int, int]) -> 
     """The records of all files from start (the file's number, the record's) on. Files before it
     are not opened, records before it not looked at."""
     for file in range(start[0], len(files)):
-        first = start[1] if file == start[0] else 1
         records, size = [], 0
         for number, record, n_bytes in read_records(files[file], fields):
-            if number < first:
+            if (file, number) < start:
                 continue
             records.append((number, record))
             size += 8 + sum(map(len, strings_in(record)))
