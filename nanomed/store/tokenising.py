@@ -39,12 +39,12 @@ class Batch(NamedTuple):
     file: int  # its number
     path: str
     n_bytes: int  # of the file read so far
-    records: list[tuple[int, Any]]  # (number from 1, record); encoded: Text of each text
+    records: list[tuple[int, Any]]  # (number from 1, record); once encoded: list[Text]
 
 
 # Of a document, or a chat as one: (its record's number, tokens of all of the record's texts, its
 # own ids as uint32, none if it is dropped; its key, what is reported of it).
-# A plain tuple: of millions of small objects a process can take no more from others in time.
+# A plain tuple: one process receives those of all others, and a NamedTuple takes it longer.
 Text = tuple[int, int, bytes, int, Facts]
 
 
