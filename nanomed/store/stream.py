@@ -36,7 +36,6 @@ from nanomed.store.tokenising import RENDERED
 from nanomed.store.versions import check_versions
 
 DTYPES = {"tokens": "<u4", "borders": "<i8", "keys": "<u8", "source": "<i8"}
-NPY_HEADER = 128  # bytes, as np.save writes it for arrays of one or two dimensions
 
 
 def file_of(shard: int, name: str) -> str:
@@ -117,7 +116,9 @@ class Documents:
         """Mapped anew each time, so that what a process has read does not stay in its memory."""
         with open(self.folder / file_of(shard, array), "rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        return np.frombuffer(mapped, DTYPES[array], offset=0 if array == "tokens" else NPY_HEADER)
+        # In an .npy file bytes 8 and 9 say how long the header is that begins behind them.
+        header = 0 if array == "tokens" else 10 + int.from_bytes(mapped[8:10], "little")
+        return np.frombuffer(mapped, DTYPES[array], offset=header)
 
 
 class Part:
