@@ -69,22 +69,22 @@ def build(
     plan = _plan(files, encoder, fields, shard_tokens)
     if not (folder / "manifest.json").exists():
         with locks.take(folder / "unfinished.json", patience=0) as begun:
-            _begin(folder, begun, plan | {"times": _times(files)})
-            _write(folder, files, encoder, plan, n_processes)
+            _begin(folder, begun, plan)
+            _write(folder, encoder, plan, n_processes)
     (folder / "unfinished.json").unlink(missing_ok=True)
     store = Documents(folder)
     _same(folder, plan, store.manifest)
     return store.made_by(plan)
 
 
-def _write(folder: Path, files: list[str], encoder: Encoder, plan: dict, n_processes: int) -> None:
+def _write(folder: Path, encoder: Encoder, plan: dict, n_processes: int) -> None:
     hasher = ThreadPoolExecutor(1)  # reads beside the tokenising
     try:
-        hashes = hasher.map(digest, files)
-        _write_shards(folder, files, encoder, plan, n_processes)
+        hashes = hasher.map(digest, plan["paths"])
+        _write_shards(folder, encoder, plan, n_processes)
         sources = [
             {"path": path, "size": os.path.getsize(path), "sha256": sha256}
-            for path, sha256 in zip(files, hashes, strict=True)
+            for path, sha256 in zip(plan["paths"], hashes, strict=True)
         ]
     finally:
         hasher.shutdown(cancel_futures=True)
@@ -131,15 +131,13 @@ def _plan(files: list[str], encoder: Encoder, fields: Sequence[str], shard_token
     }
 
 
-def _times(files: list[str]) -> list[int]:
+def _begin(folder: Path, begun: IO[str], plan: dict) -> None:
+    """Sees that what is in the folder was begun by the same plan for the same state of the files,
+    or notes both there."""
     try:
-        return [os.stat(path).st_mtime_ns for path in files]
+        plan = plan | {"times": [os.stat(path).st_mtime_ns for path in plan["paths"]]}
     except OSError as error:
         raise InputError(f"{error.filename}: {error.strerror}") from None
-
-
-def _begin(folder: Path, begun: IO[str], plan: dict) -> None:
-    """Sees that what is in the folder was begun by the same plan, or notes the plan there."""
     begun.seek(0)
     if any(folder.glob("shard-*")):
         found = json.loads(begun.read() or "{}")
@@ -161,9 +159,7 @@ def _same(folder: Path, plan: dict, found: dict) -> None:
         )
 
 
-def _write_shards(
-    folder: Path, files: list[str], encoder: Encoder, plan: dict, n_processes: int
-) -> None:
+def _write_shards(folder: Path, encoder: Encoder, plan: dict, n_processes: int) -> None:
     """Those that are not written yet. A shard is cut between records, before the one that it has no
     room for."""
     done = finished(folder)
@@ -172,7 +168,8 @@ def _write_shards(
     for file, source, _ in (entry for shard in done for entry in shard["tallies"]):
         named[file].add(source)
     shard = Shard(len(done))
-    encoded = in_order(batches(files, plan["fields"], start), encoder, n_processes)
+    files, fields = plan["paths"], plan["fields"]
+    encoded = in_order(batches(files, fields, start), encoder, n_processes)
     with progress(files, start[0]) as reached, closing(encoded):
         for file, _, n_bytes, texts in encoded:
             for record, n_tokens, ids, key, facts in texts:
