@@ -1,13 +1,17 @@
 """What the scripts that build data share of their settings."""
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 from nanomed.build.labeller import Endpoint
 from nanomed.config import InputError, check_limits
+from nanomed.processes import rank_from_env
+from nanomed.records.encodings import BAD
+from nanomed.records.files import kind_of
 
-KINDS = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet")  # in a folder; each also as .gz
+KINDS = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet")  # in a folder; .gz and .zst too
 
 
 def flag(default: Any, help: str, paper: str = "", choices: tuple = ()) -> Any:
@@ -45,17 +49,25 @@ class Paid:
 
 def files_of(paths: list[str], within: str = "") -> list[str]:
     """Files as they are, folders with all they hold, in the order of their names. Of a folder that
-    has a file `within`, that file alone."""
+    has a file `within`, that file alone. What a folder holds and is not read is said."""
     found = []
     for path in paths:
-        inside = sorted(map(str, Path(path).rglob("*"))) if Path(path).is_dir() else [path]
-        if inside != [path]:
-            inside = [p for p in inside if p.removesuffix(".gz").endswith(KINDS)]
-            if within and str(Path(path) / within) in inside:
-                inside = [str(Path(path) / within)]
-        if not inside:
+        if not Path(path).is_dir():
+            found.append(path)
+            continue
+        walk = os.walk(path, followlinks=True)
+        inside = sorted(str(Path(folder, name)) for folder, _, names in walk for name in names)
+        if (alone := str(Path(path, within))) in inside:
+            found.append(alone)
+            continue
+        left = [name for name in inside if kind_of(name) not in KINDS]
+        if len(left) == len(inside):
             raise InputError(f"--data {path}: no file in it is {', '.join(KINDS)}")
-        found += inside
+        found += sorted({*inside} - {*left})
+        if left and rank_from_env()[0] == 0:
+            print(f"{path}: {len(left):,} files of other endings are not read: {left[0]!a}, ...")
+    if bad := next(filter(BAD.search, found), None):
+        raise InputError(f"{bad!a} is no UTF-8; rename the file")
     if len(set(found)) < len(found):
         raise InputError(f"--data names {max(found, key=found.count)} twice")
     return sorted(found)

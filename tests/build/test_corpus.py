@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import random
 import re
 import sys
@@ -11,6 +12,7 @@ import pytest
 
 import build_corpus
 from nanomed import store
+from nanomed.build.settings import files_of
 from nanomed.config import InputError
 from tests.build import corpora
 from tests.build.corpora import build, dropped, kept, read, write
@@ -65,6 +67,23 @@ def test_what_is_kept_becomes_a_store_as_it_is(tmp_path, encoder):
     made = store.build(tmp_path / "store", final, encoder)
     assert made.manifest["documents"] == len(kept(out)) > 20
     assert not made.manifest["report"]["dropped"]
+
+
+def test_a_folder_is_read_with_all_that_is_linked_and_packed_in_it(tmp_path, capsys):
+    data, elsewhere = tmp_path / "in", tmp_path / "elsewhere"
+    (data / "spark.json").mkdir(parents=True)
+    elsewhere.mkdir()
+    names = ["in/A.JSONL", "in/spark.json/part-0.json", "in/b.jsonl.zst", "elsewhere/c.jsonl"]
+    for name in names:
+        write(tmp_path / name, [{"text": LONG}])
+    (data / "linked").symlink_to(elsewhere)
+    (data / "part-0").write_text("no ending\n")
+    found = files_of([str(data)])
+    assert [Path(p).name for p in found] == ["A.JSONL", "b.jsonl.zst", "c.jsonl", "part-0.json"]
+    assert "part-0" in (said := capsys.readouterr().out) and said.count("\n") == 1
+    (data / os.fsdecode(b"\xff.jsonl")).write_text("{}\n")
+    with pytest.raises(InputError, match=r"udcff\.jsonl.*rename"):
+        files_of([str(data)])
 
 
 # ---------------------------------------------------------------- bad input
