@@ -215,7 +215,7 @@ def cleaned(c: Chats, files: list[str], out: Path) -> tuple[list, Path]:
         ("decontaminate", lambda *_: decontaminate.judge_of(c.decontaminate)),
     ]
     with Runner("local", c.workers) as runner:
-        build = Build(folder, files, list(c.fields), c.show_text, 32 << 20, runner)
+        build = Build(folder, files, list(c.fields), c.show_text, 32 << 20, runner, True)
         build.begin(named, list(c.decontaminate))
         return run(build, stages), folder
 

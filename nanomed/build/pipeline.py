@@ -39,6 +39,7 @@ class Build:
     show_text: bool
     shard_chars: int  # a shard is some seconds' work, and what a kill may cost
     runner: Runner
+    chats: bool = False  # every record is read as a chat, whatever else it holds
 
     def begin(self, settings: dict[str, Any], others: list[str]) -> None:
         """Writes the plan or compares it with the one that is there; `others` are files that the
@@ -66,7 +67,8 @@ class Build:
     def read(self) -> tuple[list[Path], list[int], Tally]:
         """Cuts all files into shards: (their paths, the group of files of each, the tally)."""
         out, groups = self.out / "0-read", shards.groups(self.files)
-        how = dict(files=self.files, fields=self.fields, show_text=self.show_text)
+        how = dict(files=self.files, fields=self.fields, chats=self.chats)
+        how |= dict(show_text=self.show_text)
         task = partial(shards.read_group, out=out, shard_chars=self.shard_chars, **how)
         marks = self.runner.run(out / "groups", task, len(groups))
         names = [f"{g:05d}-{k:03d}" for g, said in enumerate(marks) for k in range(said["shards"])]

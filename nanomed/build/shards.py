@@ -27,7 +27,7 @@ from typing import Any, BinaryIO, NamedTuple
 from nanomed.build import text
 from nanomed.build.files import line_of, make_private, whole
 from nanomed.config import InputError
-from nanomed.records import read_records, texts_in
+from nanomed.records import chats_of, read_records, texts_in
 from nanomed.records.shapes import blank, language, source_of
 
 GROUP = 64 << 20  # bytes of files that are read, and written at the end, by one task
@@ -72,22 +72,26 @@ Judge = Callable[[list[Doc]], None]  # appends its findings to each of a batch o
 # ---------------------------------------------------------------- records
 
 
-def text_of(path: str, number: int, record: Any) -> str:
-    """A document's text; of a chat's record all its turns. Raises InputError as texts_in does."""
-    for name in ("text", "content"):
-        if isinstance(record, dict) and isinstance(record.get(name), str):
-            return record[name]
-    found = texts_in(path, number, record)
+def text_of(path: str, number: int, record: Any, chats: bool = False) -> str:
+    """A document's text; of a chat's record, and with `chats` of any, all turns: what is learned of
+    it. Raises InputError as texts_in does."""
+    if isinstance(record, dict) and not chats:
+        text = record.get("text") or record.get("content")
+        if text and isinstance(text, str):
+            return text
+    found = chats_of(record) if chats else texts_in(path, number, record)
     return "\n".join(text for one in found for text in one.texts())
 
 
-def read_documents(files: list[str], numbers: list[int], fields: list[str]) -> Iterator[Doc]:
+def read_documents(
+    files: list[str], numbers: list[int], fields: list[str], chats: bool = False
+) -> Iterator[Doc]:
     """The documents of files[n] for n in numbers; `fields` as --fields has them. Raises InputError
-    naming file, record and field."""
+    naming file, record and field. `chats`: all records are chats, and known to be ones."""
     for n in numbers:
         folder = Path(files[n]).parent.name
         for number, record, _ in read_records(files[n], fields):
-            found = text_of(files[n], number, record)
+            found = text_of(files[n], number, record, chats)
             try:
                 found.encode()
             except UnicodeEncodeError:  # its own error names the field
@@ -96,7 +100,7 @@ def read_documents(files: list[str], numbers: list[int], fields: list[str]) -> I
             known = {
                 "source": source_of(record) or folder,
                 "lang": lang if lang in ("zh", "en") else language(found),
-            }
+            } | ({"chat": True} if chats else {})
             yield Doc(n << 32 | number, record, found, known)
 
 
@@ -107,7 +111,7 @@ def read_shard(path: Path) -> Iterator[Doc]:
             for line in file:
                 record = json.loads(line)
                 known = record.pop("nanomed")
-                found = text_of(str(path), 0, record)
+                found = text_of(str(path), 0, record, known.get("chat", False))
                 yield Doc(known.pop("id"), record, found, known)
     except (OSError, EOFError, ValueError) as error:
         raise InputError(f"{path} is damaged ({error}): remove the folder {path.parent}") from None
@@ -266,10 +270,11 @@ def groups(files: list[str]) -> list[list[int]]:
 
 
 def read_group(
-    g: int, out: Path, files: list[str], fields: list[str], show_text: bool, shard_chars: int
-) -> dict[str, Any]:
+    g: int, out: Path, files: list[str], fields: list[str], chats: bool, show_text: bool,
+    shard_chars: int,
+) -> dict[str, Any]:  # fmt: skip
     """Cuts the files of a group into shards. What has its mark already is passed over."""
-    docs, k = read_documents(files, groups(files)[g], fields), 0
+    docs, k = read_documents(files, groups(files)[g], fields, chats), 0
     while first := next(docs, None):
         shard, name = _shard_of(first, docs, shard_chars), f"{g:05d}-{k:03d}"
         if (out / f"{name}.done.json").exists():

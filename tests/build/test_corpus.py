@@ -16,6 +16,7 @@ from nanomed.build.settings import files_of
 from nanomed.config import InputError
 from tests.build import corpora
 from tests.build.corpora import build, dropped, kept, read, write
+from tests.build.scored import chat
 from tests.conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "samples"))
@@ -42,8 +43,8 @@ def test_every_format_of_documents_is_read(tmp_path):
     (data / "a.json").write_text(json.dumps([{"text": texts[2]}]))
     (data / "b.csv").write_text(f'text,source\n"{texts[3]}",web\n')
     (data / "c.txt").write_text(texts[4] + "\n")
-    chat = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": texts[5]}]
-    parquet.write_table(pyarrow.Table.from_pylist([{"messages": chat}]), data / "d.parquet")
+    table = pyarrow.Table.from_pylist([chat("Why?", texts[5])])
+    parquet.write_table(table, data / "d.parquet")
     corpora.exam(tmp_path)
     out = build([str(data)], tmp_path / "out", "--near_dup_jaccard", "1", "--private", "keep")
     found = kept(out)
@@ -62,7 +63,11 @@ def test_another_name_of_the_text_is_given_as_a_field(tmp_path):
 def test_what_is_kept_becomes_a_store_as_it_is(tmp_path, encoder):
     files = corpora.corpus(tmp_path / "raw", n_files=2, n=30)
     corpora.exam(tmp_path / "raw")
-    out = build(files, tmp_path / "out")
+    odd = [{"text": "", "content": f"{LONG} One."}, {"text": None, "content": f"{LONG} Two."}]
+    both = chat("Why is that so?", f"{LONG} Third.", text="")
+    files.append(write(tmp_path / "raw/odd.jsonl", [*odd, both]))  # all have a text
+    out = build(files, tmp_path / "out", "--near_dup_jaccard", "1")
+    assert sum("odd.jsonl" in line["file"] for line in dropped(out)) == 0
     final = [str(path) for path in sorted((out / "final").glob("*.jsonl.gz"))]
     made = store.build(tmp_path / "store", final, encoder)
     assert made.manifest["documents"] == len(kept(out)) > 20

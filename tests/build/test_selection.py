@@ -11,6 +11,7 @@ import torch
 import build_sft
 from nanomed import store
 from nanomed.build import scores, selection
+from nanomed.build.shards import read_shard
 from nanomed.config import InputError
 from nanomed.hf import pretrained
 from nanomed.model.scoring import Scorer
@@ -167,6 +168,18 @@ def test_from_chats_to_what_fine_tuning_reads(data, model, tmp_path, encoder, ca
     report = json.loads((out / "report.json").read_text("utf-8"))
     assert report["stages"][-1]["name"] == "select" and "proportions" in report
     assert "multi_turn_zh" in (out / "report.html").read_text("utf-8")
+
+
+def test_a_chat_with_a_text_beside_it_is_searched_as_the_chat_that_is_learned(tmp_path):
+    question = "Which drug is used first in a patient with acute gout and renal failure?"
+    given = [chat(question, "Colchicine.", text="A page's title."), chat("Why?", "So.", text="")]
+    data = write(tmp_path / "chats.jsonl", given)
+    benchmark = write(tmp_path / "b.jsonl", [{"question": question}])
+    c = build_sft.Chats(decontaminate=[str(benchmark)], workers=1)
+    stages, folder = build_sft.cleaned(c, [str(data)], tmp_path / "out")
+    assert stages[-1][1].dropped == {"contaminated": 1} and stages[-1][1].kept == 1
+    (left,) = (doc.text for path in selection.finals(folder) for doc in read_shard(path))
+    assert left == "Why?\nSo."
 
 
 def test_other_limits_ask_no_model(data, model, tmp_path, monkeypatch):
