@@ -96,7 +96,7 @@ def stages(c: Corpus) -> dict[str, Prepare]:
     """In their order. What is below the limit of `domain` or `quality` is put aside, of other
     documents a share, for stage 1 of the training."""
     limits = (c.min_tokens, c.max_special, c.max_repetition, c.max_toxic)
-    words = Path(c.toxic_words) if c.toxic_words else rules.WORDS
+    words = Path(c.toxic_words or rules.WORDS)
     return {
         "exact": duplicates.find,
         "rules": lambda *_: rules.Limits(*limits, c.private, words).judge,
@@ -112,7 +112,7 @@ def scored(
     limit: float, aside: float,
 ) -> Judge | str:  # fmt: skip
     """A model is trained on labelled documents, and its score has a limit."""
-    known = labels.read_labels(kind, c.labels)
+    known = labels.read_labels(kind, c.labels, c.fields)
     if not known and not c.labeller:
         return f"no labels with {kind!r}: give --labels FILE or --labeller URL"
     chosen = labels.sample(build, folder, shards, tally, c.label_documents) if c.labeller else []
@@ -194,7 +194,12 @@ def main() -> None:
         if c.classifier:
             others += map(str, weight_files(c.classifier))
         build.begin(deciding(c), others)
-        decontaminate.index_of(tuple(c.decontaminate))  # what cannot be read stops the run now
+        # What cannot be read stops the run now.
+        decontaminate.index_of(tuple(c.decontaminate))
+        rules.words_in(Path(c.toxic_words or rules.WORDS))
+        known = [labels.read_labels(kind, c.labels, c.fields) for kind in ("domain", "quality")]
+        if c.labels and not any(known):
+            raise InputError(f"--labels {c.labels[0]}: no record has a domain or a quality")
         if c.labeller and runner.is_main:
             endpoint_of(c).cache.file.close()
         found = run(build, chosen)

@@ -40,7 +40,7 @@ def train(
     """The model and its facts: a limit for each language, chosen on labelled documents of the pool
     (`limit` where there are none of both kinds), and how it does on sources that it has not seen.
     The labels' order does not matter. Raises InputError if there is nothing to learn."""
-    labels = sorted(set(labels), key=lambda label: (label.key, label.source))
+    labels = sorted(set(labels), key=lambda label: (label.key, label))
     pool = [label for label in labels if label.in_pool]
     n = FOR_LIMITS if len(pool) < len(labels) else min(FOR_LIMITS, len(pool) // 2)
     chosen = set(pool[:n])

@@ -9,6 +9,7 @@ knows, and the document is left out.
 import hashlib
 import tomllib
 from collections import Counter
+from collections.abc import Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,10 +17,10 @@ from typing import Any, NamedTuple
 from nanomed.build.files import line_of, whole
 from nanomed.build.labeller import Endpoint, Request, is_one_of, parse_object, quoted
 from nanomed.build.pipeline import Build
-from nanomed.build.shards import Doc, Tally, lottery, packed, read_shard
+from nanomed.build.shards import Doc, Tally, lottery, packed, read_shard, text_of
 from nanomed.config import InputError
 from nanomed.records import language, read_records
-from nanomed.records.shapes import source_of, text_of
+from nanomed.records.shapes import blank, source_of
 
 LONGEST = 3000  # characters of a document that a labeller is shown
 TEMPERATURE = 0.7  # at 0 the second answer would be the first one again
@@ -44,18 +45,19 @@ def value_of(kind: str, answer: Any) -> float:
     return float(answer == prompts()[kind]["wanted"]) if kind == "domain" else float(answer)
 
 
-def read_labels(kind: str, paths: list[str]) -> list[Label]:
+def read_labels(kind: str, paths: list[str], fields: Sequence[str] = ()) -> list[Label]:
     """The labels of one kind in files. Raises InputError naming file, record and field."""
     found = []
     for path in paths:
-        for number, record, _ in read_records(path):
+        for number, record, _ in read_records(path, fields):
             if not isinstance(record, dict) or record.get(kind) is None:
                 continue
             answers = prompts()[kind]["answers"]
             if not is_one_of(record[kind], answers):
                 where = f"{path}, record {number}: field {kind!r}"
                 raise InputError(f"{where}: {record[kind]!r} is none of {answers}")
-            text = text_of(record.get("text"), "text")
+            if blank(text := text_of(path, number, record)):
+                raise InputError(f"{path}, record {number}: a label without a text")
             source = source_of(record) or Path(path).name
             in_pool = bool(record.get("in_pool"))
             found.append(_label(text, value_of(kind, record[kind]), source, in_pool))

@@ -19,6 +19,8 @@ import numpy as np
 from nanomed.build import private
 from nanomed.build.shards import Doc, Finding
 from nanomed.build.text import U64, Lookup, Ragged, ngrams, ordinary, tokens
+from nanomed.config import InputError
+from nanomed.records.files import read_lines
 
 RUN = 10  # tokens
 WORDS = Path(__file__).with_name("words.txt")
@@ -45,7 +47,7 @@ def repetition(found: Ragged) -> np.ndarray:
 def toxic(found: Ragged, texts: Sequence[str], words: Path = WORDS) -> np.ndarray:
     """[texts] float64"""
     hits = np.zeros(len(texts))
-    for n, lookup in _words(words).items():
+    for n, lookup in words_in(words).items():
         runs = ngrams(found, n)
         at, _ = lookup.find(runs.values)
         hits += np.bincount(np.searchsorted(runs.borders, at, "right") - 1, minlength=len(texts))
@@ -53,10 +55,12 @@ def toxic(found: Ragged, texts: Sequence[str], words: Path = WORDS) -> np.ndarra
 
 
 @cache
-def _words(path: Path) -> dict[int, Lookup]:
-    """By their number of tokens."""
-    lines = [line for line in path.read_text("utf-8").splitlines() if line and line[0] != "#"]
+def words_in(path: Path) -> dict[int, Lookup]:
+    """The words of a file by their number of tokens. Raises InputError."""
+    lines = [line for _, line, _ in read_lines(str(path)) if line[0] != "#"]
     lengths = tokens(lines).lengths
+    if not all(lengths):
+        raise InputError(f"{path}: {lines[lengths.argmin()]!r} is no word: it has no letter")
     of_length = {n: [w for w, m in zip(lines, lengths, strict=True) if m == n] for n in lengths}
     return {n: Lookup(ngrams(tokens(words), n).values) for n, words in of_length.items()}
 

@@ -98,6 +98,18 @@ def test_what_a_model_is_worth_is_measured_on_sources_it_has_not_seen():
         train("quality", [], 3.0)
 
 
+def test_labels_that_contradict_each_other_have_an_order_too():
+    both = [x._replace(value=value) for x in labelled(20) for value in (1.0, 0.0)]
+    learned = []
+
+    def learn(kind, texts, targets):
+        learned.append(targets.tolist())
+        return lambda texts: np.zeros(len(texts))
+
+    train("domain", both, 0.5, learn)
+    assert learned[0] == [0, 1] * 20  # in every process, whatever its hash() is
+
+
 # ---------------------------------------------------------------- labels
 
 
@@ -111,6 +123,14 @@ def test_labels_are_read_strictly(tmp_path):
         path = corpora.write(tmp_path / "bad.jsonl", [{"text": "a", **bad}])
         with pytest.raises(InputError, match=rf"bad\.jsonl, record 1.*{field}"):
             read_labels(field, [path])
+    path = corpora.write(tmp_path / "l.jsonl", [{"content": "a", "quality": 1}])
+    assert read_labels("quality", [path])[0].text == "a"  # IndustryCorpus calls it so
+    path = corpora.write(tmp_path / "l.jsonl", [{"body": "a", "quality": 1}])
+    assert read_labels("quality", [path], ["text=body"])[0].text == "a"
+    for bad in ({}, {"text": None}, {"text": " "}, {"text": 3}, {"body": "a"}):
+        path = corpora.write(tmp_path / "bad.jsonl", [{"quality": 1, **bad}])
+        with pytest.raises(InputError, match=r"bad\.jsonl, record 1"):
+            read_labels("quality", [path])
 
 
 def judge_of(messages: list[dict]) -> str:

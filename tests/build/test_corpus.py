@@ -133,6 +133,24 @@ def test_a_wrong_setting_is_refused_before_anything_is_read(tmp_path, flags, mes
     assert not list(tmp_path.glob("out/0-read/*.jsonl.gz"))
 
 
+@pytest.mark.parametrize(
+    ("flag", "content", "message"),
+    [
+        ("labels", b'{"text": "a", "label": "medicine"}\n', "no record has a domain or a quality"),
+        ("labels", b'{"text": "a", "domain": "law"}\n{"domain": "law"}\n', "record 2"),
+        ("toxic_words", b"bad\n***\n", r"'\*\*\*' is no word"),
+        ("toxic_words", b"# none\n\xff\xfe\x9d\n", "its encoding"),
+    ],
+)  # fmt: skip
+def test_a_file_beside_the_documents_is_read_before_them(tmp_path, flag, content, message):
+    corpora.exam(tmp_path)
+    files = [write(tmp_path / "x.jsonl", [{"text": LONG}])]
+    (tmp_path / "beside.txt").write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        build(files, tmp_path / "out", f"--{flag}", str(tmp_path / "beside.txt"))
+    assert not list(tmp_path.glob("out/0-read/*.jsonl.gz"))
+
+
 def test_a_folder_belongs_to_one_build_and_to_its_user(tmp_path):
     corpora.exam(tmp_path)
     files = [str(tmp_path / "x.jsonl")]
