@@ -12,11 +12,10 @@ matching questions, which share their options. If that is too short as well, or 
 options, a question is not protected; the report counts those.
 """
 
-import csv
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -27,6 +26,8 @@ from nanomed.build.shards import Doc, Finding, Judge
 from nanomed.build.text import Lookup, ngrams, tokens, without_tags
 from nanomed.config import InputError
 from nanomed.records import read_records
+from nanomed.records.exams import LETTERS
+from nanomed.records.files import kind_of, read_rows
 
 N, SHORTEST, TERM = 8, 5, 13  # tokens
 SHARED = 3  # records
@@ -51,14 +52,17 @@ class Item:
 
 def items_of(path: str) -> list[Item]:
     """The questions in a benchmark's file, whatever its layout: JSON, CSV with a header or without
-    one (MMLU), an object of records (PubMedQA), cases with several questions (CMB-Clin)."""
-    found = [
-        Item(path, number, question, "\n".join(_options(part)))
-        for number, record in _records(path)
-        for part in _parts(record)
-        for question in _questions(part)
-    ]
-    if not found:
+    one (MMLU), an object of records (PubMedQA), cases with several questions (CMB-Clin). A record
+    without a question has one that is empty, and so not protected."""
+    found = []
+    for number, record in _records(path):
+        asked = [
+            Item(path, number, question, "\n".join(_options(part)))
+            for part in _parts(record)
+            for question in _questions(part)
+        ]
+        found += asked or [Item(path, number, "", "")]
+    if not any(item.question for item in found):
         raise InputError(
             f"--decontaminate {path}: no record has a question; a field with one is called "
             f"{', '.join(sorted(QUESTIONS))}"
@@ -67,23 +71,25 @@ def items_of(path: str) -> list[Item]:
 
 
 def _records(path: str) -> Iterator[tuple[int, Any]]:
-    if path.endswith(".csv"):
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            rows = list(csv.reader(file))
-        if rows and not QUESTIONS & {name.strip().lower() for name in rows[0]}:
-            for number, (question, *options, _) in enumerate(rows, 1):  # MMLU: ..., answer
+    if kind_of(path) == ".csv":
+        rows = [row for _, row, _ in read_rows(path)]
+        if all(len(row) > 2 and row[-1].strip() in LETTERS for row in rows):  # MMLU has no header
+            for number, (question, *options, _) in enumerate(rows, 1):
                 yield number, {"question": question, "options": options}
             return
     yield from ((number, record) for number, record, _ in read_records(path))
+
+
+def _children(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
 def _parts(value: Any) -> Iterator[dict]:
     """All objects in a record."""
     if isinstance(value, dict):
         yield value
-    for child in value.values() if isinstance(value, dict) else value:
-        if isinstance(child, dict | list):
-            yield from _parts(child)
+    for child in _children(value):
+        yield from _parts(child)
 
 
 def _questions(part: dict) -> list[str]:
@@ -101,8 +107,7 @@ def _options(part: dict) -> list[str]:
 def _texts(value: Any) -> list[str]:
     if isinstance(value, str):
         return [value] if value.strip() else []
-    children = value.values() if isinstance(value, dict) else value
-    return [t for v in children for t in _texts(v)] if isinstance(value, dict | list) else []
+    return [text for child in _children(value) for text in _texts(child)]
 
 
 # ---------------------------------------------------------------- index
@@ -161,8 +166,9 @@ class Index:
             at, run = lookup.find(grams.values)
             text = np.searchsorted(grams.borders, at, "right") - 1
             if n < N:
+                edges = {t: _edges(texts[t]) for t in {*text.tolist()}}  # once for each text
                 place = zip(text.tolist(), (at - grams.borders[text]).tolist(), strict=True)
-                stands = np.array([_stands_alone(texts[t], k, n) for t, k in place], bool)
+                stands = np.array([{k, k + n} <= edges[t] for t, k in place], bool)
                 text, run = text[stands], run[stands]
             text, run = np.divmod(np.unique(text * len(lookup.values) + run), len(lookup.values))
             counts = borders[run + 1] - borders[run]
@@ -202,8 +208,7 @@ def judge_of(files: list[str]) -> Judge | str:
     return Benchmarks(tuple(files)).judge
 
 
-def _stands_alone(text: str, start: int, n: int) -> bool:
-    """Whether n tokens from start on have spaces or punctuation before and behind them."""
+def _edges(text: str) -> set[int]:
+    """Numbers of tokens that have spaces or punctuation before them, or the text's ends."""
     pieces = re.split(r"[\W_]+", unicodedata.normalize("NFKC", without_tags(text)))
-    ends = {0, *np.cumsum(tokens(pieces).lengths).tolist()}
-    return start in ends and start + n in ends
+    return {0, *np.cumsum(tokens(pieces).lengths).tolist()}

@@ -26,7 +26,7 @@ def read_records(path: str) -> Numbered:
     kind = kind_of(path)
     if kind == ".txt" and not _holds_json(path):
         return ((number, {"text": line}, size) for number, line, size in read_lines(path))
-    parsers = {".parquet": _parquet, ".csv": _rows, ".tsv": _rows}
+    parsers = {".parquet": _parquet, ".csv": _objects, ".tsv": _objects}
     return _numbered(path, parsers.get(kind, _values))
 
 
@@ -52,6 +52,11 @@ def read_json(path: str) -> Numbered:
 def read_lines(path: str) -> Numbered:
     """Each line that is not blank, without its end."""
     return _numbered(path, _lines)
+
+
+def read_rows(path: str) -> Numbered:
+    """Each row of a CSV file as a list of its columns, the header among them if there is one."""
+    return _numbered(path, lambda *file: (row for _, row in _rows(*file)))
 
 
 def encoding(path: str) -> str:
@@ -93,10 +98,10 @@ def _parquet(path: str, file: BinaryIO) -> Iterator[dict]:
         raise InputError(f"{path}: {error}") from None
 
 
-def _rows(path: str, file: BinaryIO) -> Iterator[dict[str, str]]:
-    """Each row as an object with the header's names."""
+def _rows(path: str, file: BinaryIO) -> Iterator[tuple[int, list[str]]]:
+    """(the number of its last line, its columns) of each row of a CSV file that is not empty."""
     text = _as_text(path, file, newline="")
-    number, size = 0, 0  # of the record that is being read: the header is 0
+    number, size = 0, 0  # of the row that is being read: the first, often a header, is 0
 
     def lines() -> Iterator[str]:
         nonlocal size
@@ -110,20 +115,24 @@ def _rows(path: str, file: BinaryIO) -> Iterator[dict[str, str]]:
     # strict: else an open quote would swallow the rest unnoticed
     delimiter = "\t" if kind_of(path) == ".tsv" else ","
     rows = csv.reader(lines(), delimiter=delimiter, strict=True)
-    header = [name.strip() for name in next((row for row in rows if row), [])]
+    for row in filter(None, rows):
+        yield rows.line_num, row
+        number, size = number + 1, 0
+
+
+def _objects(path: str, file: BinaryIO) -> Iterator[dict[str, str]]:
+    """Each row as an object with the header's names."""
+    rows = _rows(path, file)
+    header = [name.strip() for name in next(rows, (0, []))[1]]
     if len(set(header)) != len(header):
         raise InputError(f"{path}: the header names a column twice: {', '.join(header)}")
-    number, size = 1, 0
-    for row in rows:
-        if row and len(row) != len(header):
+    for number, (line, row) in enumerate(rows, 1):
+        if len(row) != len(header):
             raise InputError(
-                f"{path}, record {number} (line {rows.line_num}): {len(row)} columns, but the "
-                f"header has {len(header)}: {', '.join(header)[:200]}"
+                f"{path}, record {number} (line {line}): {len(row)} columns, but the header has "
+                f"{len(header)}: {', '.join(header)[:200]}"
             )
-        if row:
-            yield dict(zip(header, row, strict=True))
-            number += 1
-        size = 0
+        yield dict(zip(header, row, strict=True))
 
 
 def _lines(path: str, file: BinaryIO) -> Iterator[str]:

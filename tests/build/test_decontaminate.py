@@ -1,9 +1,11 @@
 """Decontamination: leaked questions are found in every disguise that loses nothing, and no more."""
 
+import gzip
 import json
 import random
 import re
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -125,7 +127,8 @@ LAYOUTS = {
     "array": ("x.json", '[{"question": "Q one?", "choices": ["a", "b"], "answer": 0}]'),
     "by id": ("x.json", '{"1": {"QUESTION": "Q one?", "CONTEXTS": ["long"], "YEAR": "1"}}'),
     "csv with a header": ("x.csv", "﻿,Question,A,B,Answer\n0,Q one?,a,b,A\n"),
-    "csv without": ("x.csv", 'Q one?,a,b,A\n"Q\ntwo?",a,b,B\n'),
+    "csv without": ("x.csv", 'Q one?,a,b,A\n\n"Q\ntwo?",a,b,B\n'),
+    "one row": ("x.csv", "Q one?,a,b,A\n"),
     "cases": ("x.json", '[{"description": "Q one?", "QA_pairs": [{"question": "Q one?"}]}]'),
     "endings": ("x.jsonl", '{"sent1": "Q one?", "sent2": "", "ending0": "a", "ending1": "b"}'),
     "a dialogue": ("x.json", '[{"instruction": "thanks", "history": [["Q one?", "ok"]]}]'),
@@ -142,6 +145,35 @@ def test_every_layout_of_a_benchmark_is_read(tmp_path, layout):
     assert not any("long" in i.question + i.options or i.question == "no" for i in found)
     has_options = any(mark in content for mark in ('"b"', ",b,"))
     assert found[0].options == ("a\nb" if has_options else "")
+
+
+def test_csv_may_be_packed_and_in_gb18030(tmp_path):
+    content = "下列哪一项正确？,甲,乙,A\n下列哪一项错误？,甲,乙,B\n".encode("gb18030")
+    (tmp_path / "x.csv.gz").write_bytes(gzip.compress(content))
+    found = items_of(str(tmp_path / "x.csv.gz"))
+    assert [(i.question, i.options) for i in found][1] == ("下列哪一项错误？", "甲\n乙")
+
+
+@pytest.mark.parametrize("content", ["题号,题干,选项\n1,哪一项正确？,甲\n", "1,2\n", "[1, 2]"])
+def test_what_is_no_layout_is_not_guessed_at(tmp_path, content):
+    (tmp_path / "x.csv").write_text(content, "utf-8")
+    with pytest.raises(InputError, match=r"x\.csv"):
+        items_of(str(tmp_path / "x.csv"))
+
+
+def test_a_record_without_a_question_counts_as_not_protected(tmp_path):
+    path = write(
+        tmp_path / "x.jsonl",
+        [{"question": "Which of the following is used first?"}, {"title": "x"}, 3],
+    )
+    assert Index(items_of(path)).unprotected() == {path: 2}
+
+
+def test_short_questions_cost_a_long_document_no_more_than_its_length():
+    index, often = Index([Item("c", 1, "传染源是指", "")]), "我们说传染源是指人。" * 50
+    with mock.patch.object(decontaminate, "tokens", side_effect=tokens) as counted:
+        assert index.hits([often + "传染源是指。"])[0][0]
+    assert counted.call_count < 5
 
 
 def test_a_file_without_a_question_is_refused(tmp_path):
