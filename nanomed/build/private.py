@@ -82,7 +82,7 @@ def masked(value: Any) -> Any:
         return {name: masked(part) for name, part in value.items()}
     if isinstance(value, list):
         return [masked(part) for part in value]
-    if isinstance(value, str):
-        for kind, start, end in reversed(found(value)):
+    while isinstance(value, str) and (spans := found(value)):  # one may stand within another
+        for kind, start, end in reversed(spans):
             value = f"{value[:start]}[{kind}]{value[end:]}"
     return value

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from nanomed.build import private
-from nanomed.build.shards import Doc, Finding
+from nanomed.build.shards import Doc, Finding, text_of
 from nanomed.build.text import U64, Lookup, Ragged, ngrams, ordinary, tokens
 from nanomed.config import InputError
 from nanomed.records.files import read_lines
@@ -88,7 +88,9 @@ class Limits:
                 value, limit = float(of_texts[i]), getattr(self, name)
                 keeps = value >= limit if name == "length" else value <= limit
                 doc.findings.append(Finding(name, value, limit, keeps))
-            n = len(private.found(doc.text)) if self.private != "keep" else 0
-            doc.findings.append(Finding("private", n, 0.0, n == 0 or self.private == "mask"))
+            n = left = len(private.found(doc.text)) if self.private != "keep" else 0
             if n and self.private == "mask":
-                doc.record, doc.text = private.masked(doc.record), private.masked(doc.text)
+                doc.record = private.masked(doc.record)
+                doc.text = text_of("", 0, doc.record)
+                left = len(private.found(doc.text))  # over the border of two turns
+            doc.findings.append(Finding("private", n, 0.0, left == 0))

@@ -9,6 +9,7 @@ import pytest
 from nanomed.build import private, rules, text
 from nanomed.build.shards import Doc
 from tests.build import corpora
+from tests.build.scored import chat
 from tests.conftest import ROOT
 
 LIMITS = rules.Limits(20, 0.2, 0.3, 5.0, "drop")
@@ -95,6 +96,15 @@ def test_private_data_can_be_masked_instead(tmp_path):
     assert reasons(doc) == [] and doc.text.endswith("Call [phone] or mail [email].")
     assert doc.record == {"text": doc.text, "turns": [{"by": "[email]"}], "n": 1}
     assert reasons(judged([one], rules.Limits(20, 0.2, 0.3, 5.0, "keep"))[0]) == []
+
+
+def test_nothing_private_is_left_behind_a_mask():
+    assert private.masked("住址：北京市海淀区a@b.com") == "[address]"  # one within another
+    assert private.masked("住址：北京协和医院病历号123456楼") == "[address]"
+    record = chat("我发烧了，怎么办？", "请问您的家庭住址：", "北京市海淀区一号院", "好的。")
+    doc = Doc(0, record, "\n".join(turn["content"] for turn in record["messages"]), {})
+    rules.Limits(0, 1, 1, 1000, "mask").judge([doc])
+    assert reasons(doc) == ["private"]  # over two turns, neither of which can be masked by itself
 
 
 # ---------------------------------------------------------------- private data
