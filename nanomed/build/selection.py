@@ -9,6 +9,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,9 @@ def quotas(keys: Sequence[str], shares: dict[str, float], keep: int) -> dict[str
         )
     total = min(there[key] / share for key, share in wanted.items() if key or there[key])
     total = min(total, keep or total)
-    return {key: int(total * share + 0.5) for key, share in wanted.items()}
+    # Rounded from one border to the next: rounded by themselves they could be more than `keep`.
+    borders = [int(total * up_to + 0.5) for up_to in (0.0, *accumulate(wanted.values()))]
+    return {key: b - a for key, (a, b) in zip(wanted, pairwise(borders), strict=True)}
 
 
 def judge(

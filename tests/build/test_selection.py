@@ -96,6 +96,9 @@ def test_proportions_are_kept_as_far_as_the_scarcest_allows():
     assert selection.quotas(keys, {"zh": 0.5, "en": 0.5}, 10) == {"zh": 5, "en": 5}
     assert selection.quotas(["zh"] * 80 + [""] * 40, {"zh": 0.5}, 0) == {"zh": 40, "": 40}
     assert selection.quotas(["", ""], {}, 1) == {"": 1}
+    halves, thirds = {"zh": 0.5, "en": 0.5}, {"zh": 0.3, "en": 0.3}
+    assert [sum(selection.quotas(keys, halves, n).values()) for n in (1, 3, 7)] == [1, 3, 7]
+    assert sum(selection.quotas([*keys, *[""] * 40], thirds, 5).values()) == 5
     with pytest.raises(InputError, match=r"--shares fr: no chat"):
         selection.quotas(keys, {"fr": 0.5}, 0)
 
