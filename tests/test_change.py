@@ -1,7 +1,10 @@
-"""docs/change.md: each of its changes fits the code as it is, and two of them do what they say."""
+"""docs/change.md: each of its changes fits the code as it is, and does what the page says."""
 
-import ast
+import dataclasses
+import json
 import re
+import subprocess
+import sys
 import types
 from functools import partial
 from types import SimpleNamespace
@@ -34,12 +37,14 @@ def changed(recipe: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_a_recipe_fits_the_code(recipe):
+def test_a_recipe_fits_the_code(recipe, tmp_path):
     texts = changed(recipe)
     for path, text in texts.items():
-        if path.endswith(".py"):
-            ast.parse(text)
-            assert max(map(len, text.splitlines())) <= 100
+        (tmp_path / path.replace("/", "_")).write_text(text, "utf-8")
+    for command in (["check", "--select", "E,F"], ["format", "--check"]):
+        command = [sys.executable, "-m", "ruff", *command, "--line-length", "100", str(tmp_path)]
+        found = subprocess.run(command, capture_output=True, text=True)
+        assert found.returncode == 0, found.stdout + found.stderr
     assert (
         any(path.startswith("tests/") for path in texts) and "beginner's error" in RECIPES[recipe]
     )
@@ -55,14 +60,20 @@ def test_the_page_says_how_long_each_change_is():
         assert said == f"+{signs.count('+')}{minus}"
 
 
-# ---------------------------------------------------------------- two of them, run
+# ---------------------------------------------------------------- run
+
+
+def loaded(source: str) -> types.ModuleType:
+    """A file's changed text as a module."""
+    module = types.ModuleType("changed")
+    module.__file__ = str(ROOT / "nanomed/changed.py")
+    exec(compile(source, "a change of docs/change.md", "exec"), module.__dict__)
+    return module
 
 
 def of_page(source: str, name: str, make):
     """The function of that name in a script's changed text, for the oracle: in each process."""
-    script = types.ModuleType("changed")
-    exec(compile(source, "docs/change.md", "exec"), script.__dict__)
-    return make(getattr(script, name))
+    return make(getattr(loaded(source), name))
 
 
 def with_z(next_token_loss):
@@ -89,3 +100,38 @@ def test_simpo_and_its_beginners_error(pool, small):
 def test_z_loss(pool, small):
     loss = partial(of_page, changed("z-loss")["train_sft.py"], "next_token_loss", with_z)
     check_loss(pool, small, oracle.CHATS, loss, oracle.next_token_and_z)
+
+
+def test_a_chat_format_and_its_beginners_error():
+    texts = changed("A chat format")
+    _, text, [(turns, _)] = loaded(texts["tests/formats.py"]).CHATS["dialog"]
+    source = texts["nanomed/records/__init__.py"]
+    swapped = '"patient": "assistant", "doctor": "user"'
+    wrong = source.replace('"patient": "user", "doctor": "assistant"', swapped)
+    right, other = (loaded(text_).chats_of(json.loads(text)) for text_ in (source, wrong))
+    assert right[0].turns == turns != other[0].turns
+
+
+def test_attention_and_mlp_in_parallel_and_its_beginners_error(small):
+    texts = changed("Attention and MLP in parallel")
+    tests = loaded(texts["tests/model/test_model.py"])
+    small = loaded(texts["nanomed/config.py"]).ModelConfig(**dataclasses.asdict(small))
+    source = texts["nanomed/model/decoder.py"]
+    wrong = source.replace("+ self.dropout(self.mlp(h))", "+ self.mlp(self.input_layernorm(x + h))")
+    tests.Layer = loaded(source).Layer
+    tests.test_attention_and_mlp_in_parallel(small)
+    tests.Layer = loaded(wrong).Layer
+    with pytest.raises(AssertionError):
+        tests.test_attention_and_mlp_in_parallel(small)
+
+
+def test_wsd_and_its_beginners_error():
+    texts = changed("The WSD schedule")
+    tests = loaded(texts["tests/training/test_optim.py"])
+    tests.SFT = SimpleNamespace
+    source = texts["nanomed/training/optim.py"]
+    tests.lr_at = loaded(source).lr_at
+    tests.test_wsd()
+    tests.lr_at = loaded(source.replace("(n_steps - step) /", "(n_steps - 1 - step) /")).lr_at
+    with pytest.raises(AssertionError):
+        tests.test_wsd()
