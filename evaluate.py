@@ -20,6 +20,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from nanomed.arguments import command_line
 from nanomed.build.files import line_of, write_json
 from nanomed.build.labeller import Answer, Cache, Endpoint
 from nanomed.config import InputError
@@ -46,10 +47,16 @@ def score(argv: list[str]) -> None:
     add_model(parser)
     parser.add_argument("--tasks", nargs="+", help="tasks and groups; paper: those of Table 1")
     _items(parser)
-    parser.add_argument("--out", type=Path, help="default evals/MODEL")
-    parser.add_argument("--bos", default="auto", choices=("auto", "yes", "no"))
+    parser.add_argument("--out", type=Path, help="folder of the results; default evals/MODEL")
+    begin = "a begin token before each text; auto: if the tokenizer asks for it"
+    parser.add_argument("--bos", default="auto", choices=("auto", "yes", "no"), help=begin)
     parser.add_argument("--limit", type=positive_int, help="only the first items of each task")
-    parser.add_argument("--micro_tokens", type=positive_int, default=4096, help="in a row; 4096")
+    parser.add_argument(
+        "--micro_tokens",
+        type=positive_int,
+        default=4096,
+        help="most tokens in one packed row; default 4096",
+    )
     c = parser.parse_args(argv)
     if not c.tasks and (c.data or c.shots or c.protocol):
         raise InputError(
@@ -134,11 +141,22 @@ def answer(argv: list[str]) -> None:
     add_model(parser)
     _generation(parser)
     parser.add_argument(
-        "--set", required=True, choices=[*answers.SETS, "file"], help="file: --data"
+        "--set",
+        required=True,
+        choices=[*answers.SETS, "file"],
+        help="which dialogues; file: those of --data",
     )
-    parser.add_argument("--data", type=Path, default=Path("benchmarks"), help="folder, or the file")
     parser.add_argument(
-        "--history", default="gold", choices=("gold", "model"), help="earlier answers"
+        "--data",
+        type=Path,
+        default=Path("benchmarks"),
+        help="the benchmarks' folder, or the file; default benchmarks",
+    )
+    parser.add_argument(
+        "--history",
+        default="gold",
+        choices=("gold", "model"),
+        help="earlier answers that the model sees: the reference's or its own; default gold",
     )
     c = parser.parse_args(argv)
     path = c.data if c.set == "file" else answers.file_of(c.set, c.data)
@@ -159,17 +177,17 @@ def judge(argv: list[str]) -> None:
     """Answers judged: against others in both orders, or alone, turn by turn, by four aspects."""
     parser = _parser("judge", judge.__doc__)
     parser.add_argument("--answers", type=Path, required=True, help="the --out of `answer`")
-    parser.add_argument("--against", help="another one's, or `reference`; default: by four aspects")
+    parser.add_argument("--against", help="another --out, or `reference`; default: grade alone")
     parser.add_argument("--out", type=Path, help="default: ANSWERS/judged, or judged-against-OTHER")
     parser.add_argument("--judge_model", default="judge", help="the name that the endpoint knows")
     parser.add_argument("--judge", help="an OpenAI-compatible endpoint, up to /v1")
-    parser.add_argument("--send_texts_to", default="", help="its host again, if not this machine")
+    parser.add_argument("--send_texts_to", default="", help="--judge's host, if not this machine")
     parser.add_argument("--max_cost", type=float, help="the most that may be spent in all")
-    parser.add_argument("--price_in", type=float, help="of a million tokens that are sent")
-    parser.add_argument("--price_out", type=float, help="of a million tokens of its replies")
+    parser.add_argument("--price_in", type=float, help="price of a million tokens that are sent")
+    parser.add_argument("--price_out", type=float, help="price of a million tokens of its replies")
     parser.add_argument("--retry_failed", action="store_true", help="ask again what was unreadable")
-    parser.add_argument("--write_requests", type=Path, help="write them to a file, and ask nobody")
-    parser.add_argument("--replies", type=Path, help="the replies that such a file got elsewhere")
+    parser.add_argument("--write_requests", type=Path, help="a file for them; nobody is asked")
+    parser.add_argument("--replies", type=Path, help="file of replies to those requests")
     c = parser.parse_args(argv)
     lines, parse = answers.read(c.answers), judging.parse_scores
     if c.against:
@@ -267,20 +285,15 @@ def page(argv: list[str]) -> None:
     """One page of HTML: the paper's tables and figures beside those of evaluations."""
     parser = _parser("report", page.__doc__)
     parser.add_argument("folders", nargs="+", type=Path, help="the --out of any of these commands")
-    parser.add_argument("--out", type=Path, default=Path("report.html"))
-    parser.add_argument("--data", type=Path, help="their folder, to show questions that changed")
+    parser.add_argument("--out", type=Path, default=Path("report.html"), help="default report.html")
+    parser.add_argument("--data", type=Path, help="the benchmarks' folder, to show questions")
     c = parser.parse_args(argv)
     c.out.write_text(pages.page(c.folders, c.data), encoding="utf-8")
     print(c.out)
 
 
 def _parser(command: str, does: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(
-        prog=f"evaluate.py {command}".strip(),
-        description=does,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    return command_line(f"evaluate.py {command}".strip(), does)
 
 
 def positive_int(text: str) -> int:
@@ -291,14 +304,20 @@ def positive_int(text: str) -> int:
 
 def _items(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, help="the benchmarks' folder; default samples/")
-    parser.add_argument("--shots", type=int, default=0, help="answered examples before")
-    parser.add_argument("--protocol", choices=PROTOCOLS, help="default plain")
+    parser.add_argument(
+        "--shots", type=int, default=0, help="answered examples before a question; default 0"
+    )
+    parser.add_argument(
+        "--protocol",
+        choices=PROTOCOLS,
+        help="plain: a text to go on with; chat: by the template; default plain",
+    )
 
 
 def _generation(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, help="default: a folder of evals/ named after both")
+    parser.add_argument("--out", type=Path, help="folder of the answers; default: one in evals/")
     parser.add_argument(
-        "--max_new", type=positive_int, default=512, help="most tokens of an answer"
+        "--max_new", type=positive_int, default=512, help="most tokens of an answer; default 512"
     )
     parser.add_argument(
         "--batch_size", type=positive_int, default=16, help="answers at a time; default 16"

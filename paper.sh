@@ -2,7 +2,8 @@
 # The paper, from raw text to an aligned model, every stage from the one before and measured:
 #
 #   bash paper.sh                        on the sample world
-#   bash paper.sh --out FOLDER           it goes on where it was stopped
+#   bash paper.sh --out FOLDER           the same command goes on where it was stopped
+#   bash paper.sh --seed 1               another seed of every run
 #   bash paper.sh --gpus 8 --scale 7b    prints the commands of the real run, and runs none
 #
 # FOLDER/results.json has the table of stages, FOLDER/report.html the curves.
@@ -11,15 +12,13 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 
 out=runs/paper gpus=2 scale=tiny seed=0 init=models/aquila
 while (($#)); do
-  [ $# -ge 2 ] || { echo "error: $1 needs a value" >&2; exit 2; }
-  case $1 in
-    --out) out=$2 ;;
-    --gpus) gpus=$2 ;;
-    --scale) scale=$2 ;;
-    --seed) seed=$2 ;;
-    --init) init=$2 ;; # the weights that --scale 7b starts from
-    *) sed -n '2,8s/^# \{0,1\}//p' "$0" >&2; echo "error: unknown $1" >&2; exit 2 ;;
+  case $1 in # --init: the weights that --scale 7b starts from
+    --out | --gpus | --scale | --seed | --init) ;;
+    -h | --help) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit ;;
+    *) sed -n '2,9s/^# \{0,1\}//p' "$0" >&2; echo "error: unknown $1" >&2; exit 2 ;;
   esac
+  [ $# -ge 2 ] || { echo "error: $1 needs a value" >&2; exit 2; }
+  printf -v "${1#--}" %s "$2"
   shift 2
 done
 case $scale in tiny | 7b) ;; *) echo "error: --scale $scale; it is tiny or 7b" >&2; exit 2 ;; esac

@@ -28,6 +28,16 @@ def parse(cls: type[Run], argv: list[str] | None = None, base: dict[str, Any] | 
     return dataclasses.replace(run, **found)
 
 
+def command_line(prog: str, about: str) -> argparse.ArgumentParser:
+    """The parser of a command that is no stage; `about` stands in its --help as it is."""
+    return argparse.ArgumentParser(
+        prog=prog,
+        description=about,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
         raise InputError(message)
@@ -63,7 +73,7 @@ def _text(value: str) -> str:
 
 def _help(cls: type[Run], f: dataclasses.Field) -> str:
     shown = " ".join(f.default) if isinstance(f.default, tuple) else f.default
-    shown = {"": "none", False: "off"}.get(shown, shown) if f.type in (str, bool) else shown
+    shown = "none" if shown == "" else "off" if shown is False else shown
     text = f.metadata["help"]
     if "default:" not in text:
         text += f"\n  default {shown}"

@@ -36,7 +36,7 @@ def optional(module: str, needed_by: str | Path) -> Any:
         return importlib.import_module(module)
     except ImportError:
         package = module.split(".")[0]
-        raise InputError(f"{needed_by} needs a package more: pip install {package}") from None
+        raise InputError(f"{needed_by} needs one more package: pip install {package}") from None
 
 
 @dataclass(frozen=True)
@@ -110,21 +110,23 @@ class Run:
 
     config: str = _flag("", "TOML file with any of these settings; flags come after it and win")
     model: str = _flag("", "shape of a fresh model; default: tiny", choices=("", *MODELS))
-    init: str = _flag("", "start from this run folder or Hugging Face folder instead")
+    init: str = _flag(
+        "", "weights to begin with: a run folder or Hugging Face folder; default: fresh ones"
+    )
     tokenizer: str = _flag("", "tokenizer file or folder; default: the --init folder's, else ours")
     template: str = _flag("", "name or JSON file; default: the --init folder's, else chatml")
     data: list[str] = _flag(("samples/sft.jsonl",), "training files: JSON, JSONL, CSV; also .gz")
     val_data: list[str] = _flag((), "held-out files; default: a part of --data")
     fields: list[str] = _flag(
         (),
-        "KNOWN=THEIRS, a field or role of these files under a name that docs/formats.md has, as\n"
-        "question=query; default: the names that are known",
+        "names of fields and roles in these files: question=query reads the field `query` as\n"
+        "`question`; docs/formats.md has the known names; default: those alone",
     )
     val_fraction: float = _flag(
         0.1, "share of --data held out, by question", (UNPUBLISHED, UNPUBLISHED, "0.1", UNPUBLISHED)
     )
     out: str = _flag("", "run folder; default: the next free runs/STAGE-NNN")
-    resume: str = _flag("", "go on from this run folder's newest checkpoint; auto: or start a run")
+    resume: str = _flag("", "go on from the newest checkpoint in --out; auto: or start a run there")
     steps: int = _flag(0, "optimizer steps, as many epochs as they take; 0: --epochs decides")
     epochs: int = _flag(2, "passes over the training data", ("1", "1", "2", "2"))
     batch_size: int = _flag(
@@ -162,23 +164,25 @@ class Run:
     seed: int = _flag(0, "number that decides the order of examples, fresh weights and dropout")
     recompute: str = _flag(
         "none",
-        "in backward compute again: lean, norms and SwiGLU's product; full, whole layers;\n"
-        "full:12, 12 whole layers and of the others what lean does",
+        "what backward computes again, to save memory. lean: norms and SwiGLU's product; full:\n"
+        "whole layers; full:12: 12 whole layers, and in the others what lean does",
     )
     nodes_share: str = _flag(
-        "auto", "several nodes: shard, one model over all of them; replicate, one on each,\n"
-        "and gradients alone are exchanged, once a step; auto: replicate where it fits",
+        "auto", "on several nodes. shard: all together hold one model; replicate: each node holds\n"
+        "one, and only gradients pass between them, once a step; auto: replicate where it fits",
         choices=("auto", "shard", "replicate"),
     )  # fmt: skip
     sum_gradients: str = _flag(
-        "auto", "over the GPUs after each row; or once a step, until when each has them whole, 4\n"
-        "bytes per parameter; auto: once a step where it fits",
+        "auto", "when the GPUs add up their gradients. row: after each row; step: once a step;\n"
+        "till then each GPU keeps all of them, 4 bytes per parameter; auto: step where it fits",
         choices=("auto", "row", "step"),
     )  # fmt: skip
     optimizer: str = _flag(
-        "auto", "AdamW under fsdp; or, in one process, split: without it, weights in two halves\n"
-        "that are float32 together; split_bf16: and moments in bf16; split_host: moments and\n"
-        "lower halves in the host's memory; auto: on one GPU split, else split_host if it fits",
+        "auto", "where weights and AdamW's moments are. fsdp: in float32, shared among the GPUs.\n"
+        "For a single process also split: each weight in two halves that together are float32;\n"
+        "split_bf16: the same, with moments in bf16; split_host: as split, with moments and\n"
+        "lower halves in the host's memory. auto: on one GPU split, or split_host if only that\n"
+        "fits; else fsdp",
         choices=("auto", "fsdp", "split", "split_bf16", "split_host"),
     )  # fmt: skip
     kernels: str = _flag(
@@ -195,18 +199,20 @@ class Run:
     eval_every: int = _flag(0, "steps between two validations; 0: at each epoch's end")
     save_every: int = _flag(0, "steps between two checkpoints; 0: at each validation")
     save: str = _flag(
-        "auto", "background: training goes on while a copy in host memory (as large "
-        "as a checkpoint, shared among processes) is written; auto: that on CPU, blocking on CUDA",
+        "auto", "background: training goes on while a copy in the host's memory is written, as\n"
+        "large as a checkpoint over all processes; blocking: training waits; auto: background on\n"
+        "CPU, blocking on CUDA",
         choices=("auto", "background", "blocking"),
     )  # fmt: skip
     keep_last: int = _flag(2, "newest checkpoints kept; the best one always is")
-    max_bad: int = _flag(5, "steps in a row with a loss or gradient not finite that end the run")
+    max_bad: int = _flag(5, "steps in a row, loss or gradient not finite, after which the run ends")
     tensorboard: bool = _flag(False, "write metrics for TensorBoard, too, into RUN/tensorboard")
-    show_text: bool = _flag(False, "print text of examples though --data is not samples/")
+    show_text: bool = _flag(False, "print text of examples of --data; of samples/ it always is")
     dry_run: bool = _flag(False, "say what the run would take (memory, time, disk), and end")
     hardware: str = _flag(
         "8xA100-40G",
-        "what --dry_run plans for: number of GPUs x kind, or x GiB,TFLOP/s,GB/s to the other GPUs",
+        "GPUs that --dry_run plans for: number x kind; or number x GiB,TFLOP/s,GB/s, the memory,\n"
+        "speed and link to the others of each",
         ("24xA100-40G", "24xA100-40G", "8xA100-40G", "8xA100"),
     )  # fmt: skip
     mfu: float = _flag(

@@ -15,7 +15,7 @@ KINDS = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet")  # in a folder; 
 
 
 def flag(default: Any, help: str, paper: str = "", choices: tuple = ()) -> Any:
-    words = f"{help}{f' (the paper: {paper})' if paper else ''}"
+    words = help + f"\n  the paper: {paper}" * bool(paper)
     return field(default=default, metadata={"help": words, "paper": (), "choices": choices})
 
 

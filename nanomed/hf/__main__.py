@@ -1,10 +1,17 @@
-"""The commands: python -m nanomed.hf export|convert."""
+"""Writes folders in the layout of Hugging Face.
+
+    python -m nanomed.hf export RUN FOLDER         a run's best checkpoint, or CHECKPOINT as it is
+    python -m nanomed.hf convert FOLDER NEW        .bin files as safetensors
+
+From the .bin files, which are pickles, it reads tensors and nothing else.
+"""
 
 import argparse
 from pathlib import Path
 
 import torch
 
+from nanomed.arguments import command_line
 from nanomed.distributed import launch
 from nanomed.hf import pretrained
 from nanomed.hf.convert import convert
@@ -14,7 +21,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = command_line("python -m nanomed.hf", __doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("export", help="a run or checkpoint to a Hugging Face folder")
     command.add_argument("source", help="run folder (its best checkpoint) or checkpoint folder")

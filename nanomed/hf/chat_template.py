@@ -37,7 +37,7 @@ def renderer(folder: Path) -> Render | None:
         import jinja2.ext
         from jinja2.sandbox import ImmutableSandboxedEnvironment
     except ImportError:
-        raise InputError(f"{path} needs a package more: pip install jinja2") from None
+        raise InputError(f"{path} needs one more package: pip install jinja2") from None
 
     def fail(message: str) -> None:
         raise jinja2.TemplateError(message)

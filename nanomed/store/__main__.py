@@ -13,6 +13,7 @@ import signal
 import sys
 from pathlib import Path
 
+from nanomed.arguments import command_line
 from nanomed.config import InputError
 from nanomed.processes import n_cores
 from nanomed.store.stream import Documents, verify
@@ -22,23 +23,28 @@ from nanomed.text import template, tokenizer
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m nanomed.store",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("files", nargs="*", metavar="FILES")
+    parser = command_line("python -m nanomed.store", __doc__)
+    parser.add_argument("files", nargs="*", metavar="FILES", help="of documents")
     parser.add_argument("--tokenizer", help="file or folder; a model's folder has one")
     parser.add_argument("--out", type=Path, help="the store's folder")
-    parser.add_argument("--fields", nargs="+", default=[], metavar="KNOWN=THEIRS")
-    parser.add_argument("--text_key", help="the text's field: short for --fields text=NAME")
+    parser.add_argument(
+        "--fields",
+        nargs="+",
+        default=[],
+        metavar="KNOWN=THEIRS",
+        help="names of fields in the files: text=body reads `body` as `text`",
+    )
+    parser.add_argument("--text_key", metavar="NAME", help="short for --fields text=NAME")
     parser.add_argument("--template", help="name or JSON file, for a tokenizer of no known model")
     parser.add_argument("--processes", type=int, default=n_cores(), help="default: one per core")
-    parser.add_argument("--verify", type=Path, metavar="STORE", help="read a store, check hashes")
+    parser.add_argument(
+        "--verify", type=Path, metavar="STORE", help="read a whole store and compare its hashes"
+    )
     arguments = parser.parse_args()
     try:
         if arguments.verify:
             _describe(verify(arguments.verify))
+            print("every hash is that of what was written")
         elif arguments.files and arguments.tokenizer and arguments.out:
             _build(arguments)
         else:

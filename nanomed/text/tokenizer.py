@@ -7,7 +7,6 @@ The kind is recognised by the files in a folder: tokenizer.model (SentencePiece)
     python -m nanomed.text.tokenizer train FILE... --out samples/tokenizer.model --vocab_size 6144
 """
 
-import argparse
 import hashlib
 import io
 import json
@@ -17,6 +16,7 @@ import unicodedata
 from pathlib import Path
 from typing import Any
 
+from nanomed.arguments import command_line
 from nanomed.config import InputError, optional
 from nanomed.processes import n_cores
 from nanomed.records.fields import strings_in
@@ -287,12 +287,12 @@ def texts_in(path: str) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = command_line("python -m nanomed.text.tokenizer", __doc__)
     commands = parser.add_subparsers(required=True)
-    command = commands.add_parser("train", help="train a SentencePiece tokenizer")
-    command.add_argument("files", nargs="+")
-    command.add_argument("--out", required=True, type=Path)
-    command.add_argument("--vocab_size", type=int, default=6144)
+    training = commands.add_parser("train", help="train a SentencePiece tokenizer")
+    training.add_argument("files", nargs="+", help="JSON files or plain texts")
+    training.add_argument("--out", required=True, type=Path, help="the file, NAME.model")
+    training.add_argument("--vocab_size", type=int, default=6144, help="pieces; default 6144")
     arguments = parser.parse_args()
     texts = [text for path in arguments.files for text in texts_in(path)]
     train(texts, arguments.out, arguments.vocab_size)

@@ -7,13 +7,13 @@ system text, /save FILE appends the chat to a JSONL file that train_sft.py reads
 Ctrl-C ends an answer, not the program. The template is the one stored with the model.
 """
 
-import argparse
 import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from nanomed.arguments import command_line
 from nanomed.distributed import launch
 from nanomed.evals.answers import prompt_of
 from nanomed.model.decoder import Aquila
@@ -134,7 +134,7 @@ def typed_lines() -> Iterator[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="nanomed.tools.chat", description=__doc__.split("\n")[0])
+    parser = command_line("python -m nanomed.tools.chat", __doc__)
     add_arguments(parser, CHAT)
     model, encoder, sampling = open_model(parser.parse_args())
     talk(model, encoder, sampling, typed_lines(), lambda text: print(text, end="", flush=True))

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from nanomed.arguments import command_line
 from nanomed.build.files import line_of, make_private, same_as_before, whole_lines
 from nanomed.config import InputError
 from nanomed.distributed import launch, pick_device
@@ -35,8 +36,23 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="Hugging Face, run or checkpoint folder")
     parser.add_argument("--tokenizer", default="", help="default: the folder's")
     parser.add_argument("--template", default="", help="name or JSON file; default: the folder's")
-    parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"))
-    parser.add_argument("--dtype", default="auto", choices=("auto", "bf16", "fp32"))
+    parser.add_argument(
+        "--device", default="auto", choices=("auto", "cuda", "cpu"), help="auto: the GPU if any"
+    )
+    parser.add_argument(
+        "--dtype", default="auto", choices=("auto", "bf16", "fp32"),
+        help="of the computation; auto: bf16 on CUDA, fp32 on CPU",
+    )  # fmt: skip
+
+
+ABOUT = {
+    "temperature": "0: always the likeliest token; higher: more by chance",
+    "top_k": "only the k likeliest tokens; 0: all",
+    "top_p": "only the likeliest tokens that together have this probability",
+    "repetition_penalty": "above 1: tokens that stood there before are less likely",
+    "max_new": "most tokens of one answer",
+    "seed": "number that decides what chance draws",
+}
 
 
 def load_model(c: argparse.Namespace, device: torch.device) -> Aquila:
@@ -50,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser, defaults: Sampling) -> None:
     add_model(parser)
     for f in dataclasses.fields(Sampling):
         default = getattr(defaults, f.name)
-        help = f"default {default}"
+        help = f"{ABOUT[f.name]}; default {default}"
         parser.add_argument(f"--{f.name}", type=f.type, default=default, help=help)
 
 
@@ -77,9 +93,7 @@ def chat_of(record: dict, where: str) -> Chat:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="nanomed.tools.generate", description=__doc__.splitlines()[0]
-    )
+    parser = command_line("python -m nanomed.tools.generate", __doc__)
     parser.add_argument("--prompts", required=True, help="JSON lines (or an array), also .gz")
     parser.add_argument("--out", required=True, type=Path, help="JSON lines, one per prompt")
     parser.add_argument("--batch_size", type=int, default=16, help="prompts at a time; default 16")

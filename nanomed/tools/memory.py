@@ -7,7 +7,6 @@ All other flags are the stage's own (`python train_sft.py --help`). nanomed/stag
 are the formulas.
 """  # noqa: E501
 
-import argparse
 import dataclasses
 
 from nanomed import arguments
@@ -23,8 +22,8 @@ from nanomed.stages.memory import lines
 
 def main(argv: list[str] | None = None) -> None:
     stages = {cls.stage: cls for cls in Run.__subclasses__()}
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--stage", choices=stages, default="sft")
+    parser = arguments.command_line("python -m nanomed.tools.memory", __doc__)
+    parser.add_argument("--stage", choices=stages, default="sft", help="default sft")
     parser.add_argument("--gpus", type=int, help="another number than --hardware's")
     parser.add_argument("--gpu_memory", type=float, help="another number of GiB than --hardware's")
     given, rest = parser.parse_known_args(argv)
@@ -35,7 +34,9 @@ def main(argv: list[str] | None = None) -> None:
     if hw.n_gpus < 1:
         raise InputError(f"--gpus is {hw.n_gpus}; it must be at least 1")
     config = pretrained.config_of(c.init) if c.init else MODELS[c.model or "tiny"]
-    print(f"{c.stage}, {config.n_params():,} parameters on {hw.n_gpus} GPUs, kernels {c.kernels}")
+    print(
+        f"{c.stage}, {config.n_params():,} parameters on {hw.n_gpus} x GPU, --kernels {c.kernels}"
+    )
     segments, length = c.batch_size * (2 if c.stage == "dpo" else 1), c.seq_len
     step = Step(segments * length, segments * length**2)
     c = link.decided(config, c, hw)

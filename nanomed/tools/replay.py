@@ -7,7 +7,6 @@ backward, without dropout: its next-token loss and the norm of its gradient. Its
 samples/, else with --show_text only.
 """
 
-import argparse
 import dataclasses
 import math
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from nanomed.arguments import command_line
 from nanomed.batches import slices
 from nanomed.batches.packing import row_from
 from nanomed.config import InputError, Run
@@ -29,10 +29,14 @@ from nanomed.text.tokenizer_files import read_object
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("file", type=Path, help="of a run's bad_batches/")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    parser.add_argument("--show_text", action="store_true", help="though it is not samples/")
+    parser = command_line("python -m nanomed.tools.replay", __doc__)
+    parser.add_argument("file", type=Path, help="step-N.json of a run's bad_batches/")
+    parser.add_argument(
+        "--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: the GPU if any"
+    )
+    parser.add_argument(
+        "--show_text", action="store_true", help="print texts, also of other data than samples/"
+    )
     given = parser.parse_args(argv)
     with start(pick_device(given.device)) as world:
         replay(given.file, world, given.show_text)

@@ -8,7 +8,6 @@ answers to any model's name and says its own; a field that it does not know, or 
 cannot follow, is an error, never left unread. Needs `pip install starlette uvicorn`.
 """
 
-import argparse
 import asyncio
 import contextlib
 import itertools
@@ -21,6 +20,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from nanomed.arguments import command_line
 from nanomed.config import InputError
 from nanomed.distributed import launch
 from nanomed.model.generation import CHAT, Sampling, limits_of
@@ -235,11 +235,11 @@ def listen(port: int) -> socket.socket:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="nanomed.tools.serve", description=__doc__.splitlines()[0]
-    )
+    parser = command_line("python -m nanomed.tools.serve", __doc__)
     parser.add_argument("--port", type=int, default=8000, help="default 8000; 0: a free one")
-    parser.add_argument("--batch_size", type=int, default=8, help="greedy answers at a time")
+    parser.add_argument(
+        "--batch_size", type=int, default=8, help="greedy answers at a time; default 8"
+    )
     # What is asked for with temperature 0 is the likeliest answer, with no penalty unasked for.
     add_arguments(parser, replace(CHAT, repetition_penalty=1.0))
     c = parser.parse_args()

@@ -251,10 +251,7 @@ def settings(files: list[str], flags: list[str]) -> Run:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m nanomed.tools.show", allow_abbrev=False, description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = arguments.command_line("python -m nanomed.tools.show", __doc__)
     parser.add_argument("files", nargs="+", metavar="DATA", help="training files, first of all")
     parser.add_argument("-n", type=int, default=3, help="examples or, with --step, rows; default 3")
     parser.add_argument("--step", type=int, help="draw the rows of this step, from 0")
