@@ -12,11 +12,13 @@ body { font: 15px/1.5 system-ui, "Noto Sans CJK SC", sans-serif; max-width: 72em
 table { display: block; overflow-x: auto; border-collapse: collapse; margin: .5em 0 1.5em; }
 td, th { padding: .15em .7em; text-align: right; border-bottom: 1px solid #ddd;
   vertical-align: top; white-space: nowrap; }
-td:first-child, th:first-child, td.text { text-align: left; }
+td:first-child, th:first-child, .text { text-align: left; }
 td.text { max-width: 40em; overflow-wrap: anywhere; white-space: pre-wrap; font-size: 13px; }
 .paper { color: #777; } .note { color: #555; font-size: 90%; } .differs { background: #fff3d6; }
 figure { display: inline-block; margin: 0 1.5em 1em 0; vertical-align: top; }
-figcaption { font-size: 13px; max-width: 33em; } svg text { font: 12px sans-serif; fill: #444; }
+figcaption { font-size: 13px; max-width: 33em; }
+.key { margin-right: .8em; white-space: nowrap; }
+svg text { font-size: 12px; font-family: sans-serif; fill: #444; }
 summary { cursor: pointer; }
 """
 # Told apart by those who see no red or green, too (Okabe and Ito 2008).
@@ -58,6 +60,8 @@ def details(summary: str, *parts: str) -> str:
 def table(rows: Sequence[Sequence[Any]], n_paper: int = 0) -> str:
     """The first row is the head; the n_paper columns after the first one are drawn in grey."""
     head, *others = rows
+    texts = {i for i, value in enumerate(others[0] if others else ()) if isinstance(value, Text)}
+    head = [Text(name) if i in texts else name for i, name in enumerate(head)]
     lines = [_row("th", head, n_paper), *(_row("td", row, n_paper) for row in others)]
     return f"<table>{''.join(lines)}</table>"
 
@@ -127,7 +131,8 @@ def chart(
 
 
 def _key(name: str, colour: str, sign: str) -> str:
-    return f'<span style="color:{colour}">{sign}</span> {escape(name)}&ensp; '
+    key = f'<span style="color:{colour}">{sign}</span> {escape(name)}'
+    return f"<span class=key>{key}</span> "
 
 
 def _path(name: str, colour: str, points: Points, to_x, to_y, dashes: str) -> str:

@@ -9,7 +9,6 @@ their own, and the preference pairs that train_dpo.py holds out; it writes RUN/r
 A line of EXPECTED is STAGE NUMBER VALUE TOLERANCE, or STAGE NUMBER above (below) OTHER_STAGE.
 """
 
-import argparse
 import json
 import math
 import sys
@@ -19,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from nanomed.arguments import command_line
 from nanomed.batches.packing import Row, row_from
 from nanomed.build.files import write_json
 from nanomed.config import ROOT, InputError
@@ -48,6 +48,7 @@ COLUMNS = {
     "documents_texts": ("documents, texts", "{:.0%}"),
     "never_stated_texts": ("never, texts", "{:.0%}"),
     "option_letters": ("exam, letters", "{:.0%}"),
+    "documents_letters": ("documents, letters", "{:.0%}"),
     "never_stated_letters": ("never, letters", "{:.0%}"),
     "pairs": ("pairs, facts", "{:.0%}"),
     "careful": ("pairs, careful", "{:.0%}"),
@@ -149,7 +150,7 @@ def deviations(stages: dict[str, dict], expected: str) -> tuple[list[str], int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = command_line("python -m nanomed.tools.paper", __doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("measure", help="measure one model")
     one.add_argument("folder", type=Path, help="its run")

@@ -6,7 +6,6 @@ A run that is still going can be looked at, too. --evals adds the tables of eval
 The page is one file that loads nothing from anywhere.
 """
 
-import argparse
 import json
 import math
 from collections.abc import Iterable, Sequence
@@ -16,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from nanomed import page
+from nanomed.arguments import command_line
 from nanomed.build.files import read_lines
 from nanomed.config import CPT, DPO, SFT, STAGES, UNPUBLISHED, InputError
 from nanomed.distributed import launch
 from nanomed.evals import page as evaluations
 from nanomed.page import Raw, Text, chart, details, document, heading, note, table
+from nanomed.tools.paper import COLUMNS
 
 SETTINGS = {c.stage: c for c in (CPT, SFT, DPO)}
 NAMES = {"cpt": "Continued pre-training", "sft": "Supervised fine-tuning", "dpo": "DPO"}
@@ -113,8 +114,9 @@ def _results(runs: Sequence[Shown]) -> Iterable[str]:
     for key in dict.fromkeys(key for counts in counted.values() for key in counts):
         found = [counts.get(key) for counts in counted.values()]
         shares = [f"{c['right']} of {c['of']} ({_share(c)})" if c else "" for c in found]
-        rows.append([key.replace("_", " "), *shares])
+        rows.append([COLUMNS[key][0] if key in COLUMNS else key, *shares])
     yield table(rows)
+    yield note("docs/paper.md says what each line counts.")
 
 
 def _share(count: dict[str, int]) -> str:
@@ -132,6 +134,7 @@ def _curves(runs: Sequence[Shown], colours: dict[str, str]) -> Iterable[str]:
                     for run, (name, c, _) in zip(runs, trained, strict=True)]  # fmt: skip
         return chart(CHARTS.get(key, key), trained, held_out, key in FROM_ZERO)
 
+    yield note("Curves run over steps; a dot is a measurement on held-out examples.")
     yield from map(draw, front)
     for run in runs:
         bad = [line["step"] for line in run.lines if any(isinstance(v, str) for v in line.values())]
@@ -152,7 +155,7 @@ def _settings(stage: str, runs: Sequence[Shown]) -> str:
             shown = " and ".join(paper)
             recipe.append([f.name, shown, *(_beside(value, paper) for value in values)])
         else:
-            ours.append([f.name, Text(f.default or ""), *(Text(_said(v)) for v in values)])
+            ours.append([f.name, Text(_said(f.default)), *(Text(_said(v)) for v in values)])
     words = "Bold: not the paper's. " + "Of two values, the second is stage 2's." * (stage == "cpt")
     return table(recipe, 1) + note(words) + details("All other settings", table(ours, 1))
 
@@ -170,7 +173,7 @@ def _same(value: Any, published: str) -> bool:
 
 
 def _said(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def _data(run: Shown) -> Iterable[str]:
@@ -219,12 +222,14 @@ def _samples(run: Shown) -> Iterable[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="nanomed.tools.report", description=__doc__.splitlines()[0]
-    )
+    parser = command_line("python -m nanomed.tools.report", __doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
-    parser.add_argument("--evals", nargs="+", type=Path, default=[], help="evaluations' folders")
-    parser.add_argument("--out", type=Path, help="default: RUN/report.html, of several report.html")
+    parser.add_argument(
+        "--evals", nargs="+", type=Path, default=[], help="folders of evaluate.py, for its tables"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="default: RUN/report.html; of several runs, report.html"
+    )
     c = parser.parse_args()
     out = c.out or (c.runs[0] if len(c.runs) == 1 else Path()) / "report.html"
     text = of_runs(c.runs, c.evals)

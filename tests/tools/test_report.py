@@ -102,7 +102,7 @@ def test_data_answers_results_and_evaluations(sft, tmp_path):
         assert cells(text, name) == counts
     assert cells(text, "med") == [*counts, "0.70", "1.25", "6"]
     assert cells(text, "web") == [*counts, "", "1.25", "6"]
-    assert cells(text, "held out answers") == ["9 of 12 (75%)"] and "not a count" not in text
+    assert cells(text, "answers") == ["9 of 12 (75%)"] and "not a count" not in text
     assert "user: 早\n&lt;b&gt;发热&lt;/b&gt;?" in text and "fact seen" in text
     assert "Figures 4 and 5" in text and str(judged) in text and "Figures" not in of_runs([sft])
 
