@@ -95,8 +95,9 @@ def _ids(encoder, chat, seq_len: int) -> str:
 def _row(rows: list[Row], row: Row, place: int) -> str:
     first, last = row.cu_seqlens[place : place + 2].tolist()
     part = slice(first, last)
+    n_chats, several = sum(len(r.examples) for r in rows), "s" * (len(rows) > 1)
     return (
-        f"this step packs {sum(len(r.examples) for r in rows)} chats into {len(rows)} rows of "
+        f"this step packs {n_chats} chats into {len(rows)} row{several} of "
         f"{', '.join(str(len(r.tokens)) for r in rows)} tokens\n"
         f"our chat is segment {place} of row {next(i for i, r in enumerate(rows) if r is row)}: "
         f"cu_seqlens[{place}] = {first}, cu_seqlens[{place + 1}] = {last}\n"

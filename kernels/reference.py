@@ -47,9 +47,9 @@ def wavelengths(
     """theta**(2i/E) for i < E/2 [E/2]: positions per radian, float32.
 
     `scaling`, Llama 3.1's (factor, low, high, original), makes a model of `original` positions one
-    of `factor` times as many. Elements that made fewer than `low` whole turns over these turn
-    `factor` times slower, those that made more than `high` turn as before, and between the two the
-    speeds are mixed."""
+    of `factor` times as many. An element that makes fewer than `low` whole turns in `original`
+    positions is slowed down `factor` times; one that makes more than `high` stays as it is; between
+    the two the speeds are mixed."""
     length = theta ** (torch.arange(half, dtype=torch.float32, device=device) / half)
     if scaling:
         factor, low, high, original = scaling

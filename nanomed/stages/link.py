@@ -199,14 +199,18 @@ def lines(config: ModelConfig, c: Run, hw: Hardware, step: Step) -> list[str]:
     if hw.n_nodes > 1:
         where += f", {far / 1e9:.1f} GB between nodes"
         reached += f" ({hw.between / 1e9:.0f} between nodes)"
-    text = [
-        sharing_line(Sharing(copies(c, hw), c.sum_gradients == "step"), hw.n_gpus),
-        f"link: each GPU sends {(total - far) / 1e9:.1f} GB a step {where}, for {n_rows} rows of "
-        f"{c.micro_tokens:,} tokens; a longer row sends no more",
+    text, waits = ["sharing: none, one GPU holds the whole model"], ""
+    if hw.n_gpus > 1:
+        text = [
+            sharing_line(Sharing(copies(c, hw), c.sum_gradients == "step"), hw.n_gpus),
+            f"link: each GPU sends {(total - far) / 1e9:.1f} GB a step {where}, for {n_rows} rows "
+            f"of {c.micro_tokens:,} tokens; a longer row sends no more",
+        ]
+        waits = f", and {link:.3g} s of the link at {REACHED:.0%} of {reached}"
+    text.append(
         f"bound: {rules(config, c, hw, step)}: a step takes {computing:.3g} s of computing at "
-        f"{c.mfu:.0%} of {hw.flops / 1e12:.0f} TFLOP/s, and {link:.3g} s of the link at "
-        f"{REACHED:.0%} of {reached}",
-    ]
+        f"{c.mfu:.0%} of {hw.flops / 1e12:.0f} TFLOP/s{waits}"
+    )
     if c.optimizer == "split_host":
         parts = memory.in_host(config, c)
         moved = next(iter(parts.values()))

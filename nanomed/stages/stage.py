@@ -255,7 +255,7 @@ def announce(
         f"{c.stage} of {c.model or 'tiny' if not c.init else 'the model'} {start} on "
         f"{' '.join(c.data)}; the paper's setting: --config configs/{paper}.toml --init FOLDER"
     )
-    name = f"cpu ({torch.get_num_threads()} threads each)"
+    name = f"cpu (threads: {torch.get_num_threads()} each)"
     if device.type == "cuda":
         name = torch.cuda.get_device_name()
     dtype = str(compute_dtype(c, device)).removeprefix("torch.")

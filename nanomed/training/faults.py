@@ -85,7 +85,8 @@ class Spikes:
 
 
 def note_spike(run: RunFolder, loader: Loader, step: int, loss: float) -> None:
-    run.print(f"WARNING: loss spike at step {step + 1}: {loss:.4f}; records in spikes.jsonl")
+    said = f"loss spike at step {step + 1}: {loss:.4f}, far above the steps before it"
+    run.print(f"WARNING: {said}; the run goes on, spikes.jsonl has its records")
     records = _records(loader, loader.examples(step).tolist())
     run.append("spikes.jsonl", {"step": step + 1, "loss": loss, "records": records})
 

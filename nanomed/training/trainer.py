@@ -24,7 +24,7 @@ def fit(c: Run, model: nn.Module, loader: Loader, loss: Loss, run: RunFolder) ->
     Raises SystemExit if a signal asked it to end (it has saved then), and InputError after
     c.max_bad steps in a row that could not be applied (or if the run has no other), or if the
     last save failed."""
-    from nanomed.run.saves import Saver  # slow: what ends before it trains goes without
+    from nanomed.run.saves import Saver  # slow to import: not before training begins
 
     optimizer = adamw(model, c.weight_decay)  # before the first forward: see shard()
     checkpoint.check_space(run.checkpoints, model, _most_checkpoints(c, loader))
