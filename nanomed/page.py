@@ -60,7 +60,7 @@ def details(summary: str, *parts: str) -> str:
 def table(rows: Sequence[Sequence[Any]], n_paper: int = 0) -> str:
     """The first row is the head; the n_paper columns after the first one are drawn in grey."""
     head, *others = rows
-    texts = {i for i, value in enumerate(others[0] if others else ()) if isinstance(value, Text)}
+    texts = {i for row in others for i, value in enumerate(row) if isinstance(value, Text)}
     head = [Text(name) if i in texts else name for i, name in enumerate(head)]
     lines = [_row("th", head, n_paper), *(_row("td", row, n_paper) for row in others)]
     return f"<table>{''.join(lines)}</table>"

@@ -12,7 +12,7 @@ duplicates have 14, from MinHash, and are compared n-gram by n-gram before one o
 MinHash: of each of 8 rows, a hash function of its own sends every n-gram of a document into one of
 14 bands and keeps each band's smallest value. The 8 values of a band are hashed into its key. Two
 documents of which a share s of the n-grams is common (Jaccard) agree in a value with probability s,
-in a key with s^8, and in at least one of 14 keys with 1-(1-s^8)^14: .21 at .6, .57 at .7, .92 at
+in a key with s^8, and in at least one of 14 keys with 1-(1-s^8)^14: .21 at .6, .56 at .7, .92 at
 .8, 1.00 at .9. A row costs one hash for each n-gram, not one for each band (Dahlgaard, Knudsen and
 Thorup, Fast similarity sketching, FOCS 2017; here once for each row, so that rows are independent).
 """

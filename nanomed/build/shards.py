@@ -183,7 +183,7 @@ class Tally:
             key = f"{found.name}\t{lang}"
             _add(self.bins, key, bar)
             self.limits[key] = min(found.limit, self.limits.get(key, found.limit))
-            shown = doc.text[:200] if show_text else ""
+            shown = doc.text[:200] + "…" * (len(doc.text) > 200) if show_text else ""
             if benchmark := found.more.get("benchmark"):
                 _add(self.touched, benchmark, [1, int(found is drop)])
             side = self.near.setdefault(f"{key}\t{'kept' if found.keeps else 'dropped'}", [])
@@ -198,7 +198,8 @@ class Tally:
         total = cls()
         for part in parts:
             total.read += part["read"]
-            total.limits = {**part["limits"], **total.limits}
+            for key, limit in part["limits"].items():
+                total.limits[key] = min(limit, total.limits.get(key, limit))
             for name in ("flow", "bins", "touched"):
                 for key, values in part[name].items():
                     _add(getattr(total, name), key, values)
