@@ -1,8 +1,8 @@
 """Which documents are medical, and how good they are: a classifier that learns from labels.
 
 Two can learn: a linear model over hashed n-grams (linear.py), in seconds on a CPU, and a decoder
-with a linear head (reader.py), which knows more words and takes a GPU; how both do on your
-documents the report says. Both are used alike: trained by one task, limited on labelled documents
+with a linear head (reader.py), which knows more words and takes a GPU. The report says how well one
+does on your documents. Both are used alike: trained by one task, limited on labelled documents
 of the pool, judged on sources that they have not seen.
 """
 

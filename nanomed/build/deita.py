@@ -1,10 +1,10 @@
 """Complexity and quality of a chat, as Deita scores them (Liu et al. 2023, arXiv 2312.15685).
 
 A model is asked for a digit from 1 to 6: how complex is the question, how good is the answer. The
-score is no digit that it writes but what it expects: the sum of 1 to 6, each times its probability
-among the six. Each round of a chat (what the user says and what is answered) is scored by itself;
-the chat's score is the mean over its rounds of complexity times quality (Aquila-Med), or their sum
-(Deita).
+score is not the digit that it would write but the expected one: the sum of 1 to 6, each times its
+probability among the six. Each round of a chat (what the user says and what is answered) is scored
+by itself; the chat's score is the mean over its rounds of complexity times quality (Aquila-Med), or
+their sum (Deita).
 
 The prompts are data (prompts.toml). They may be asked of any model in a folder, which gives the
 digits' logits, or of an endpoint, whose digit is taken as it is.

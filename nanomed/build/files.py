@@ -1,5 +1,5 @@
-"""Files that a kill leaves whole, and what they depend on: a file comes with its name when it is
-complete, a file of lines is gone on with after its last whole line."""
+"""Files that a kill leaves whole, and what they depend on. A file gets its name when it is
+complete; a file of lines goes on after its last whole line."""
 
 import json
 import os

@@ -2,8 +2,8 @@
 
 A labelled document is a record with its `text` and a `domain` (a name of prompts.toml) or a
 `quality` (0 to 6); `in_pool` says that it is one of the corpus that is being built. A labeller is
-asked twice about each. Where its answers differ (medicine or not, two points of quality) nobody
-knows, and the document is left out.
+asked twice about each. Where its two answers differ (medicine or not, two points of quality) the
+document is left out.
 """
 
 import hashlib

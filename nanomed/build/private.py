@@ -1,7 +1,7 @@
 """Private data in texts: where they are, and how they are masked.
 
 Only what is certain counts: a number must have the length, the prefix and, where there is one, the
-checksum of what it is taken for. Laboratory numbers, versions like 1.2.3.4 and doses are none.
+checksum of what it is taken for. Laboratory numbers, versions like 1.2.3.4 and doses do not count.
 """
 
 import re

@@ -1,12 +1,12 @@
 """A decoder with a linear head: the classifier of documents that has read before it learns.
 
-Of the decoder's layers it takes the first three in five: what the last ones add is for the next
-token alone, and more about a document is told by the states before them. In the place of the matrix
-that gives logits comes one number for each token's state; a document's score is the mean of them
-over its first tokens. The head begins as ridge regression finds it from the decoder as it is, so
-that the first steps spoil nothing (Kumar et al. 2022). Then head and decoder are trained together
-by fit(), as in every other stage. What the decoder has read in pre-training, other words for the
-same things among it, no list of n-grams knows.
+Of the decoder's layers it takes the first three in five: the last ones serve the next token alone,
+and the states before them tell more about a document. In the place of the matrix that gives logits
+comes one number for each token's state; a document's score is the mean of them over its first
+tokens. The head begins as ridge regression finds it from the decoder as it is, so that the first
+steps spoil nothing (Kumar et al. 2022). Then head and decoder are trained together by fit(), as in
+every other stage. From pre-training the decoder knows many words for the same thing; a list of
+n-grams does not.
 """
 
 import dataclasses

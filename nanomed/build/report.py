@@ -54,7 +54,7 @@ def as_html(stages: list[tuple[str, Tally]], more: dict[str, Any]) -> str:
     parts += [heading("By source and language"), by_source(ran)]
     for title, rows in tables(more).items():
         parts += [heading(title), table(rows)]
-    parts.append(note("A bar is as high as the logarithm of its documents; the red line is the limit."))
+    parts.append(note("Bars are as high as the logarithm of their documents; red: the limit."))
     for name, tally in ran[1:]:  # `read` has no value but whether there is a text
         if tally.bins:
             parts += [heading(f"{name}: values and limits"), *figures(tally)]

@@ -1,9 +1,9 @@
 """Writes folders in the layout of Hugging Face.
 
-    python -m nanomed.hf export RUN FOLDER         a run's best checkpoint, or CHECKPOINT as it is
-    python -m nanomed.hf convert FOLDER NEW        .bin files as safetensors
+    python -m nanomed.hf export RUN_OR_CHECKPOINT NEW_FOLDER      a run's best checkpoint, or one
+    python -m nanomed.hf convert FOLDER NEW_FOLDER                .bin shards into safetensors
 
-From the .bin files, which are pickles, it reads tensors and nothing else.
+A .bin file is a pickle: tensors are read from it and nothing else.
 """
 
 import argparse
