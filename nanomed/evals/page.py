@@ -48,7 +48,8 @@ def _protocols(folders: Sequence[Path]) -> str:
     rows = []
     for folder in folders:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        rows.append([str(folder), *(str(config.get(name, "")) for name in names)])
+        values = ["" if (v := config.get(name)) in (None, []) else str(v) for name in names]
+        rows.append([str(folder), *(value.removeprefix("torch.") for value in values)])
     return table([["what was run", *names], *rows])
 
 
@@ -154,7 +155,7 @@ def _turns(paper: dict[str, dict], ours: dict[str, dict]) -> Iterable[str]:
     head = ["", "average", "95% interval", *(f"round {i}" for i in range(1, most - 2))]
     yield from charts
     yield table([head, *(row + [""] * (most - len(row)) for row in rows)])
-    yield note("Averages are over turns, with the interval over dialogues.")
+    yield note("Charts run over rounds. Averages are over turns, the interval is over dialogues.")
 
 
 def _changed(a: Path, b: Path, data: Path | None) -> Iterable[str]:
