@@ -1,6 +1,7 @@
 """What the scripts that build data share of their settings."""
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -55,8 +56,7 @@ def files_of(paths: list[str], within: str = "") -> list[str]:
         if not Path(path).is_dir():
             found.append(path)
             continue
-        walk = os.walk(path, followlinks=True)
-        inside = sorted(str(Path(folder, name)) for folder, _, names in walk for name in names)
+        inside = sorted(_inside(path))
         if (alone := str(Path(path, within))) in inside:
             found.append(alone)
             continue
@@ -71,6 +71,17 @@ def files_of(paths: list[str], within: str = "") -> list[str]:
     if len(set(found)) < len(found):
         raise InputError(f"--data names {max(found, key=found.count)} twice")
     return sorted(found)
+
+
+def _inside(path: str) -> Iterator[str]:
+    """All files in a folder and behind its links, each once: links may lead back."""
+    met: set[str] = set()
+    for folder, inner, names in os.walk(path, followlinks=True):
+        for held in (inner, names):
+            real = {os.path.realpath(Path(folder, n)): n for n in sorted(held, reverse=True)}
+            held[:] = [name for where, name in real.items() if where not in met]
+            met |= real.keys()
+        yield from (str(Path(folder, name)) for name in names)
 
 
 def weight_files(folder: str) -> list[Path]:

@@ -82,6 +82,8 @@ def test_a_folder_is_read_with_all_that_is_linked_and_packed_in_it(tmp_path, cap
     for name in names:
         write(tmp_path / name, [{"text": LONG}])
     (data / "linked").symlink_to(elsewhere)
+    (data / "linked again").symlink_to(elsewhere)  # each file is read once
+    (elsewhere / "back").symlink_to(data)
     (data / "part-0").write_text("no ending\n")
     found = files_of([str(data)])
     assert [Path(p).name for p in found] == ["A.JSONL", "b.jsonl.zst", "c.jsonl", "part-0.json"]
