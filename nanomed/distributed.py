@@ -8,7 +8,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 
 import torch
@@ -79,29 +79,30 @@ def launch(main: Callable[[], None]) -> None:
         # Every packed row has another length: without it what lies between two of them is lost.
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     code = 1
-    try:
-        record(main)()
-        code = 0
-    except SystemExit as ending:
-        code = ending.code or 0
-    except KeyboardInterrupt as ending:  # Ctrl-C, with what to do then if somebody knows better
-        code = 128 + signal.SIGINT
-        if rank_from_env()[0] == 0:
-            words = str(ending) or "what is finished is kept; the same command goes on"
-            print(f"\nended by Ctrl-C; {words}", file=sys.stderr)
-    except Exception as error:
-        if words := _refusal(error):
-            meeting.tell_torchrun(words)
-            if rank_from_env()[2] > 0 and not hasattr(error, "is_first"):
-                time.sleep(5)  # this machine's first rank says the same first, and that ends us
-            print(words, file=sys.stderr)
-        else:
-            traceback.print_exc()
+    with suppress(OSError):  # of a screen that is gone: RunFolder.print
+        try:
+            record(main)()
+            code = 0
+        except SystemExit as ending:
+            code = ending.code or 0
+        except KeyboardInterrupt as ending:  # Ctrl-C, with what to do then if somebody knows better
+            code = 128 + signal.SIGINT
+            if rank_from_env()[0] == 0:
+                words = str(ending) or "what is finished is kept; the same command goes on"
+                print(f"\nended by Ctrl-C; {words}", file=sys.stderr)
+        except Exception as error:
+            if words := _refusal(error):
+                meeting.tell_torchrun(words)
+                if rank_from_env()[2] > 0 and not hasattr(error, "is_first"):
+                    time.sleep(5)  # this machine's first rank says the same first, and ends us
+                print(words, file=sys.stderr)
+            else:
+                traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
     # All is written. Python's own teardown of torch's threads was seen to abort once in some
     # hundred runs, and torchrun would then call a finished run a failed one; after an error it
     # would wait for what NCCL has begun and never ends.
-    sys.stdout.flush()
-    sys.stderr.flush()
     os._exit(code)
 
 

@@ -9,6 +9,7 @@ import os
 import sys
 import time
 import uuid
+from contextlib import suppress
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -90,7 +91,7 @@ def tell_torchrun(words: str) -> None:
     """Its closing table shows the words in place of a traceback."""
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         about = {"py_callstack": words, "timestamp": str(int(time.time()))}
-        with open(file, "w", encoding="utf-8") as out:
+        with suppress(OSError), open(file, "w", encoding="utf-8") as out:
             json.dump({"message": {"message": words, "extraInfo": about}}, out)
 
 

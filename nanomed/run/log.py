@@ -152,10 +152,13 @@ class RunFolder:
                 os.truncate(path, size)  # a part of a line would spoil the next one
 
     def print(self, text: str = "") -> None:
+        """A screen that is gone ends no run: Ctrl-C ends the `tee` behind it before its last step,
+        a closed window is no terminal, and the disk of a `> FILE` may be full."""
         if self.world.is_main:
-            # tqdm.write puts the line above a bar that is being drawn.
-            tqdm.write(text, file=sys.stdout)
-            sys.stdout.flush()
+            with suppress(OSError):
+                # tqdm.write puts the line above a bar that is being drawn.
+                tqdm.write(text, file=sys.stdout)
+                sys.stdout.flush()
 
 
 # Settings that may differ between ranks: paths, and what rank 0 alone reads.

@@ -5,6 +5,7 @@ import signal
 import statistics
 import time
 from collections import deque
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -30,19 +31,24 @@ class Stopped(Exception):
 
 
 class Signals:
-    """While it is open, SIGTERM and Ctrl-C set `received`; a second one ends the process."""
+    """While it is open, SIGTERM, Ctrl-C and a terminal that closes (SIGHUP) set `received`; a
+    second one ends the process."""
 
-    NUMBERS = (signal.SIGTERM, signal.SIGINT)
+    NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
     def __init__(self) -> None:
         self.received, self.since = 0, 0.0
 
     def __enter__(self) -> "Signals":
-        self.before = [signal.signal(number, self._note) for number in self.NUMBERS]
+        # What nohup has said to ignore stays ignored. Not so under torchrun: it heeds SIGHUP in any
+        # case, hands it on, and kills who has not ended soon.
+        passed_on = "TORCHELASTIC_RUN_ID" in os.environ
+        heeded = [n for n in self.NUMBERS if passed_on or signal.getsignal(n) != signal.SIG_IGN]
+        self.before = {number: signal.signal(number, self._note) for number in heeded}
         return self
 
     def __exit__(self, *_) -> None:
-        for number, handler in zip(self.NUMBERS, self.before, strict=True):
+        for number, handler in self.before.items():
             signal.signal(number, handler)
 
     def _note(self, number: int, _) -> None:
@@ -51,7 +57,8 @@ class Signals:
         if not self.received:
             self.received, self.since = number, time.monotonic()
             if rank_from_env()[0] == 0:
-                os.write(2, SAID)  # print may be at work just now
+                with suppress(OSError):  # the screen may be gone: RunFolder.print
+                    os.write(2, SAID)  # print may be at work just now
 
     def heeded_in(self, loss: Loss) -> Loss:
         """A validation's loss that raises Stopped at the first row before which some rank has

@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from nanomed.config import SFT
+from nanomed.distributed import launch
 from nanomed.processes import adopted_by, end_with
 from nanomed.run import checkpoint, saves
+from nanomed.run.log import RunFolder
 from nanomed.training import faults, trainer
 from nanomed.training.faults import Signals
 from tests.conftest import ROOT
@@ -100,6 +103,49 @@ def test_a_second_signal_ends_at_once(tmp_path):
     assert group.ranks[0].exitcode is None
     os.kill(group.ranks[0].pid, signal.SIGTERM)
     assert group.wait(30) == [128 + signal.SIGTERM]
+
+
+def without_a_screen(world, out: str, number: int) -> None:
+    """A script whose screen is a pipe that nobody reads any more."""
+    read, write = os.pipe()
+    os.close(read)
+    os.dup2(write, 2)
+    sys.stdout, sys.stderr = (open(write, "w", encoding="utf-8") for _ in range(2))
+
+    def main() -> None:
+        run = RunFolder(SFT(out=out), world)
+        signal.signal(number, signal.SIG_DFL)
+        with Signals() as signals:
+            os.kill(os.getpid(), number)
+            run.print("step 1")
+        (Path(out) / "after").touch()
+        raise SystemExit(128 + signals.received)
+
+    launch(main)
+
+
+@pytest.mark.parametrize("number", Signals.NUMBERS)
+def test_a_screen_that_is_gone_ends_no_run(tmp_path, number):
+    """Ctrl-C also ends the `tee` that a run is piped into, and a window that closes takes its
+    terminal with it: the run still comes to its last step, its save and its exit code."""
+    group = Group(server(), 1, without_a_screen, str(tmp_path / "x"), number)
+    assert group.wait(60) == [128 + number]
+    assert (tmp_path / "x/after").exists()
+
+
+def test_what_nohup_ignores_is_heeded_under_torchrun_alone(monkeypatch):
+    """torchrun ends a run at SIGHUP, nohup or not; the run is to save before that."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        for number, run_id in ((0, None), (signal.SIGHUP, "x")):
+            if run_id:
+                monkeypatch.setenv("TORCHELASTIC_RUN_ID", run_id)
+            with Signals() as signals:
+                os.kill(os.getpid(), signal.SIGHUP)
+            assert signals.received == number
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def parent_of_one(world, folder: str) -> None:
