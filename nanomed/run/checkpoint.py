@@ -216,10 +216,7 @@ def is_validated(saved: Path) -> bool:
 def mark_validated(saved: Path, val_loss: float) -> None:
     """Notes the validation loss of a saved checkpoint and points `best` to the lowest. Rank 0 calls
     it. Raises OSError."""
-    temporary = saved / "validation.new"
-    temporary.write_text(json.dumps({"val_loss": number(val_loss)}), "utf-8")
-    fsync(temporary)
-    temporary.rename(saved / "validation.json")
+    write_whole(saved / "validation.json", json.dumps({"val_loss": number(val_loss)}))
     point_best(saved.parent)
 
 
@@ -258,6 +255,14 @@ def point(link: Path, target: Path) -> None:
     temporary.symlink_to(target.name)
     temporary.rename(link)
     fsync(link.parent)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """What is there stays until the new text is whole and on the disk. Raises OSError."""
+    unfinished = path.with_suffix(".new")
+    unfinished.write_text(text, "utf-8")
+    fsync(unfinished)
+    unfinished.rename(path)
 
 
 def fsync(path: Path) -> None:

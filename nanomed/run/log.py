@@ -126,7 +126,8 @@ class RunFolder:
         if self.world.is_main:
             path = self.path / name
             path.parent.mkdir(exist_ok=True)
-            path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", "utf-8")
+            text = json.dumps(value, ensure_ascii=False, indent=2) + "\n"
+            checkpoint.write_whole(path, text)
 
     def metrics(self, **values: float) -> None:
         self.append("metrics.jsonl", values)
@@ -233,9 +234,7 @@ def _cut_back(path: Path, step: int, validated: bool) -> None:
     if path.exists():
         text = path.read_text("utf-8", "replace")  # it may be cut off within a character
         lines = [line + "\n" for line in text.split("\n") if kept(line)]
-        unfinished = path.with_suffix(".new")
-        unfinished.write_text("".join(lines), "utf-8")
-        unfinished.rename(path)
+        checkpoint.write_whole(path, "".join(lines))
 
 
 class Meter:

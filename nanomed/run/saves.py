@@ -171,16 +171,16 @@ def _write(tensors: dict, unfinished: Path, group: dist.ProcessGroup | None) -> 
 
 
 def _complete(unfinished: Path, target: Path, state: dict, hashes: list[dict]) -> None:
-    (unfinished / "state.json").write_text(json.dumps(state, ensure_ascii=False, indent=2), "utf-8")
+    text = json.dumps(state, ensure_ascii=False, indent=2)
+    checkpoint.write_whole(unfinished / "state.json", text)
     files = {name: facts for shards in hashes for name, facts in shards.items()}
     for path, size in [(unfinished / name, facts["size"]) for name, facts in files.items()]:
         if not checkpoint.appears(lambda path=path, size=size: path.stat().st_size == size):
             raise SaveFailed(f"{path}, which another rank has written, is not seen by rank 0")
     for name in (".metadata", "state.json"):
         files[name] = checkpoint.described(unfinished / name)
-    (unfinished / "manifest.json").write_text(json.dumps({"files": files}, indent=2), "utf-8")
-    for path in (unfinished / "state.json", unfinished / "manifest.json", unfinished):
-        checkpoint.fsync(path)
+    checkpoint.write_whole(unfinished / "manifest.json", json.dumps({"files": files}, indent=2))
+    checkpoint.fsync(unfinished)
     if target.exists():  # the same step of a run that went on from an earlier one
         checkpoint.delete(target)
     unfinished.rename(target)

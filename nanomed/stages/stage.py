@@ -243,7 +243,7 @@ def announce(
 ) -> None:
     """Keeps in the run folder what a later --init needs, and says what is about to happen."""
     config, device = model.config, run.world.device
-    if run.world.is_main:
+    if run.world.is_main and not run.resume_from:  # what is there is the same, and stays
         run.write_json("model.json", dataclasses.asdict(config))
         (run.path / "template.json").write_text(encoder.template.to_json() + "\n", "utf-8")
         tokenizer.copy(encoder.tokenizer, run.path)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,20 @@ def test_resume_finds_the_newest_and_cuts_the_metrics_back(world, tmp_path):
     lines = (tmp_path / "x/metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
     run.close()
+
+
+def test_on_a_full_disk_the_run_folder_stays_as_it_was(world, tmp_path):
+    """The limit on a file's size stands for the disk."""
+    begun(world, tmp_path / "x")
+    before = {p: p.read_bytes() for p in (tmp_path / "x").glob("*.json*")}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(InputError, match="cannot write to"):
+            RunFolder(SFT(out=str(tmp_path / "x"), resume="latest"), world, RUN)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert before == {p: p.read_bytes() for p in (tmp_path / "x").glob("*.json*")}
 
 
 def test_auto_starts_or_goes_on(world, tmp_path):
