@@ -53,7 +53,8 @@ def _parser(cls: type[Run]) -> argparse.ArgumentParser:
     for f in dataclasses.fields(cls):
         kind = {"action": "store_true"} if f.type is bool else {"type": f.type}
         if get_origin(f.type) is list:
-            kind = {"type": get_args(f.type)[0], "nargs": "+"}
+            # extend: `--data A --data B` are both, where argparse's default would drop A
+            kind = {"type": get_args(f.type)[0], "nargs": "+", "action": "extend"}
         if kind.get("type") is str:
             kind["type"] = _text
         if f.name == "resume":

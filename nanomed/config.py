@@ -4,6 +4,7 @@ is, in which unit, and what the paper used. arguments.py fills them."""
 import dataclasses
 import difflib
 import importlib
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -230,6 +231,9 @@ class Run:
             (self.batch_size >= 1, "batch_size", "at least 1"),
             (self.epochs >= 1, "epochs", "at least 1"),
             (self.steps >= 0, "steps", "0 or more"),
+            (self.seed >= 0, "seed", "0 or more"),
+            (not self.out or self.resume in ("", "auto", "latest", self.out), "resume",
+             "without a folder beside --out: a run goes on in its own"),
             (self.lr > 0, "lr", "above 0"),
             (0 <= self.min_lr_ratio <= 1, "min_lr_ratio", "between 0 and 1"),
             (0 <= self.warmup_ratio <= 1, "warmup_ratio", "between 0 and 1"),
@@ -258,6 +262,8 @@ def check_limits(settings: Any, limits: list[tuple[bool, str, str]]) -> None:
         if choices and value not in choices:
             hint = nearest(value, choices)
             raise InputError(f"--{f.name} is {value!r}; it must be one of {choices}{hint}")
+        if f.type is float and not math.isfinite(value):
+            raise InputError(f"--{f.name} is {value}; it must be a finite number")
     for holds, name, rule in limits:
         if not holds:
             raise InputError(f"--{name} is {getattr(settings, name, '?')}; it must be {rule}")

@@ -26,6 +26,8 @@ def test_file_then_flags(tmp_path):
     c = parse(SFT, ["--config", str(path), "--batch_size", "9"])
     assert (c.lr, c.batch_size, c.data) == (1.0, 9, ["a", "b"])
     assert c.epochs == 2  # the recipe's, not the demonstration's
+    c = parse(SFT, ["--config", str(path), "--data", "c", "d", "--data", "e"])
+    assert c.data == ["c", "d", "e"]  # no file is left unread
 
 
 @pytest.mark.parametrize(
@@ -44,6 +46,9 @@ def test_resume_with_and_without_a_value(flags, resume):
         (["--lr"], "--lr: expected one argument"),
         (["--lr", "0"], "--lr is 0.0; it must be above 0"),
         (["--lr", "nan"], "--lr is nan"),
+        (["--lr", "inf"], "--lr is inf; it must be a finite number"),
+        (["--seed", "-1"], "--seed is -1; it must be 0 or more"),
+        (["--resume", "a", "--out", "b"], "--resume is a; it must be without a folder"),
         (
             ["--seq_len", "512", "--micro_tokens", "511"],
             "--micro_tokens is 511; it must be at least",
