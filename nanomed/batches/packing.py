@@ -127,7 +127,7 @@ def pack(lengths: Sequence[int], capacity: int, world_size: int) -> list[list[in
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     n_rows = max(1, -(-sum(lengths) // (capacity * world_size))) * world_size
     while (rows := _fill(order, lengths, capacity, n_rows)) is None:
-        n_rows += world_size
+        n_rows += world_size * max(1, n_rows // (100 * world_size))  # 1%: few tries
     return rows
 
 
