@@ -64,7 +64,8 @@ def preference_loss(reference: Tensor, kinds: Tensor, names: list[str], c: DPO) 
             "log_ratio_per_token/rejected": ratios[:, 1],
         }
         metrics = {name: (value * real).sum() for name, value in sums.items()}
-        for kind, name in enumerate(names):  # subjective and objective, where records say so
+        # Subjective and objective, or what else records say; those that say nothing have no name.
+        for kind, name in [(i, name) for i, name in enumerate(names) if name]:
             of_kind = (kinds[pairs] == kind) * real
             metrics[f"rewards/accuracies/{name}"] = (right * of_kind).sum(), of_kind.sum()
             metrics[f"logps/accuracies/{name}"] = (likelier * of_kind).sum(), of_kind.sum()

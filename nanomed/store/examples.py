@@ -18,7 +18,7 @@ import numpy as np
 from nanomed.config import InputError
 from nanomed.records import Chat, read_chats, read_pairs
 from nanomed.store.cache import cached, digest, group_key, hash_of_first, progress
-from nanomed.store.tally import Facts, Tally, report_of
+from nanomed.store.tally import Facts, Tally, among, report_of
 from nanomed.store.versions import versions
 from nanomed.text.segment import Segment
 from nanomed.text.template import Encoded, Encoder
@@ -128,6 +128,7 @@ class _Reading:
         rows = array("Q")  # of each example: file, record, key, divisor, kind
         content = hashlib.sha256()  # what a resumed run must find again
         tallies: dict[tuple[str, str], Tally] = defaultdict(Tally)  # (file, source)
+        sources: dict[str, set[str]] = defaultdict(set)  # of each file those told apart
         with (
             progress(self.files) as reached,
             open(folder / "tokens.u32", "wb") as tokens,
@@ -147,10 +148,12 @@ class _Reading:
                     if segments:
                         divisor = 1 if self.kind == "pairs" else n_labels
                         named = getattr(example, "kind", "") or example.source
-                        kind = kinds.setdefault(named, len(kinds))
+                        kind = kinds.setdefault(among(kinds, named), len(kinds))
                         rows.extend((file, record, group_key(example.group), divisor, kind))
                     facts = Facts.of(example, self.encoder)
-                    tally = tallies[path, example.source]
+                    source = among(sources[path], example.source)
+                    sources[path].add(source)
+                    tally = tallies[path, source]
                     tally.count(facts, borders[-1] - before, n_labels, cut)
                     reached(file, n_bytes)
         report = report_of(self.files, tallies)

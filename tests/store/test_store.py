@@ -125,6 +125,16 @@ def test_the_report_has_every_file_and_source(tmp_path, encoder):
     assert second["trained_share"] > first["trained_share"]  # its answers are longer
 
 
+def test_the_report_stays_small_whatever_the_records_say(tmp_path, encoder):
+    """Each pair names a source of its own; DPO has metrics for each name."""
+    rows = [{"prompt": "q", "chosen": "a", "rejected": "b", "source": f"s{i}"} for i in range(300)]
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = store.pairs([str(tmp_path / "x.jsonl")], encoder, 256, 0.5)
+    (file,) = data.meta["report"]["files"].values()
+    assert len(file["sources"]) == 101 and file["sources"]["(others)"]["examples"] == 200
+    assert data.meta["kinds"] == [f"s{i}" for i in range(100)] + ["(others)"]
+
+
 def test_one_process_tokenises_and_the_others_wait_without_a_collective(file, encoder, monkeypatch):
     """Threads stand in for the other ranks; there is no process group here."""
     passes, opened = [], []
