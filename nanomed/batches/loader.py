@@ -30,9 +30,6 @@ class DataSet(Protocol):
     def divisors_of(self, examples: np.ndarray) -> np.ndarray:
         """What each adds to its step's divisor: its labels; 1 for a DPO pair."""
 
-    def where(self, i: int) -> tuple[str, int]:
-        """The file and the record's number in it, of the first record if there are several."""
-
 
 def split(
     data: DataSet, fraction: float, n_train_files: int | None = None
@@ -69,6 +66,17 @@ def split_remark(
     return [
         f"warning: of {n:,} {name} {fraction * n:,.0f} were to be held out, and {n_held_out:,} "
         f"are{largest_group(data)}"
+    ]
+
+
+def overlap_remark(data: DataSet, train: np.ndarray, held_out: np.ndarray) -> list[str]:
+    """A warning where files that are held out whole have `keys` that are trained on, too."""
+    if not (n := int(np.isin(data.keys[held_out], data.keys[train]).sum())):
+        return []
+    return [
+        f"warning: {n:,} of {len(held_out):,} examples of --val_data have the questions or the "
+        "`group` of examples that are trained on: of new questions their loss, and the best "
+        "checkpoint by it, say little"
     ]
 
 

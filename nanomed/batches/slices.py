@@ -123,9 +123,6 @@ class Slices:
         """The index of each one's source."""
         return self.source[self._place(examples)[0]]
 
-    def where(self, i: int) -> tuple[str, int]:
-        return self.documents_in(i)[0]
-
     def documents_in(self, i: int) -> list[tuple[str, int]]:
         """The file, and the record's number in it, of each document that has a piece in slice i."""
         documents = self.sources[int(self.source_of(np.array([i]))[0])].documents

@@ -1,7 +1,7 @@
 """What a run says of its data before it starts: on the screen, and in data_report.json."""
 
 from nanomed.batches import slices
-from nanomed.batches.loader import Loader, split_remark
+from nanomed.batches.loader import Loader, overlap_remark, split_remark
 from nanomed.config import Run
 from nanomed.store.tally import remarks
 
@@ -15,14 +15,15 @@ def report(loader: Loader) -> dict:
 def lines(c: Run, loader: Loader, report: dict) -> list[str]:
     """How much there is to train on, and what somebody should know of it before it costs time."""
     if isinstance(loader.data, slices.Slices):
-        shares = slices.split_remarks(loader.data, c.val_fraction)
+        sides = [] if c.val_data else slices.split_remarks(loader.data, c.val_fraction)
         read = [source["read"] for source in report["sources"].values()]
         said = _slices_lines(report)
     else:
-        shares = split_remark("examples", loader.data, len(loader.val), c.val_fraction)
+        sides = split_remark("examples", loader.data, len(loader.val), c.val_fraction)
+        if c.val_data:
+            sides = overlap_remark(loader.data, loader.train, loader.val)
         read, said = [report], [_examples_line(report, loader)]
-    said += [] if c.val_data else shares
-    return said + [line for part in read for line in remarks(part)]
+    return said + sides + [line for part in read for line in remarks(part)]
 
 
 def _examples_line(report: dict, loader: Loader) -> str:

@@ -83,6 +83,17 @@ def test_the_largest_group_is_named(tmp_path, encoder):
     assert f"group has 90 of them, the first in {path}, record 1" in said
 
 
+def test_held_out_questions_that_are_trained_on_are_said(tmp_path, encoder):
+    """Of files that are held out whole nothing else keeps them apart."""
+    files = [tmp_path / "train.jsonl", tmp_path / "held_out.jsonl"]
+    for path, asked in zip(files, (range(10), (3, 4, 11)), strict=True):
+        path.write_text("\n".join(json.dumps(chat(i, "human", "gpt")) for i in asked))
+    c = SFT(data=[str(files[0])], val_data=[str(files[1])], seq_len=64)
+    loader = Loader(c, store.chats([*c.data, *c.val_data], encoder, c.seq_len, 0.0), 0, 1)
+    lines = data_report.lines(c, loader, data_report.report(loader))
+    assert lines[1].startswith("warning: 2 of 3 examples of --val_data have the questions or")
+
+
 def test_a_group_is_all_that_the_user_says_and_may_be_a_number():
     one, other = (chats_of({"messages": [
         {"role": "user", "content": "hello"}, {"role": "assistant", "content": "hello"},
