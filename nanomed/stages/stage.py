@@ -243,10 +243,11 @@ def announce(
 ) -> None:
     """Keeps in the run folder what a later --init needs, and says what is about to happen."""
     config, device = model.config, run.world.device
-    if run.world.is_main and not run.resume_from:  # what is there is the same, and stays
-        run.write_json("model.json", dataclasses.asdict(config))
+    is_there = run.resume_from and (run.path / "model.json").exists()  # the same, so it stays
+    if run.world.is_main and not is_there:
         (run.path / "template.json").write_text(encoder.template.to_json() + "\n", "utf-8")
         tokenizer.copy(encoder.tokenizer, run.path)
+        run.write_json("model.json", dataclasses.asdict(config))
     report = data_report.report(loader)
     run.write_json("data_report.json", report)
     paper = "cpt_stage1" if c.stage == "cpt" else c.stage

@@ -75,8 +75,8 @@ DPO_FLAGS = (
 
 
 def test_dpo_goes_on_with_its_data_in_another_place(pool, place):
-    """The reference belongs to the tokens, wherever their file lies and whatever code read it.
-    (Other tokens are refused: tests/run/test_resume.py.)"""
+    """The reference belongs to the tokens, wherever their file lies and whatever code read it; the
+    tokenizer may be the copy that the run keeps. (Other tokens: tests/run/test_resume.py.)"""
     few("dpo.jsonl", place / "pairs.jsonl")
     pool(1, script, "train_dpo", [*DPO_FLAGS.split(), "--data", "pairs.jsonl"], str(place))
     wanted = (place / "run/export/model.safetensors").read_bytes()
@@ -84,6 +84,6 @@ def test_dpo_goes_on_with_its_data_in_another_place(pool, place):
     shutil.rmtree(place / "run/export")
     (place / "elsewhere").mkdir()
     moved = shutil.move(place / "pairs.jsonl", place / "elsewhere/of_another_name.jsonl")
-    again = [*DPO_FLAGS.split(), "--resume", "--data", str(moved)]
+    again = [*DPO_FLAGS.split(), "--resume", "--data", str(moved), "--tokenizer", "run"]
     pool(1, script, "train_dpo", again, str(place))
     assert (place / "run/export/model.safetensors").read_bytes() == wanted
