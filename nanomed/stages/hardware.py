@@ -10,6 +10,7 @@ import torch
 from nanomed.config import InputError, Run, nearest
 from nanomed.distributed import World, from_all
 from nanomed.processes import rank_from_env
+from nanomed.run.log import PEAK_FLOPS
 from nanomed.stages.memory import GIB
 
 PER_NODE = 8  # GPUs of one machine, where a plan is for more
@@ -33,19 +34,19 @@ class Hardware:
         return max(1, self.n_gpus // self.per_node)
 
 
-# GiB, TFLOP/s, GB/s in each direction: NVLink, or PCIe (32 GB/s: generation 4; 64: 5)
+# GiB, FLOP/s, GB/s in each direction: NVLink, or PCIe (32 GB/s: generation 4; 64: 5)
 KINDS = {
-    "A100-40G": (39.5, 312, 300),
-    "A100-80G": (79.1, 312, 300),
-    "A100-40G-PCIe": (39.5, 312, 32),
-    "A100-80G-PCIe": (79.1, 312, 32),
-    "A800": (79.1, 312, 200),
-    "H100": (79.1, 989, 450),
-    "H100-PCIe": (79.1, 756, 64),
-    "H800": (79.1, 989, 200),
-    "H20": (95.6, 148, 450),
-    "H200": (139.7, 989, 450),
-    "4090": (23.5, 165, 32),
+    "A100-40G": (39.5, PEAK_FLOPS["A100"], 300),
+    "A100-80G": (79.1, PEAK_FLOPS["A100"], 300),
+    "A100-40G-PCIe": (39.5, PEAK_FLOPS["A100"], 32),
+    "A100-80G-PCIe": (79.1, PEAK_FLOPS["A100"], 32),
+    "A800": (79.1, PEAK_FLOPS["A800"], 200),
+    "H100": (79.1, PEAK_FLOPS["H100"], 450),
+    "H100-PCIe": (79.1, PEAK_FLOPS["H100 PCIe"], 64),
+    "H800": (79.1, PEAK_FLOPS["H800"], 200),
+    "H20": (95.6, PEAK_FLOPS["H20"], 450),
+    "H200": (139.7, PEAK_FLOPS["H200"], 450),
+    "4090": (23.5, PEAK_FLOPS["4090"], 32),
 }
 KINDS |= {"H100-80G": KINDS["H100"], "H200-141G": KINDS["H200"]}
 
@@ -61,18 +62,19 @@ def parse_hardware(text: str) -> Hardware:
             "8x80,989,450: GiB, TFLOP/s, GB/s between GPUs (and a fourth: GB/s between nodes)"
             + nearest(kind or text, KINDS)
         )
-    n, (gib, tflops, *links) = int(number), values
+    n, (gib, flops, *links) = int(number), values
     if n > PER_NODE and n % PER_NODE:
         raise InputError(f"--hardware {text}: over {PER_NODE} GPUs must be nodes of {PER_NODE}")
-    return Hardware(n, gib, tflops * 1e12, *(link * 1e9 for link in links))
+    return Hardware(n, gib, flops, *(link * 1e9 for link in links))
 
 
 def _numbers(text: str) -> tuple[float, ...] | None:
     try:
-        values = tuple(float(part) for part in text.split(","))
+        gib, tflops, *links = (float(part) for part in text.split(","))
     except ValueError:
         return None
-    return values if len(values) in (3, 4) and all(value > 0 for value in values) else None
+    values = gib, tflops * 1e12, *links
+    return values if len(links) in (1, 2) and all(value > 0 for value in values) else None
 
 
 # ---------------------------------------------------------------- this machine
