@@ -1,10 +1,12 @@
 """What every stage does before and after fit(): settings into a model, and a word on the screen."""
 
 import dataclasses
+import hashlib
 import os
 import timeit
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import kernels
@@ -78,6 +80,8 @@ def identity(c: Run, config: ModelConfig, encoder: template.Encoder, loader: Loa
         "content of the data": loader.data.meta["sha256"],
         "weights of the data": loader.mixture and loader.mixture.weights,
         "held-out examples": len(loader.val),
+        # Groups decide which they are, and are no part of the content that is hashed.
+        "which are held out": hashlib.sha256(np.asarray(loader.val).tobytes()).hexdigest(),
     }
 
 

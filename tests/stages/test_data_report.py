@@ -6,9 +6,11 @@ import pytest
 
 from nanomed import store
 from nanomed.batches.loader import Loader, split_remark
-from nanomed.config import SFT
+from nanomed.config import MODELS, SFT
 from nanomed.records import chats_of, pair_of
 from nanomed.stages import data_report
+from nanomed.stages.stage import identity
+from nanomed.store import group_key
 from tests.data import ListData
 
 
@@ -92,6 +94,20 @@ def test_held_out_questions_that_are_trained_on_are_said(tmp_path, encoder):
     loader = Loader(c, store.chats([*c.data, *c.val_data], encoder, c.seq_len, 0.0), 0, 1)
     lines = data_report.lines(c, loader, data_report.report(loader))
     assert lines[1].startswith("warning: 2 of 3 examples of --val_data have the questions or")
+
+
+def test_a_resume_knows_which_examples_are_held_out(tmp_path, encoder):
+    """Although the records' groups are no token ids, and as many are held out as before."""
+    apart = [next(g for g in "abcdefgh" if (group_key(g) < 2**63) == out) for out in (True, False)]
+    found = []
+    for groups in (apart, apart[::-1]):
+        records = [chat(i, "human", "gpt") | {"group": g} for i, g in enumerate(groups)]
+        (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, records)))
+        c = SFT(data=[str(tmp_path / "x.jsonl")], seq_len=64, val_fraction=0.5)
+        loader = Loader(c, store.chats(c.data, encoder, c.seq_len, 0.0))
+        found.append(identity(c, MODELS["tiny"], encoder, loader))
+    one, other = found
+    assert [name for name in one if one[name] != other[name]] == ["which are held out"]
 
 
 def test_a_group_is_all_that_the_user_says_and_may_be_a_number():
