@@ -25,11 +25,15 @@ from nanomed.text.template import Encoded, Encoder
 
 
 class Store:
-    """Examples in memory-mapped files. store[i] is the example's segments."""
+    """Examples in memory-mapped files. store[i] is the example's segments. Raises InputError for
+    one that is cut off."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.meta = json.loads((folder / "meta.json").read_text("utf-8"))
+        for name, n_bytes in (("tokens.u32", 4), ("trained.u8", 1)):
+            if (folder / name).stat().st_size != n_bytes * self.meta["tokens"]:
+                raise InputError(f"{folder} is damaged; delete it and start again")
         self.tokens = np.memmap(folder / "tokens.u32", np.uint32, "r")
         self.trained = np.memmap(folder / "trained.u8", np.bool_, "r")
         self.borders = np.load(folder / "borders.npy", mmap_mode="r")  # [segments+1]
@@ -91,8 +95,6 @@ class _Reading:
 
     def store(self, allow_drop: float) -> Store:
         found = Store(cached(self.kind, self.key(), self.write))
-        if not len(found.tokens) == len(found.trained) == found.meta["tokens"]:
-            raise InputError(f"{found.folder} is damaged; delete it and start again")
         self.check_drops(found.meta["report"], allow_drop)
         return found
 

@@ -165,10 +165,11 @@ def test_an_unfinished_store_is_not_taken_for_one(file, encoder, monkeypatch):
 
 def test_a_damaged_store_is_refused(file, encoder):
     folder = build(file, encoder).folder
-    with open(folder / "tokens.u32", "r+b") as handle:
-        handle.truncate(40)
-    with pytest.raises(InputError, match="is damaged; delete it"):
-        build(file, encoder)
+    for size in (40, 0):  # what has just been written may be empty after a loss of power
+        with open(folder / "tokens.u32", "r+b") as handle:
+            handle.truncate(size)
+        with pytest.raises(InputError, match="is damaged; delete it"):
+            build(file, encoder)
 
 
 @pytest.mark.slow
