@@ -62,7 +62,7 @@ def fit(c: Run, model: nn.Module, loader: Loader, loss: Loss, run: RunFolder) ->
             too_many = n_bad == min(c.max_bad, loader.n_steps)
             ends = result.stop or too_many
             evaluates = _due(c.eval_every, loader, done) and not ends
-            saves = evaluates or ends or _due(c.save_every, loader, done)
+            saves = evaluates or ends or (c.save_every > 0 and done % c.save_every == 0)
             if saves:
                 saver.save(done)  # before what may fail
             if evaluates:
@@ -92,8 +92,9 @@ def _due(every: int, loader: Loader, done: int) -> bool:
 
 def _most_checkpoints(c: Run, loader: Loader) -> int:
     """That are on the disk at once: those kept, the best one, and the one being written."""
-    every = [c.save_every, c.eval_every or loader.steps_per_epoch]
-    return min(c.keep_last + 2, -(-loader.n_steps // min(filter(None, every))))
+    every = filter(None, (c.save_every, c.eval_every or loader.steps_per_epoch))
+    saved = {step for n in every for step in (*range(n, loader.n_steps, n), loader.n_steps)}
+    return min(c.keep_last + 2, len(saved))
 
 
 def _log(

@@ -45,6 +45,21 @@ def train(world, out: str, hooks: tuple = (), **changes) -> dict:
     return {"end": digest(model, optimizers[0]), "warnings": warnings, "ending": ending}
 
 
+@pytest.mark.parametrize(
+    "every, steps", [((0, 3), [3, 6, 8]), ((2, 3), [2, 3, 4, 6, 8]), ((0, 0), [4, 8])]
+)
+def test_when_a_checkpoint_is_saved(world, tmp_path, monkeypatch, every, steps):
+    """After every so many steps, at each validation and at the end, and at no other time; space is
+    asked for as many."""
+    seen = []
+    monkeypatch.setattr(saves.Saver, "save", lambda self, step: seen.append(step))
+    flags = dict(zip(("save_every", "eval_every"), every, strict=True))
+    train(world, str(tmp_path / "x"), **flags)
+    assert seen == steps
+    c = settings("", epochs=2, keep_last=9, **flags)
+    assert trainer._most_checkpoints(c, loader_of(world, c)) == len(steps)
+
+
 def contents(folder: Path) -> dict:
     """All that is in a run's checkpoints: shards by their hash, notes, links. `.metadata`, and so
     the manifest, has a random number of DCP's."""
