@@ -102,12 +102,14 @@ class Watchdog(threading.Thread):
             still = ": and its process stands still" if looks == earlier[0] else ""
             lines.append(f"  rank {rank} on {host}: {place}, for {seconds:.0f} s{still}")
         words = ("error: " if ends else "WARNING, it may be a slow disk: ") + "\n".join(lines)
-        if self._is_first_here():
-            print(words, file=sys.stderr, flush=True)
+        with suppress(OSError):  # of a screen that is gone
+            if self._is_first_here():
+                print(words, file=sys.stderr, flush=True)
+            if ends:
+                meeting.tell_torchrun(words)
+                print(f"rank {self.rank} hangs here:", file=sys.stderr, flush=True)
+                faulthandler.dump_traceback(sys.stderr)
         if ends:
-            meeting.tell_torchrun(words)
-            print(f"rank {self.rank} hangs here:", file=sys.stderr, flush=True)
-            faulthandler.dump_traceback(sys.stderr)
             time.sleep(meeting.LINGER)  # the others come to theirs
             os._exit(1)
 

@@ -3,7 +3,9 @@
 import os
 import re
 import signal
+import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -98,3 +100,14 @@ def test_a_place_may_take_many_times_as_long_as_those_before(monkeypatch):
         while dog.limit == 60.0 and time.monotonic() < until:
             time.sleep(0.05)
     assert dog.limit == max(2.0, 4 * dog.longest) and ended == []
+
+
+def test_a_hang_is_ended_though_the_screen_is_gone(monkeypatch):
+    codes = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    monkeypatch.setattr(watchdog, "EVERY", 0)
+    monkeypatch.setattr(watchdog.meeting, "LINGER", 0)
+    with suppress(OSError), open("/dev/full", "w", encoding="utf-8", buffering=1) as screen:
+        monkeypatch.setattr(sys, "stderr", screen)
+        watchdog.Watchdog(dist.HashStore(), 0, 1, 1.0)._say_where(watchdog._moves, ends=True)
+    assert codes == [1]
