@@ -74,6 +74,7 @@ class Kept:
 
     def __init__(self, c: Pairs):
         self.c, self.pairs, self.dropped = c, [], []
+        self.read = 0  # as many as pairs and dropped together
         self.index = decontaminate.index_of(tuple(c.decontaminate))
 
     def drop(self, file: str, record: int, reason: str, value: Any = 0, limit: Any = 0) -> None:
@@ -89,10 +90,11 @@ class Kept:
         self.pairs.append(pair | {"group": group, "id": f"{file}:{record}"})
         return True
 
-    def counts(self) -> dict[str, Counter]:
+    def counts(self) -> dict[str, Any]:
         """Of the pairs by kind, and of what gives none by reason."""
         reasons = Counter(line["reason"] for line in self.dropped)
-        return {"pairs": Counter(pair["kind"] for pair in self.pairs), "dropped": reasons}
+        kinds = Counter(pair["kind"] for pair in self.pairs)
+        return {"read": self.read, "pairs": kinds, "dropped": reasons}
 
     def write(self, out: Path, found: dict[str, Any]) -> None:
         report = found | {"settings": vars(self.c)}
@@ -113,12 +115,15 @@ def objective(c: Pairs, files: list[str], kept: Kept) -> dict[str, Any]:
     """How many questions there were, and which letters came of them."""
     found = [*preferences.exams_in(c.exam, c.fields, True)]
     found += preferences.exams_in(files, c.fields, False)
-    chosen = set(by_lot(c, [place[:2] for place in found], c.objective))
+    chosen = set(by_lot(c, [place[:2] for place in found if not place[-1]], c.objective))
     letters, places = [], Counter()
+    kept.read += len(found)
     for file, record, exam, group, why in found:
         if why:
             kept.drop(file, record, why, value=2, limit=1)
-        elif (file, record) in chosen:
+        elif (file, record) not in chosen:
+            kept.drop(file, record, "not_drawn")
+        else:
             n = len(exam.options)
             pair, both = preferences.objective(exam, places[n], c.seed)
             if kept.add(pair, file, record, group):
@@ -138,7 +143,7 @@ def by_lot(c: Pairs, places: list[tuple[str, int]], most: int) -> list[tuple[str
 
 def subjective(c: Pairs, files: list[str], kept: Kept, out: Path) -> dict[str, Any]:
     """What the judge said, on rank 0. Every rank calls it."""
-    chats = chats_to_answer(c, files)
+    chats = chats_to_answer(c, files, kept)
     lines = answered(c, {name: chat for name, (chat, *_) in chats.items()}, out)
     if rank_from_env()[0] != 0:
         return {}
@@ -168,17 +173,27 @@ def subjective(c: Pairs, files: list[str], kept: Kept, out: Path) -> dict[str, A
     return judge.pair_results(judged) if judged else {"n": 0}
 
 
-def chats_to_answer(c: Pairs, files: list[str]) -> dict[str, tuple[Chat, str, int]]:
+def chats_to_answer(c: Pairs, files: list[str], kept: Kept) -> dict[str, tuple[Chat, str, int]]:
     """By their number: chats that end with an answer and are no option questions."""
     options = {place[:2] for place in preferences.exams_in(files, c.fields, False)}
     found = {}
     for file in files:
         for record, chat, _ in read_chats(file, c.fields):
-            roles = [role for role, _ in chat.turns]
-            regular = roles == ["user", "assistant"] * (len(roles) // 2)
-            if regular and not chat.dropped and not chat.raw and (file, record) not in options:
+            if (file, record) not in options:
                 found.setdefault((file, record), chat)
+    kept.read += len(found)
+    for place, chat in [*found.items()]:
+        roles = [role for role, _ in chat.turns]
+        regular = roles == ["user", "assistant"] * (len(roles) // 2)
+        why = chat.dropped.replace(" ", "_") or "no_template" * chat.raw
+        if why or not regular:
+            kept.drop(*place, why or "turns_do_not_alternate")
+            del found[place]
     chosen = by_lot(c, [*found], c.subjective)
+    drawn = {*chosen}
+    for place in found:
+        if place not in drawn:
+            kept.drop(*place, "not_drawn")
     return {str(i): (found[place], *place) for i, place in enumerate(chosen)}
 
 

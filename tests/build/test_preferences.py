@@ -189,6 +189,27 @@ def test_a_model_s_answers_are_judged_and_become_pairs(tmp_path, model, encoder)
     assert len(store.pairs([str(tmp_path / "out/pairs.jsonl")], encoder, 512, 0.0)) == len(pairs)
 
 
+def test_every_record_is_a_pair_or_a_line_that_says_why(tmp_path, model, monkeypatch):
+    records = [chat(f"问题{i}怎么办？", f"答案{i}，请就医。") for i in range(6)]
+    records += [chat("空的？", ""), {"prompt": "Once upon", "completion": "a time."}]
+    twice = [{"role": "user", "content": "甲？"}, *chat("乙？", "丙。")["messages"]]
+    data = write(tmp_path / "chats.jsonl", [*records, {"messages": twice}, exam(99)])
+    exams = write(tmp_path / "e.jsonl", [exam(i, answer="AB" if i < 5 else "A") for i in range(12)])
+    monkeypatch.setattr(build_dpo, "answered", made_up)
+    with serving(first_seat(0.0, len)) as standin:
+        flags = ["--data", str(data), "--exam", str(exams), "--model", str(model)]
+        flags += ["--judge", standin.url, "--subjective", "4", "--objective", "5"]
+        pairs, report = build(tmp_path / "out", *flags)
+    gone = lines(tmp_path / "out/dropped.jsonl")
+    places = [pair["id"] for pair in pairs] + [f"{x['file']}:{x['record']}" for x in gone]
+    assert len(places) == len({*places}) == report["read"] == 10 + 12
+    assert report["pairs"] == {"objective": 5, "subjective": 4}
+    assert report["dropped"] == {
+        "several_answers": 5, "not_drawn": 3 + 2, "empty_answer": 1, "no_template": 1,
+        "turns_do_not_alternate": 1,
+    }  # fmt: skip
+
+
 def test_a_judge_that_likes_what_is_long_is_warned_of(tmp_path, model, monkeypatch, capsys):
     data = write(tmp_path / "chats.jsonl", [chat(f"问题{i}？", f"短{i}") for i in range(9)])
     monkeypatch.setattr(build_dpo, "answered", made_up)
