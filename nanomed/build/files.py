@@ -39,10 +39,11 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def line_of(value: Any) -> bytes:
+    """What JSON has no form for, as Parquet's dates, is written as its text."""
     try:
-        return json.dumps(value, ensure_ascii=False).encode() + b"\n"
+        return json.dumps(value, ensure_ascii=False, default=str).encode() + b"\n"
     except UnicodeEncodeError:  # half an emoji in a field that is not the text
-        return json.dumps(value).encode() + b"\n"
+        return json.dumps(value, default=str).encode() + b"\n"
 
 
 def read_lines(path: Path) -> list[Any]:

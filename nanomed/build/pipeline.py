@@ -51,9 +51,9 @@ class Build:
         path = self.out / "plan.json"
         if self.runner.is_main:
             self._lock = take(self.out / ".lock", patience=3.0)  # a killed run's workers end
-            for stale in self.out.rglob("*.unfinished"):
-                stale.unlink(missing_ok=True)
             if not path.exists():
+                for n in range(len(self.files)):  # what holds no documents stops the build now
+                    next(shards.read_documents(self.files, [n], self.fields, self.chats))
                 with whole(path) as file:
                     file.write(json.dumps(plan, ensure_ascii=False, indent=1).encode())
         while not path.exists():
@@ -137,6 +137,9 @@ def run(build: Build, stages: list[tuple[str, Prepare]]) -> list[tuple[str, Tall
         if not isinstance(judge, str):
             put, _ = build.judge(last / kind, put, judge)
         build.gather(kind, last / f"{kind}-final", put, groups)
+    if build.runner.is_main:  # not before: other ranks may be writing theirs
+        for left in build.out.rglob("*.unfinished"):
+            left.unlink(missing_ok=True)
     return found
 
 

@@ -31,6 +31,7 @@ from nanomed.records import chats_of, read_records, texts_in
 from nanomed.records.shapes import blank, language, source_of
 
 GROUP = 64 << 20  # bytes of files that are read, and written at the end, by one task
+SOURCES = 100  # of a file; documents of all others count as its folder's
 NEAR, BINS = 20, 40  # examples on either side of a limit; bars of a histogram
 # Values that are no shares between 0 and 1: (the histogram's end, whether its bars grow).
 SCALES = {
@@ -89,16 +90,18 @@ def read_documents(
     """The documents of files[n] for n in numbers; `fields` as --fields has them. Raises InputError
     naming file, record and field. `chats`: all records are chats, and known to be ones."""
     for n in numbers:
-        folder = Path(files[n]).parent.name
+        folder, sources = Path(files[n]).parent.name, set()
         for number, record, _ in read_records(files[n], fields):
             found = text_of(files[n], number, record, chats)
             try:
                 found.encode()
             except UnicodeEncodeError:  # its own error names the field
                 texts_in(files[n], number, record)
-            lang = record.get("lang")
+            lang, source = record.get("lang"), source_of(record).replace("\t", " ")
+            if source and len(sources) < SOURCES:  # a file may name each document's address
+                sources.add(source)
             known = {
-                "source": source_of(record) or folder,
+                "source": source if source in sources else folder,
                 "lang": lang if lang in ("zh", "en") else language(found),
             } | ({"chat": True} if chats else {})
             yield Doc(n << 32 | number, record, found, known)

@@ -6,6 +6,8 @@ import os
 import random
 import re
 import sys
+from datetime import datetime
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
@@ -93,7 +95,40 @@ def test_a_folder_is_read_with_all_that_is_linked_and_packed_in_it(tmp_path, cap
         files_of([str(data)])
 
 
+def test_sources_without_end_are_counted_under_their_folder(tmp_path):
+    corpora.exam(tmp_path)
+    named = [{"text": f"{LONG} {i}", "source": f"http://a/{i}\tb"} for i in range(130)]
+    out = build([write(tmp_path / "x.jsonl", named)], tmp_path / "out", "--stop_after", "exact")
+    flow = json.loads((out / "report.json").read_text("utf-8"))["stages"][0]["flow"]
+    assert len(flow) == 101 and {x["source"] for x in flow} >= {"http://a/99 b", tmp_path.name}
+    assert [x["documents"] for x in flow if x["source"] == tmp_path.name] == [30]
+    assert kept(out)[129]["source"] == "http://a/129\tb"  # as it came
+
+
+def test_values_of_parquet_that_json_has_no_form_for_are_kept_as_text(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    corpora.exam(tmp_path)
+    row = {"text": LONG, "when": datetime(2020, 1, 2), "bytes": b"ab", "price": Decimal("1.50")}
+    parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "x.parquet")
+    out = build([str(tmp_path / "x.parquet")], tmp_path / "out", "--stop_after", "exact")
+    (record,) = kept(out)
+    assert (record["when"], record["bytes"]) == ("2020-01-02 00:00:00", "b'ab'")
+    assert record["price"] == "1.50"
+
+
 # ---------------------------------------------------------------- bad input
+
+
+def test_files_are_looked_into_before_the_first_is_read(tmp_path):
+    corpora.exam(tmp_path)
+    files = [write(tmp_path / "a.jsonl", [{"text": LONG}])]
+    for content, message in ((b"", "empty"), (b"%PDF-1.4", "PDF"), (b'{"x": 1}', "unknown fields")):
+        (tmp_path / "b.jsonl").write_bytes(content)
+        with pytest.raises(InputError, match=rf"b\.jsonl.*{message}"):
+            build([*files, str(tmp_path / "b.jsonl")], tmp_path / "out")
+    assert len(kept(build(files, tmp_path / "out"))) == 1  # the folder is still free
 
 
 def test_a_record_that_cannot_be_read_stops_its_shard_and_is_named(tmp_path):
