@@ -79,13 +79,16 @@ class Answer:
     @classmethod
     def of(cls, key: str, request: Request, reply: dict) -> "Answer":
         """Raises ValueError, KeyError, IndexError or TypeError if the reply is not OpenAI's."""
+        if isinstance(reply, dict) and reply.get("error"):
+            raise ValueError(f"{reply['error']!s:.200}")
         choice = reply["choices"][0]
         text = choice["message"]["content"] or ""
         if not isinstance(text, str):
             raise TypeError("the content is no text")
         # An endpoint that does not count is taken at its dearest.
         most = {"prompt_tokens": request.tokens_in, "completion_tokens": request.max_tokens}
-        usage = {name: int((reply.get("usage") or most)[name]) for name in most}
+        told = usage if isinstance(usage := reply.get("usage"), dict) else {}
+        usage = {name: n if isinstance(n := told.get(name), int) else most[name] for name in most}
         served, finish = str(reply.get("model", "")), str(choice.get("finish_reason") or "stop")
         return cls(key, text, served, finish, usage)
 

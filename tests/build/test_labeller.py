@@ -145,7 +145,6 @@ FAULTS = {
     "no JSON": replies(b"<html>busy</html>"),
     "no choices": replies({"choices": []}),
     "content that is no text": replies({"choices": [{"message": {"content": 7}}]}),
-    "usage that is no number": replies(reply_of("x") | {"usage": {"prompt_tokens": None}}),
     "a slow one": lambda handler: time.sleep(2),
 }
 
@@ -238,12 +237,28 @@ def test_the_cap_is_passed_by_no_more_than_what_is_under_way(tmp_path, threads):
             again.ask(requests(50))
 
 
-def test_an_endpoint_that_counts_no_tokens_is_taken_at_its_dearest(tmp_path):
-    fault = replies({"choices": [{"message": {"content": "x"}}]})
+@pytest.mark.parametrize(
+    ("usage", "cost"),
+    [
+        (None, 6 + 30),
+        ({"prompt_tokens": 5, "total_tokens": 9}, 5 + 30),
+        ({"prompt_tokens": None, "completion_tokens": 3}, 6 + 3),
+        ("none", 6 + 30),
+    ],
+)
+def test_an_endpoint_that_counts_no_tokens_is_taken_at_its_dearest(tmp_path, usage, cost):
+    fault = replies({"choices": [{"message": {"content": "x"}}], "usage": usage})
     with serving(echo, faults={1: fault}) as standin:
         client = connect(standin, tmp_path, price_in=1e6, price_out=1e6)
         client.ask(requests(1, max_tokens=30))
-        assert client.spent == 6 + 30
+        assert client.spent == cost and len(standin.bodies) == 1  # an answer is paid for once
+
+
+def test_an_error_in_a_good_reply_is_told(tmp_path):
+    fault = replies({"error": {"message": "the model is overloaded"}})
+    message = r"failed 6 times.*the model is overloaded"
+    with serving(echo, every=fault) as standin, pytest.raises(EndpointError, match=message):
+        connect(standin, tmp_path).ask(requests(1))
 
 
 # ---------------------------------------------------------------- where texts go
