@@ -146,8 +146,9 @@ def settings() -> Corpus:
 
 
 def deciding(c: Corpus) -> dict[str, Any]:
-    """The settings that the result depends on."""
-    return {name: value for name, value in vars(c).items() if name not in CHANGE_NOTHING}
+    """The settings that the result depends on. Where a labeller is to be found is none of them."""
+    named = {name: value for name, value in vars(c).items() if name not in CHANGE_NOTHING}
+    return named | {"labeller": bool(c.labeller)}
 
 
 def facts(c: Corpus, build: Build, found: list[tuple[str, Tally]]) -> dict[str, Any]:

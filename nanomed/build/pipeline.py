@@ -111,7 +111,8 @@ ASIDE = {"domain": "stage1-general", "quality": "stage1-medical"}
 
 def run(build: Build, stages: list[tuple[str, Prepare]]) -> list[tuple[str, Tally]]:
     """All stages, one after another, then OUT/final and what was put aside for stage 1. The name
-    and the tally of each stage, `read` first."""
+    and the tally of each stage, `read` first; last what the final stage did with what was put
+    aside."""
     paths, groups, tally = build.read()
     found = [("read", tally)]
     build.say(described("read", tally))
@@ -135,7 +136,9 @@ def run(build: Build, stages: list[tuple[str, Prepare]]) -> list[tuple[str, Tall
     build.gather("final", last / "final", paths, groups)
     for kind, put in aside.items() if found[-1][0] == "decontaminate" else ():
         if not isinstance(judge, str):
-            put, _ = build.judge(last / kind, put, judge)
+            put, tally = build.judge(last / kind, put, judge)
+            found.append((kind, tally))
+            build.say(described(kind, tally))
         build.gather(kind, last / f"{kind}-final", put, groups)
     if build.runner.is_main:  # not before: other ranks may be writing theirs
         for left in build.out.rglob("*.unfinished"):

@@ -105,8 +105,8 @@ def kept(out: Path, stage: str = "final") -> list[dict]:
     return [r for path in sorted((out / stage).glob("*.jsonl.gz")) for r in read(path)]
 
 
-def dropped(out: Path) -> list[dict]:
-    return [r for path in sorted(out.glob("*/*.dropped.jsonl")) for r in read(path)]
+def dropped(out: Path, where: str = "*/*.dropped.jsonl") -> list[dict]:
+    return [r for path in sorted(out.glob(where)) for r in read(path)]
 
 
 def digests(out: Path) -> dict[str, str]:

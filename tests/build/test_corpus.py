@@ -6,6 +6,7 @@ import os
 import random
 import re
 import sys
+from collections import Counter
 from datetime import datetime
 from decimal import Decimal
 from pathlib import Path
@@ -259,7 +260,13 @@ def test_the_demonstration_finds_what_was_planted(demonstration):
 def test_the_report_can_be_read_by_programs_and_by_people(demonstration):
     report = json.loads((demonstration / "report.json").read_text("utf-8"))
     names = ["read", *build_corpus.stages(build_corpus.Corpus())]
-    assert [stage["name"] for stage in report["stages"]] == names
+    stages = {stage["name"]: stage for stage in report["stages"]}
+    assert [*stages] == [*names, "stage1-general", "stage1-medical"]
+    lines = Counter(line["reason"] for line in dropped(demonstration, "*/**/*.dropped.jsonl"))
+    assert lines == sum((Counter(stage["dropped"]) for stage in stages.values()), Counter())
+    for name in ("final", "stage1-general", "stage1-medical"):
+        stage = stages["decontaminate" if name == "final" else name]
+        assert stage["read"] - sum(stage["dropped"].values()) == len(kept(demonstration, name))
     assert report["benchmarks"]["samples/exam.jsonl"]["dropped"] >= 3
     assert report["duplicates"]["near"] and report["models"]["domain"]["limits"]
     page = (demonstration / "report.html").read_text("utf-8")

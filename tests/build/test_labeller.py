@@ -198,6 +198,9 @@ def test_an_endpoint_that_stays_down_stops_the_run_and_keeps_what_came(tmp_path)
         with pytest.raises(EndpointError, match=r"failed 6 times.*503.*5 answers are kept"):
             client.ask(requests(50))
         assert len(standin.bodies) <= 5 + 4 * labeller.TRIES
+        standin.every = replies({"error": {"message": "overloaded"}})  # with status 200
+        with pytest.raises(EndpointError, match=r"failed 6 times.*overloaded"):
+            client.ask(requests(50))
         standin.every = None
         assert len(client.ask(requests(50))) == 50 and set(standin.paid.values()) == {1}
 
@@ -237,28 +240,14 @@ def test_the_cap_is_passed_by_no_more_than_what_is_under_way(tmp_path, threads):
             again.ask(requests(50))
 
 
-@pytest.mark.parametrize(
-    ("usage", "cost"),
-    [
-        (None, 6 + 30),
-        ({"prompt_tokens": 5, "total_tokens": 9}, 5 + 30),
-        ({"prompt_tokens": None, "completion_tokens": 3}, 6 + 3),
-        ("none", 6 + 30),
-    ],
-)
-def test_an_endpoint_that_counts_no_tokens_is_taken_at_its_dearest(tmp_path, usage, cost):
-    fault = replies({"choices": [{"message": {"content": "x"}}], "usage": usage})
-    with serving(echo, faults={1: fault}) as standin:
-        client = connect(standin, tmp_path, price_in=1e6, price_out=1e6)
-        client.ask(requests(1, max_tokens=30))
-        assert client.spent == cost and len(standin.bodies) == 1  # an answer is paid for once
-
-
-def test_an_error_in_a_good_reply_is_told(tmp_path):
-    fault = replies({"error": {"message": "the model is overloaded"}})
-    message = r"failed 6 times.*the model is overloaded"
-    with serving(echo, every=fault) as standin, pytest.raises(EndpointError, match=message):
-        connect(standin, tmp_path).ask(requests(1))
+def test_an_endpoint_that_counts_no_tokens_is_taken_at_its_dearest(tmp_path):
+    half, null = {"prompt_tokens": 5}, {"prompt_tokens": None, "completion_tokens": 3}
+    for i, (usage, cost) in enumerate(((None, 36), (half, 5 + 30), (null, 6 + 3), ("none", 36))):
+        fault = replies({"choices": [{"message": {"content": "x"}}], "usage": usage})
+        with serving(echo, faults={1: fault}) as standin:
+            client = connect(standin, tmp_path / str(i), price_in=1e6, price_out=1e6)
+            client.ask(requests(1, max_tokens=30))
+            assert client.spent == cost and len(standin.bodies) == 1  # paid for once
 
 
 # ---------------------------------------------------------------- where texts go
