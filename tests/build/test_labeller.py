@@ -25,13 +25,12 @@ def echo(messages: list[dict]) -> str:
 
 
 def connect(standin, path, **settings) -> Endpoint:
-    fixed = dict(first_wait=0.001)
-    return Endpoint(standin.url, "some-model", path / "answers.jsonl", **fixed | settings)
+    settings = {"first_wait": 0.001} | settings
+    return Endpoint(standin.url, "some-model", path / "answers.jsonl", **settings)
 
 
 def closing(client: Endpoint) -> None:
-    """Lets another one open the file, as the end of its process would."""
-    client.cache.file.close()
+    client.cache.file.close()  # lets another one open it, as the end of its process would
 
 
 # ---------------------------------------------------------------- answers and their file
@@ -198,8 +197,8 @@ def test_an_endpoint_that_stays_down_stops_the_run_and_keeps_what_came(tmp_path)
         with pytest.raises(EndpointError, match=r"failed 6 times.*503.*5 answers are kept"):
             client.ask(requests(50))
         assert len(standin.bodies) <= 5 + 4 * labeller.TRIES
-        standin.every = replies({"error": {"message": "overloaded"}})  # with status 200
-        with pytest.raises(EndpointError, match=r"failed 6 times.*overloaded"):
+        standin.every = replies({"error": "overloaded"})  # with status 200
+        with pytest.raises(EndpointError, match="overloaded"):
             client.ask(requests(50))
         standin.every = None
         assert len(client.ask(requests(50))) == 50 and set(standin.paid.values()) == {1}
@@ -241,13 +240,13 @@ def test_the_cap_is_passed_by_no_more_than_what_is_under_way(tmp_path, threads):
 
 
 def test_an_endpoint_that_counts_no_tokens_is_taken_at_its_dearest(tmp_path):
-    half, null = {"prompt_tokens": 5}, {"prompt_tokens": None, "completion_tokens": 3}
-    for i, (usage, cost) in enumerate(((None, 36), (half, 5 + 30), (null, 6 + 3), ("none", 36))):
+    half = {"prompt_tokens": None, "completion_tokens": 3}
+    for i, (usage, cost) in enumerate(((None, 36), ({"prompt_tokens": 5}, 35), (half, 9))):
         fault = replies({"choices": [{"message": {"content": "x"}}], "usage": usage})
         with serving(echo, faults={1: fault}) as standin:
-            client = connect(standin, tmp_path / str(i), price_in=1e6, price_out=1e6)
+            client = connect(standin, tmp_path / f"{i}", price_in=1e6, price_out=1e6)
             client.ask(requests(1, max_tokens=30))
-            assert client.spent == cost and len(standin.bodies) == 1  # paid for once
+            assert (client.spent, len(standin.bodies)) == (cost, 1)  # paid for once
 
 
 # ---------------------------------------------------------------- where texts go
