@@ -113,6 +113,10 @@ def settings() -> Chats:
         c = replace(c, data=["samples/sft.jsonl"], **given)
     elif not (c.scorer or c.labels or c.labeller):
         raise InputError("give --scorer MODEL, --labels FILES to train one, or --labeller URL")
+    elif not (c.cr_model or c.scorer or c.labels):
+        for name in ("min_cr", "max_cr", "max_answer_loss"):
+            if getattr(c, name) != getattr(Chats, name):
+                raise InputError(f"--{name} is of what a model reads: give --cr_model MODEL")
     lists = {n: list(map(beside_the_scripts, getattr(c, n))) for n in ("data", "decontaminate")}
     return replace(c, out=c.out or "runs/selected", **lists)
 
@@ -242,6 +246,8 @@ def select(
     if vectors and vectors[0]:
         rows = [vectors[0].get(item.key, 0) for item, _ in mine]
         table = np.asarray(vectors[1])[rows]
+    elif vectors is None and c.max_similarity < 1:
+        print("--max_similarity is not applied: embeddings are a model's, --cr_model or --scorer")
     chosen = [line for _, line in mine]
     append, kept = selection.judge(ids, chosen, sources, table, limits, device)
     by_id = {i: line for i, (_, line) in of_id.items()}

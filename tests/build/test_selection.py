@@ -255,7 +255,7 @@ def test_ranks_share_the_work(pool, data, model, tmp_path):
 # ---------------------------------------------------------------- what else may score
 
 
-def test_an_endpoint_may_give_the_digits(data, tmp_path):
+def test_an_endpoint_may_give_the_digits(data, tmp_path, capsys):
     from tests.endpoint import serving
 
     def answer(messages: list[dict]) -> str:
@@ -268,6 +268,7 @@ def test_an_endpoint_may_give_the_digits(data, tmp_path):
         paid = standin.n_paid
         build_sft.main()
         assert standin.n_paid == paid
+    assert "--max_similarity is not applied" in capsys.readouterr().out
     found = lines(tmp_path / "out/scores.jsonl")
     assert [r["score"] for r in found] == [16.0, None, 16.0, 16.0, 16.0, None]
     assert all(r["cr"] is None for r in found)
@@ -285,6 +286,7 @@ def test_an_endpoint_may_give_the_digits(data, tmp_path):
         (["--max_similarity", "0"], "max_similarity"),
         (["--scorer", "x", "--shares", "zh"], "KEY=SHARE"),
         (["--scorer", "nowhere"], "nowhere"),
+        (["--labeller", "http://127.0.0.1:1/v1", "--max_cr", "1"], "--max_cr.* --cr_model"),
         (["--labels", "nowhere.jsonl"], "nowhere"),
     ],
     ids=str,
