@@ -44,8 +44,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser(cls: type[Run]) -> argparse.ArgumentParser:
+    script = getattr(cls, "script", "") or f"train_{cls.stage}.py"
     parser = _Parser(
-        prog=getattr(cls, "script", "") or f"train_{cls.stage}.py",
+        prog=script,
+        usage=f"{script} [--config FILE.toml] [--FLAG VALUE ...]",
         allow_abbrev=False,  # --batch would silently mean --batch_size
         argument_default=argparse.SUPPRESS,  # what was not given leaves no trace
         formatter_class=argparse.RawTextHelpFormatter,
