@@ -91,7 +91,7 @@ def pair_of(prompt: Chat, chosen: str, rejected: str, kind: str) -> dict[str, An
     return {"prompt": turns, "chosen": chosen, "rejected": rejected, "kind": kind} | system
 
 
-def letters_table(letters: Sequence[str]) -> dict[str, list[int]]:
-    """letter -> how often it is chosen and how often rejected."""
+def letters_table(letters: Sequence[str]) -> dict[str, dict[str, int]]:
+    """How often each letter is chosen, and how often rejected."""
     chosen, rejected = (Counter(pair[i] for pair in letters) for i in (0, 1))
-    return {letter: [chosen[letter], rejected[letter]] for letter in sorted({*chosen, *rejected})}
+    return {"chosen": dict(sorted(chosen.items())), "rejected": dict(sorted(rejected.items()))}

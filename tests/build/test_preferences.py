@@ -49,8 +49,8 @@ def test_an_objective_pair_is_two_options_in_the_same_words(tmp_path, encoder):
         for side in ("chosen", "rejected"):
             assert pair[side] == f"{pair[side][0]}。{shown[pair[side][0]]}"
     letters = report["objective"]["letters"]
-    assert [letters[letter][0] for letter in "ABCD"] == [50, 50, 50, 50]
-    assert all(30 < letters[letter][1] < 70 for letter in "ABCD")
+    assert letters["chosen"] == {"A": 50, "B": 50, "C": 50, "D": 50}
+    assert all(30 < letters["rejected"][letter] < 70 for letter in "ABCD")
     data = store.pairs([str(tmp_path / "out/pairs.jsonl")], encoder, 512, 0.0)
     assert len(data) == 200 and data.meta["kinds"] == ["objective"]
     assert not data.meta["report"].get("unread")
