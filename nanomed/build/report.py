@@ -151,7 +151,7 @@ def examples(key: str, tally: Tally) -> str:
     name, lang = key.split("\t")
     parts = []
     for side in ("kept", "dropped"):
-        rows = [[value, file, record, Text(text)] for *_, file, record, value, text in
+        rows = [[round(value, 4), file, record, Text(text)] for *_, file, record, value, text in
                 tally.near.get(f"{key}\t{side}", [])]  # fmt: skip
         if rows:
             parts.append(f"<h4>{side}</h4>" + table([["value", "file", "record", "text"], *rows]))
