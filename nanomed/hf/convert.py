@@ -12,7 +12,7 @@ from nanomed.config import InputError
 from nanomed.hf.tensors import DTYPE_NAMES, Spec, file_names, index_of, write_file, write_index
 
 # What a folder needs beside its weights; custom code is not among it.
-BESIDE = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.md", "LICENSE*", "*.pdf")
+BESIDE = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "*.md", "LICENSE*", "*.pdf")
 
 
 def convert(source: Path, folder: Path) -> None:

@@ -224,6 +224,7 @@ def bin_folder(folder: Path, shards: int = 2) -> dict[str, torch.Tensor]:
 def test_bin_folders_are_converted_by_their_own_command(tmp_path):
     source, out = tmp_path / "source", tmp_path / "out"
     tensors = bin_folder(source)
+    (source / "chat_template.jinja").write_text("{{ messages }}")
     with pytest.raises(InputError, match=r"python -m nanomed\.hf convert"):
         pretrained.describe(source)
     hf_convert.convert(source, out)
@@ -232,7 +233,8 @@ def test_bin_folders_are_converted_by_their_own_command(tmp_path):
     }
     assert all(tensors[k].equal(v) for k, v in all_tensors(out).items())
     pretrained.load(out)
-    assert not list(out.glob("*.bin*")) and (out / "qwen.tiktoken").exists()
+    assert not list(out.glob("*.bin*"))
+    assert (out / "qwen.tiktoken").exists() and (out / "chat_template.jinja").exists()
 
 
 class Evil:
