@@ -14,6 +14,7 @@ from nanomed.config import InputError, ModelConfig
 # Aquila's own types, and Mistral's, are Llama's tensors under another name (BAAI's
 # modeling_aquila.py, transformers' modeling_mistral.py).
 MODEL_TYPES = ("aquila", "aquila3", "llama", "mistral", "qwen2", "qwen3")
+ROPE = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
@@ -92,7 +93,9 @@ def _rope_scaling(path: Path, raw: dict) -> tuple[float, ...]:
     for name in ("rope_scaling", "rope_parameters"):
         rope = raw.get(name) or {}
         kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else ""
-        if kind not in ("default", "llama3") or rope.get("partial_rotary_factor", 1) != 1:
+        known = ROPE + LLAMA3 if kind == "llama3" else ROPE
+        alike = kind in ("default", "llama3") and rope.get("partial_rotary_factor", 1) == 1
+        if not alike or any(rope[key] is not None for key in rope.keys() - {*known}):
             raise InputError(f"{path}: {name} {rope} is not something nanomed can do")
         if kind == "llama3":
             found.add(tuple(_number(path, rope, key, float) for key in LLAMA3))

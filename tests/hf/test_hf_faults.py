@@ -88,6 +88,16 @@ FAULTS = {
         lambda f: edit_config(f, rope_parameters={"rope_type": "longrope", "rope_theta": 1e4}),
         "rope_parameters.*longrope",
     ),
+    "scaling without its kind": (
+        lambda f: edit_config(f, rope_scaling={"factor": 2.0}),
+        "rope_scaling {'factor': 2.0} is not something nanomed can do",
+    ),
+    "a rope for each kind of layer": (
+        lambda f: edit_config(
+            f, rope_parameters={"rope_theta": 1e4, "full_attention": {"rope_theta": 1e6}}
+        ),
+        "rope_parameters.*full_attention.*not something",
+    ),
     "half of Llama 3.1": (
         lambda f: edit_config(f, rope_scaling={"rope_type": "llama3", "factor": 8.0}),
         "low_freq_factor is None",
