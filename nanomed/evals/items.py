@@ -27,6 +27,9 @@ class Item:
     subject: str = ""  # what the record says it is about
 
 
+_PART = re.compile(r"-\d+-of-(\d+)\.")  # of a data set's split
+
+
 @dataclass(frozen=True)
 class Layout:
     """Where a benchmark's items are and which fields they have; tasks.toml explains each."""
@@ -46,15 +49,22 @@ class Layout:
         return place if "*" in place else f"{place}/**/{split}*"
 
     def files(self, data: Path, subject: str, split: str) -> list[Path]:
-        """One file, or the numbered parts of one. Raises InputError for two copies of a split."""
+        """One file, or the numbered parts of one. Raises InputError for two copies of a split, and
+        for a part that is missing."""
         files = sorted(data.glob(self.path(subject, split)))
         if "*" not in self.place:
             name = re.compile(rf"{re.escape(split)}(-\d+-of-\d+)?\.(jsonl|parquet)")
             files = [path for path in files if name.fullmatch(path.name)]
-        if len(files) > 1 and not all(re.search(r"-\d+-of-\d+\.", path.name) for path in files):
+        of = {found and int(found[1]) for found in (_PART.search(path.name) for path in files)}
+        if len(files) > 1 and (len(of) > 1 or None in of):
             raise InputError(
                 f"{' and '.join(map(str, files))} are both this split; let --data name a folder "
                 "that holds one of them"
+            )
+        if of and None not in of and of != {len(files)}:
+            raise InputError(
+                f"{files[0]} is one of {of.pop()} parts of this split, but there are {len(files)}: "
+                "download the missing ones, or let --data name a folder that holds it once"
             )
         return files
 

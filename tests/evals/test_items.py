@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import pytest
 
@@ -126,6 +127,13 @@ def test_parquet_shards_are_read_in_their_order(tmp_path):
         ("number 0", "A"),
         ("number 1", "B"),
     ]
+    copied = shutil.copytree(folder, tmp_path / "cais/mmlu/anatomy/again")
+    with pytest.raises(InputError, match=r"is one of 2 parts .*, but there are 4: "):
+        read("mmlu_anatomy", tmp_path)
+    shutil.rmtree(copied)
+    (folder / "test-00001-of-00002.parquet").unlink()
+    with pytest.raises(InputError, match=r"test-00000-of-00002.parquet is one of 2 parts of this"):
+        read("mmlu_anatomy", tmp_path)
 
 
 ONE = "openlifescienceai/medmcqa/validation.jsonl"
