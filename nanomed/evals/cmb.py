@@ -59,10 +59,14 @@ def questions(path: Path, key_path: Path) -> tuple[list[Dialogue], dict[str, dic
                 f"their texts, are wanted; its fields are {', '.join(record)[:200]}"
             )
         shown = [f"{k}. {v}" for k, v in record["option"].items() if v and str(v).strip()]
-        asked = ASKED.format(**record, options="\n".join(shown))
+        asked = ASKED.format(**record | {"options": "\n".join(shown)})
         dialogues.append(Dialogue(name, [(asked, key[name]["answer"])]))
-    if len({d.id for d in dialogues}) != len(key):
-        raise InputError(f"{path} asks {len(dialogues)} questions, {key_path} answers {len(key)}")
+    if sorted(d.id for d in dialogues) != sorted(key):
+        twice = [name for name, n in Counter(d.id for d in dialogues).items() if n > 1][:5]
+        raise InputError(
+            f"{path} asks {len(dialogues)} questions, {key_path} answers {len(key)}; ids that are "
+            f"asked twice: {', '.join(twice) or 'none'}"
+        )
     return dialogues, key
 
 

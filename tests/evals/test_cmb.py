@@ -154,6 +154,14 @@ def test_a_question_that_cannot_be_asked_is_refused(field, value, tmp_path):
         cmb.questions(data, key)
 
 
+def test_a_question_that_is_asked_twice_is_refused(tmp_path):
+    data, key = write(tmp_path)
+    records = json.loads(data.read_text(encoding="utf-8"))
+    data.write_text(json.dumps([*records, records[1]], ensure_ascii=False), encoding="utf-8")
+    with pytest.raises(InputError, match=r"asks 6 questions, .* answers 5; .* asked twice: 2"):
+        cmb.questions(data, key)
+
+
 def test_from_questions_to_both_scores(model, tmp_path, capsys):  # noqa: F811
     data, key = write(tmp_path)
     arguments = ["--model", str(model), "--data", str(data), "--key", str(key), "--max_new", "4"]
