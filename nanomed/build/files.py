@@ -32,7 +32,8 @@ def whole(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    with whole(path) as file:
+        file.write(json.dumps(value, ensure_ascii=False, indent=2).encode() + b"\n")
 
 
 # ---------------------------------------------------------------- lines
@@ -49,7 +50,7 @@ def line_of(value: Any) -> bytes:
 def read_lines(path: Path) -> list[Any]:
     """Of a file's whole lines; the last may be half written. A text may hold U+2028, which ends no
     line here."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+    return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
 
 
 def whole_lines(path: Path, most: int | None = None) -> list[bytes]:

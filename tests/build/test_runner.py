@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from nanomed.build.files import whole
+from nanomed.build.files import whole, write_json
 from nanomed.build.runner import Runner, mark
 from nanomed.config import InputError
 from tests.build.corpora import ROOT, build, command, corpus, digests, exam, kept
@@ -50,6 +50,17 @@ def test_the_first_error_stops_the_run(tmp_path, workers):
     with Runner("local", workers) as runner, pytest.raises(InputError, match="record 7"):
         runner.run(tmp_path, partial(fails, folder=tmp_path), 400)
     assert 1 <= len(list(tmp_path.glob("*.done.json"))) < 400
+
+
+def test_a_full_disk_leaves_the_json_that_was_there(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError("No space left on device")
+
+    write_json(tmp_path / "x.json", {"n": 1})
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_json(tmp_path / "x.json", {"n": 2})
+    assert json.loads((tmp_path / "x.json").read_text()) == {"n": 1}
 
 
 def test_an_unfinished_file_never_has_its_name(tmp_path):
