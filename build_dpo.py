@@ -22,7 +22,8 @@ from nanomed.build.settings import Paid, files_of, flag
 from nanomed.build.shards import lottery
 from nanomed.config import InputError, beside_the_scripts
 from nanomed.distributed import alone_or_start, launch, pick_device
-from nanomed.evals import answers, benchmarks, judge
+from nanomed.evals import answers, judge
+from nanomed.evals.folder import short_hash
 from nanomed.hf import pretrained
 from nanomed.processes import rank_from_env
 from nanomed.records import Chat, read_chats
@@ -155,7 +156,8 @@ def subjective(c: Pairs, files: list[str], kept: Kept, out: Path) -> dict[str, A
         elif not line["answer"].strip() or line["answer"].strip() == line["reference"].strip():
             kept.drop(file, record, "same_or_empty_answer")
         else:
-            asked.append(line | {"question": conversation(line)})
+            said = judge.conversation(line["history"], line["question"])
+            asked.append(line | {"question": said, "history": []})
     requests = judge.pairs(asked, judge.REFERENCE, "preference")
     endpoint = c.endpoint(c.judge, c.judge_model, out / "judge.jsonl")
     endpoint.ask_parsed([one.request for one in requests], judge.parse_verdict, c.retry_failed)
@@ -200,7 +202,7 @@ def chats_to_answer(c: Pairs, files: list[str], kept: Kept) -> dict[str, tuple[C
 def answered(c: Pairs, chats: dict[str, Chat], out: Path) -> list[dict]:
     """The model's answer to the last question of each chat."""
     asked = [
-        answers.Dialogue(name, list(zip(texts[::2], texts[1::2], strict=True)))
+        answers.Dialogue(name, list(zip(texts[::2], texts[1::2], strict=True)), chat.system)
         for name, chat in chats.items() if (texts := chat.texts())
     ]  # fmt: skip
     if not asked:
@@ -208,16 +210,10 @@ def answered(c: Pairs, chats: dict[str, Chat], out: Path) -> list[dict]:
     device = pick_device(c.device)
     _, encoder = pretrained.describe(c.model, template_name=c.template)
     model = pretrained.load(c.model, device, stage.compute_dtype(c, device))
-    identity = {"questions": benchmarks.short_hash(repr(asked).encode())}
-    identity |= benchmarks.identity(model, [], out)
+    about = {"questions": short_hash(repr(asked).encode()), "files": {}}
     answerer = answers.Answerer(model, encoder, c.max_new, c.batch_size, only_last=True)
     with alone_or_start(device) as world:
-        return answerer.run(asked, out / "answers", identity, world)
-
-
-def conversation(line: dict) -> str:
-    said = [f"Patient: {q}\n\nDoctor: {a}" for q, a in line["history"]]
-    return "\n\n".join([*said, f"Patient: {line['question']}"])
+        return answerer.run(asked, out / "answers", about, world)
 
 
 # ---------------------------------------------------------------- a run

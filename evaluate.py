@@ -29,7 +29,7 @@ from nanomed.evals import answers, benchmarks, cmb, report, samples, tasks
 from nanomed.evals import compare as pairs
 from nanomed.evals import judge as judging
 from nanomed.evals import page as pages
-from nanomed.evals.folder import open_folder
+from nanomed.evals.folder import identity, open_folder
 from nanomed.evals.requests import PROTOCOLS, all_requests, requests_of
 from nanomed.evals.score import bos_of, encode
 from nanomed.hf import pretrained
@@ -38,7 +38,7 @@ from nanomed.model.scoring import Scorer, plan
 from nanomed.run.progress import progress
 from nanomed.stages.answers import show_answers
 from nanomed.store.cache import digest
-from nanomed.tools.generate import add_model, load_model
+from nanomed.tools.generate import add_model, load_model, positive_int
 
 
 def score(argv: list[str]) -> None:
@@ -69,7 +69,7 @@ def score(argv: list[str]) -> None:
     tokenizer, encoder, held_out = pretrained.tokenizer_of(c.model, c.tokenizer), None, None
     if protocol == "chat":
         _, encoder = pretrained.describe(c.model, c.tokenizer, c.template)
-    bos = [] if encoder else bos_of(c.model, tokenizer, c.bos)
+    bos = [] if encoder else bos_of(tokenizer, c.bos)
     longest = pretrained.config_of(c.model).max_seq_len
 
     prepared = []
@@ -92,10 +92,9 @@ def score(argv: list[str]) -> None:
         "shots": c.shots,
         "bos": bos,
         "micro_tokens": c.micro_tokens,
-        "tokenizer": tokenizer.fingerprint(),
-        "template": encoder and encoder.template.to_json(),
     }
-    settings |= benchmarks.identity(model, prepared, data)
+    settings |= identity(model, tokenizer, encoder and encoder.template)
+    settings |= benchmarks.asked(prepared, data)
     pack_linears(model)
     with alone_or_start(device) as world:
         if world.is_main:
@@ -164,8 +163,8 @@ def answer(argv: list[str]) -> None:
     if aside:
         print(f"{aside} records that are no dialogues were set aside", file=sys.stderr)
     out = c.out or Path("evals") / f"{Path(c.model).resolve().name}-{c.set}-{c.history}"
-    identity = {"set": c.set, "history": c.history, "file": digest(path)}
-    lines = _answered(c, asked, out, identity)
+    about = {"set": c.set, "history": c.history, "files": {"data": digest(path)}}
+    lines = _answered(c, asked, out, about)
     if lines:
         cut = sum(line["end"] == "length" for line in lines)
         shortened = sum(line["dropped_turns"] > 0 for line in lines)
@@ -218,8 +217,8 @@ def _replies(
     files = [c.answers / "answers.jsonl"]
     if c.against and c.against != judging.REFERENCE:
         files.append(Path(c.against) / "answers.jsonl")
-    identity = {"judge_model": c.judge_model, "against": c.against}
-    open_folder(out, identity | {"files": [digest(path) for path in files]})
+    about = {"judge_model": c.judge_model, "against": c.against}
+    open_folder(out, about | {"files": [digest(path) for path in files]})
     if not c.judge:
         cache = Cache(out / "replies.jsonl")
         for reply in judging.replies(c.replies, asked, c.judge_model) if c.replies else []:
@@ -248,24 +247,23 @@ def exam(argv: list[str]) -> None:
     c = parser.parse_args(argv)
     asked, key = cmb.questions(c.data, c.key)
     out = c.out or Path("evals") / f"{Path(c.model).resolve().name}-cmb"
-    files = {"file": digest(c.data), "key": digest(c.key)}
-    if lines := _answered(c, asked, out, {"history": "gold"} | files):
+    files = {"data": digest(c.data), "key": digest(c.key)}
+    if lines := _answered(c, asked, out, {"history": "gold", "files": files}):
         found = {"cmb": cmb.results(lines, key)}
         write_json(out / "results.json", found)
         print(report.aligned(report.readings(found["cmb"])), f"all in {out}", sep="\n")
 
 
 def _answered(
-    c: argparse.Namespace, asked: list[answers.Dialogue], out: Path, more: dict
+    c: argparse.Namespace, asked: list[answers.Dialogue], out: Path, about: dict
 ) -> list[dict]:
     """The answers, on rank 0."""
     device = pick_device(c.device)
     _, encoder = pretrained.describe(c.model, c.tokenizer, c.template)
-    model, by_model = load_model(c, device), more["history"] == "model"
-    identity = more | benchmarks.identity(model, [], c.data)
+    model, by_model = load_model(c, device), about["history"] == "model"
     answerer = answers.Answerer(model, encoder, c.max_new, c.batch_size, by_model)
     with alone_or_start(device) as world:
-        return answerer.run(asked, out, identity, world)
+        return answerer.run(asked, out, about, world)
 
 
 def compare(argv: list[str]) -> None:
@@ -294,12 +292,6 @@ def page(argv: list[str]) -> None:
 
 def _parser(command: str, does: str) -> argparse.ArgumentParser:
     return command_line(f"evaluate.py {command}".strip(), does)
-
-
-def positive_int(text: str) -> int:
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
 
 
 def _items(parser: argparse.ArgumentParser) -> None:

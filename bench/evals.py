@@ -38,7 +38,7 @@ def work(folder: Path, data: Path) -> None:
     device = torch.device("cpu")
     torch.set_num_threads(1)
     tokenizer = pretrained.tokenizer_of(folder, "")
-    bos, longest = bos_of(folder, tokenizer, "auto"), pretrained.config_of(folder).max_seq_len
+    bos, longest = bos_of(tokenizer, "auto"), pretrained.config_of(folder).max_seq_len
     model = pretrained.load(folder, device, torch.float32)
     pack_linears(model)
     with alone_or_start(device) as world:

@@ -1,6 +1,5 @@
 """Answers in words: dialogues from files, and a model's greedy answer to each of their turns."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -10,7 +9,7 @@ from typing import Any
 from nanomed.build.files import read_lines
 from nanomed.config import InputError
 from nanomed.distributed import World, from_all, from_main
-from nanomed.evals.folder import going_on, open_folder
+from nanomed.evals.folder import going_on, identity, open_folder, settings_of
 from nanomed.model.decoder import Aquila
 from nanomed.model.generation import Sampling, generate
 from nanomed.model.packed import pack_linears
@@ -23,6 +22,7 @@ from nanomed.text.template import Encoder
 class Dialogue:
     id: str
     turns: list[tuple[str, str]]  # (question, reference answer), in order
+    system: str = ""  # "" takes the template's own
 
 
 # Where a set's file stands under --data: its published names.
@@ -47,8 +47,9 @@ def file_of(name: str, data: Path) -> Path:
 
 def dialogues(path: Path) -> tuple[list[Dialogue], int]:
     """The chats of a file of any format that training reads, or CMB-Clin's cases; and how many
-    records were set aside: CMtMedQA's safety questions are no dialogues. Raises InputError for a
-    turn without its question or its reference answer."""
+    records were set aside: CMtMedQA's safety questions are no dialogues. A record of several chats
+    makes as many dialogues. Raises InputError for a turn without its question or its reference
+    answer."""
     found, aside = [], 0
     for number, record, _ in read_json(str(path)):
         if isinstance(record, dict) and "instruct" in record:
@@ -56,21 +57,28 @@ def dialogues(path: Path) -> tuple[list[Dialogue], int]:
             continue
         try:
             is_case = isinstance(record, dict) and "QA_pairs" in record
-            turns = _case(record) if is_case else _turns(chats_of(record)[0])
-            if not turns or not all(q.strip() and a.strip() for q, a in turns):
-                raise BadField("(record)", "a turn lacks its question or its reference answer")
+            chats = [(_case(record), "")] if is_case else map(_talk, chats_of(record))
+            for i, (turns, system) in enumerate(chats):
+                if not turns or not all(q.strip() and a.strip() for q, a in turns):
+                    raise BadField("(record)", "a turn lacks its question or its reference answer")
+                name = f"{number - 1}.{i}" if i else str(number - 1)
+                found.append(Dialogue(name, turns, system))
         except BadField as bad:
             raise InputError(f"{path}, record {number}: {bad}") from None
-        found.append(Dialogue(str(number - 1), turns))
+    if not found:
+        raise InputError(f"{path} holds no dialogue, only {aside} records that are none")
     return found, aside
 
 
-def _turns(chat: Chat) -> list[tuple[str, str]]:
+def _talk(chat: Chat) -> tuple[list[tuple[str, str]], str]:
+    """Its turns and its system text."""
     roles = [role for role, _ in chat.turns]
+    if chat.raw:
+        raise BadField("prompt", "a text that goes on without a template is no dialogue")
     if chat.dropped or roles != ["user", "assistant"] * (len(roles) // 2):
         raise BadField("(record)", chat.dropped or "questions and answers do not take turns")
     texts = chat.texts()
-    return list(zip(texts[::2], texts[1::2], strict=True))
+    return list(zip(texts[::2], texts[1::2], strict=True)), chat.system
 
 
 def _case(record: dict) -> list[tuple[str, str]]:
@@ -91,17 +99,23 @@ def _case(record: dict) -> list[tuple[str, str]]:
 
 
 def read(folder: Path) -> list[dict]:
-    """The answers in a folder. Raises InputError if it has none."""
+    """The answers in a folder. Raises InputError if it has none, or not all of them yet."""
     path = folder / "answers.jsonl"
     if not path.exists():
         raise InputError(f"{folder} holds no answers: `evaluate.py answer` writes answers.jsonl")
-    return read_lines(path)
+    lines = read_lines(path)
+    n = settings_of(folder).get("answers", len(lines))
+    if len(lines) < n:
+        raise InputError(
+            f"{folder} holds {len(lines)} of {n} answers: `evaluate.py answer` was stopped, and "
+            "the same command goes on"
+        )
+    return lines
 
 
 def set_of(folder: Path) -> str:
     """Which of SETS was answered there; "" if it is not known."""
-    path = folder / "config.json"
-    found = json.loads(path.read_text(encoding="utf-8")).get("set") if path.exists() else None
+    found = settings_of(folder).get("set")
     return found if found in SETS else ""
 
 
@@ -121,21 +135,20 @@ class Answerer:
     only_last: bool = False
 
     def run(
-        self, asked: Sequence[Dialogue], out: Path, identity: dict[str, Any], world: World
+        self, asked: Sequence[Dialogue], out: Path, about: dict[str, Any], world: World
     ) -> list[dict]:
         """Every turn's answer, in OUT/answers.jsonl too: round by round, each in batches of about
         the same length, batch b by rank b % size. It goes on where an earlier call was stopped;
-        `identity` is what the answers depend on besides the settings here. Every rank calls it;
-        rank 0 gets the answers."""
+        `about` is what the answers depend on besides the model and the settings here. Every rank
+        calls it; rank 0 gets the answers."""
         path, self.known = out / "answers.jsonl", {}  # answers by dialogue and round
-        if world.is_main:
-            settings = {"max_new": self.max_new, "batch_size": self.batch_size}
-            settings |= {"tokenizer": self.encoder.tokenizer.fingerprint()}
-            settings |= {"template": self.encoder.template.to_json()}
-            open_folder(out, settings | identity)
-        pack_linears(self.model)
         batches = self._batches(asked)
         ends = list(accumulate(map(len, batches)))
+        if world.is_main:
+            settings = {"max_new": self.max_new, "batch_size": self.batch_size, "answers": ends[-1]}
+            by = identity(self.model, self.encoder.tokenizer, self.encoder.template)
+            open_folder(out, settings | by | about)
+        pack_linears(self.model)
         with going_on(path, ends, "answer", world.is_main) as (done, write):
             self._keep(from_main(read_lines(path) if world.is_main else None))
             while done < len(batches):
@@ -176,7 +189,8 @@ class Answerer:
             question, reference = dialogue.turns[i]
             turns = [t for q, a in history for t in (("user", q), ("assistant", a))]
             longest = self.model.config.max_seq_len
-            ids, n_left_out = prompt_of(self.encoder, Chat([*turns, ("user", question)]), longest)
+            chat = Chat([*turns, ("user", question)], dialogue.system)
+            ids, n_left_out = prompt_of(self.encoder, chat, longest)
             if not ids:
                 raise InputError(
                     f"dialogue {dialogue.id}: a question leaves no room for an answer, the model "

@@ -5,7 +5,6 @@ OUT/items.jsonl     one line for each item, in the order of tasks and items
 OUT/results.json    by task and group: n, acc, acc_norm, stderr and what to hold them against
 """
 
-import hashlib
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -14,20 +13,15 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import torch
-
-import kernels
 from nanomed.build.files import read_lines
-from nanomed.evals.folder import going_on
+from nanomed.evals.folder import going_on, short_hash
 from nanomed.evals.items import Split
 from nanomed.evals.requests import Request
 from nanomed.evals.stats import mean, pooled_stderr, stderr
 from nanomed.evals.tasks import groups
-from nanomed.model.decoder import Aquila
 from nanomed.model.scoring import Encoded, Plan, Scorer
 from nanomed.records.exams import LETTERS
 from nanomed.store.cache import digest
-from nanomed.training.reference import sums_of_bits
 
 
 @dataclass(frozen=True)
@@ -41,25 +35,16 @@ class Prepared:
     split: Split
 
 
-def identity(model: Aquila, tasks: Sequence[Prepared], data: Path) -> dict[str, Any]:
-    """What the numbers depend on besides the settings: weights, code, files, and all that is asked
-    and counts as right."""
-    param = next(model.parameters())
-    used = kernels.in_force(param.device, param.dtype, model.config.head_size)
-    asked = {task.name: "".join(r.to_json() for r in task.requests) for task in tasks}
+def asked(tasks: Sequence[Prepared], data: Path) -> dict[str, Any]:
+    """What the numbers depend on besides the model: files, and all that is asked and counts as
+    right."""
+    texts = {task.name: "".join(r.to_json() for r in task.requests) for task in tasks}
     return {
-        "dtype": str(param.dtype),
-        "weights": short_hash(sums_of_bits(model).cpu().numpy().tobytes()),
-        "kernels": f"{used}, torch {torch.__version__}",
         "files": {
             str(path.relative_to(data)): digest(path) for task in tasks for path in task.split.files
         },
-        "requests": {name: short_hash(text.encode()) for name, text in asked.items()},
+        "requests": {name: short_hash(text.encode()) for name, text in texts.items()},
     }
-
-
-def short_hash(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def score(tasks: Sequence[Prepared], scorer: Scorer, out: Path) -> None:

@@ -1,12 +1,11 @@
 """Two models on the same items: what changed, and whether chance alone would do it."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from nanomed.config import InputError
 from nanomed.evals.benchmarks import read_items
-from nanomed.evals.folder import finished
+from nanomed.evals.folder import finished, settings_of
 from nanomed.evals.stats import bootstrap, sign_test
 from nanomed.evals.tasks import groups
 
@@ -15,10 +14,7 @@ def compare(a: Path, b: Path) -> dict[str, dict[str, Any]]:
     """By task and group that both folders have: both accuracies, the items that one alone has
     right, the exact McNemar probability, and the difference b - a with its bootstrap interval.
     Raises InputError if they were asked differently."""
-    items = [{item["id"]: item for item in read_items(finished(folder))} for folder in (a, b)]
-    asked = [
-        json.loads((f / "config.json").read_text(encoding="utf-8"))["requests"] for f in (a, b)
-    ]
+    asked = [settings_of(finished(folder)).get("requests", {}) for folder in (a, b)]
     common = [name for name in asked[0] if name in asked[1]]
     for name in common:
         if asked[0][name] != asked[1][name]:
@@ -28,6 +24,7 @@ def compare(a: Path, b: Path) -> dict[str, dict[str, Any]]:
             )
     if not common:
         raise InputError(f"{a} and {b} have no task in common")
+    items = [{item["id"]: item for item in read_items(folder)} for folder in (a, b)]
     wanted = {name: [name] for name in common}
     wanted |= {name: tasks for name, tasks in groups().items() if set(tasks) <= set(common)}
     found = {}

@@ -32,8 +32,8 @@ class Asked:
 
 
 def pairs(a: Sequence[dict], b: Sequence[dict] | str, prompt: str = "pair") -> list[Asked]:
-    """Both orders of every answer of a against that of b, or against the reference. Raises
-    InputError unless both answered the same questions."""
+    """Both orders of every answer of a against that of b, or against the reference; what was said
+    before a question stands before it. Raises InputError unless both answered the same."""
     if b == REFERENCE:
         b = [line | {"answer": line["reference"]} for line in a]
     sides = [{(line["id"], line["round"]): line for line in lines} for lines in (a, b)]
@@ -44,12 +44,30 @@ def pairs(a: Sequence[dict], b: Sequence[dict] | str, prompt: str = "pair") -> l
     for name, line in sides[0].items():
         mine, other = line["answer"], sides[1][name]["answer"]
         lengths = {"lengths": [len(mine), len(other)]}
+        question = _with_history(line, sides[1][name])
         for order, (first, second) in {"ab": (mine, other), "ba": (other, mine)}.items():
             text = prompts()[prompt].format(
-                question=quoted(line["question"]), first=quoted(first), second=quoted(second)
+                question=quoted(question), first=quoted(first), second=quoted(second)
             )
             asked.append(_asked(text, line, {"order": order} | lengths))
     return asked
+
+
+def _with_history(*lines: dict) -> str:
+    """The question of two answers. A model that reads less may have lost the oldest turns."""
+    history = max((line["history"] for line in lines), key=len)
+    if any(history[len(history) - len(line["history"]) :] != line["history"] for line in lines):
+        raise InputError(
+            f"dialogue {lines[0]['id']}, round {lines[0]['round']}: each model saw answers of its "
+            "own before it, so these two are no pair; answer it with --history gold"
+        )
+    question = lines[0]["question"]
+    return conversation(history, question) if history else question
+
+
+def conversation(history: Sequence[Sequence[str]], question: str) -> str:
+    said = [f"Patient: {q}\n\nDoctor: {a}" for q, a in history]
+    return "\n\n".join([*said, f"Patient: {question}"])
 
 
 def turns(lines: Sequence[dict]) -> list[Asked]:

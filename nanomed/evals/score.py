@@ -7,7 +7,6 @@ tokens.
 import json
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
 from nanomed.config import InputError
 from nanomed.evals.requests import Request
@@ -25,7 +24,7 @@ def encode(
 ) -> Encoded:
     """`longest` is the model's: an input is cut on the left to longest + 1 tokens with its last
     target, as lm-eval does. `bos` is put before every text; `encoder` is for chats. Raises
-    InputError if a continuation has no token of its own."""
+    InputError if a continuation has no token of its own, or one with nothing before it."""
     wanted = []  # (input, targets) by continuation
     cut = 0
     for ids, targets in _pairs(request, tokenizer, list(bos), encoder):
@@ -35,6 +34,11 @@ def encode(
                 "token of its own, so it has no score"
             )
         whole = [*ids, *targets]
+        if not ids or len(targets) > longest:
+            raise InputError(
+                f"{request.id}: a continuation of {len(targets)} tokens after {len(ids)} others, "
+                f"for a model that reads {longest}: its first token has no score"
+            )
         cut = max(cut, len(whole) - longest - 1)
         wanted.append((tuple(whole[-longest - 1 : -1]), targets))
     ordered = sorted({ids for ids, _ in wanted})
@@ -63,12 +67,12 @@ def _pairs(
     return [(ids, whole[len(ids) :]) for whole in wholes]
 
 
-def bos_of(folder: str | Path, tokenizer: Tokenizer, asked: str) -> list[int]:
+def bos_of(tokenizer: Tokenizer, asked: str) -> list[int]:
     """What stands before every plain text: the begin token or nothing. "auto" does what the
-    folder's tokenizer files tell transformers to do, and so lm-eval since 0.4.9.2."""
+    tokenizer's files tell transformers to do, and so lm-eval since 0.4.9.2."""
 
     def read(name: str) -> dict:
-        path = Path(folder) / name
+        path = tokenizer.path.with_name(name)
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
     config, processor = read("tokenizer_config.json"), read("tokenizer.json").get("post_processor")
@@ -81,5 +85,6 @@ def bos_of(folder: str | Path, tokenizer: Tokenizer, asked: str) -> list[int]:
         return []
     begin = begin or (json.loads(f'"{single[1]}"') if single else None)
     if begin not in tokenizer.special:
-        raise InputError(f"--bos {asked}: {folder} names no begin token that {tokenizer.path} has")
+        folder = tokenizer.path.parent
+        raise InputError(f"--bos {asked}: {folder} names no begin token that its tokenizer has")
     return [tokenizer.special[begin]]

@@ -74,7 +74,8 @@ def stream(
     limits = limits_of(model, prompts, sampling)
     device = next(model.parameters()).device
     start = sampling.seed * 1_000_003 + first
-    generators = [torch.Generator().manual_seed(start + i) for i in range(len(prompts))]
+    seeds = [(start + i) % 2**64 for i in range(len(prompts))]  # torch takes no larger ones
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     batch = list(range(len(prompts)))  # the prompts that have a place in the cache
     lengths = [len(prompt) for prompt in prompts]
     seen = _seen(prompts, model.config.vocab_size, device)

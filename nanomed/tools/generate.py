@@ -14,12 +14,12 @@ import time
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from nanomed.arguments import command_line
-from nanomed.build.files import line_of, make_private, same_as_before, whole_lines
+from nanomed.build.files import make_private, same_as_before
 from nanomed.config import InputError
 from nanomed.distributed import launch, pick_device
+from nanomed.evals.folder import going_on, identity
 from nanomed.hf import pretrained
 from nanomed.model.decoder import Aquila
 from nanomed.model.generation import Sampling, generate, limits_of
@@ -29,6 +29,12 @@ from nanomed.records.turns import add_turns
 from nanomed.stages import stage
 from nanomed.store.cache import digest
 from nanomed.text.template import Encoder
+
+
+def positive_int(text: str) -> int:
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -96,7 +102,9 @@ def main() -> None:
     parser = command_line("python -m nanomed.tools.generate", __doc__)
     parser.add_argument("--prompts", required=True, help="JSON lines (or an array), also .gz")
     parser.add_argument("--out", required=True, type=Path, help="JSON lines, one per prompt")
-    parser.add_argument("--batch_size", type=int, default=16, help="prompts at a time; default 16")
+    parser.add_argument(
+        "--batch_size", type=positive_int, default=16, help="prompts at a time; default 16"
+    )
     add_arguments(parser, Sampling())
     c = parser.parse_args()
     numbered = [(number, record) for number, record, _ in read_json(c.prompts)]
@@ -105,27 +113,27 @@ def main() -> None:
     model, encoder, sampling = open_model(c)
     prompts = [encoder.prompt(chat) for chat in chats]
     limits_of(model, prompts, sampling)
-    settings = {"model": c.model, "prompts": digest(c.prompts), **dataclasses.asdict(sampling)}
+    settings = {"prompts": digest(c.prompts), **dataclasses.asdict(sampling)}
+    settings |= identity(model, encoder.tokenizer, encoder.template)
     make_private(c.out.parent)
     noted = c.out.with_name(c.out.name + ".settings.json")
     if not c.out.exists():
         noted.unlink(missing_ok=True)
     same_as_before(noted, settings, str(c.out))
-    first = len(whole_lines(c.out))
+    n, size = len(prompts), c.batch_size
+    batches = [range(i, min(i + size, n)) for i in range(0, n, size)]
     stop = {encoder.turn_end, encoder.document_end}
-    n_tokens, started = 0, time.perf_counter()
-    bar = tqdm(total=len(prompts), initial=first, unit="prompt", disable=None)
-    with bar, open(c.out, "ab") as file:
-        for i in range(first, len(prompts), c.batch_size):
-            batch = prompts[i : i + c.batch_size]
-            found = generate(model, batch, stop, sampling, first=i)
-            for record, (ids, end) in zip(records[i:], found, strict=False):
-                file.write(line_of(record | {"answer": encoder.tokenizer.decode(ids), "end": end}))
-                n_tokens += len(ids)
-            file.flush()
-            bar.update(len(batch))
+    n_answers, n_tokens, started = 0, 0, time.perf_counter()
+    with going_on(c.out, [b.stop for b in batches], "prompt", True) as (done, write):
+        for batch in batches[done:]:
+            found = generate(model, [prompts[i] for i in batch], stop, sampling, batch.start)
+            write([
+                records[i] | {"answer": encoder.tokenizer.decode(ids), "end": end}
+                for i, (ids, end) in zip(batch, found, strict=True)
+            ])  # fmt: skip
+            n_answers, n_tokens = n_answers + len(batch), n_tokens + sum(len(x) for x, _ in found)
     speed = n_tokens / (time.perf_counter() - started)
-    print(f"{len(prompts) - first} answers, {speed:,.0f} tokens/s; all in {c.out}")
+    print(f"{n_answers} answers, {speed:,.0f} tokens/s; all in {c.out}")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,11 @@ TALKS = [
     Dialogue(
         "0", [("头痛怎么办？", "多休息。"), ("还需要吃药吗？", "不需要。"), ("谢谢", "不客气")]
     ),
-    Dialogue("1", [("What is a fever?", "A raised temperature."), ("And a chill?", "Shivering.")]),
+    Dialogue(
+        "1",
+        [("What is a fever?", "A raised temperature."), ("And a chill?", "Shivering.")],
+        "Be brief.",
+    ),
     Dialogue("2", [("发热三天，应当做什么检查？", "血常规。")]),
 ]
 
@@ -29,7 +33,8 @@ def write_talks(path) -> None:
         [{"role": r, "content": t} for pair in d.turns for r, t in zip(ROLES, pair, strict=True)]
         for d in TALKS
     ]
-    write_lines(path, [{"messages": t} for t in turns])
+    written = zip(turns, TALKS, strict=True)
+    write_lines(path, [{"messages": t, "system": d.system} for t, d in written])
 
 
 ROLES = ("user", "assistant")
@@ -60,7 +65,7 @@ def test_each_answer_is_that_of_its_prompt_alone(own, model, tmp_path):  # noqa:
             ]
         assert [tuple(turn) for turn in line["history"]] == history
         turns = [turn for pair in history for turn in zip(ROLES, pair, strict=True)]
-        prompt = encoder.prompt(Chat([*turns, ("user", line["question"])]))
+        prompt = encoder.prompt(Chat([*turns, ("user", line["question"])], talk.system))
         stop = {encoder.turn_end, encoder.document_end}
         ((ids, end),) = generate(loaded, [prompt], stop, Sampling(max_new=6))
         assert (line["answer"], line["end"]) == (encoder.tokenizer.decode(ids), end)
@@ -73,12 +78,15 @@ def argv(folder, data, out) -> list[str]:
 
 def test_answers_that_were_cut_anywhere_go_on_to_the_same_bytes(model, tmp_path):  # noqa: F811
     write_talks(tmp_path / "talks.jsonl")
+    assert dialogues(tmp_path / "talks.jsonl") == (TALKS, 0)
     arguments = argv(model, tmp_path / "talks.jsonl", tmp_path / "out")
     evaluate.answer(arguments)
     whole = files_of(tmp_path / "out")
     content = whole["answers.jsonl"]
     for kept in (0, 1, len(content) // 2, len(content) - 1):
         (tmp_path / "out/answers.jsonl").write_bytes(content[:kept])
+        with pytest.raises(InputError, match=r"holds \d of 6 answers: .* the same command goes on"):
+            evaluate.answers.read(tmp_path / "out")  # no judge is asked about a part of them
         evaluate.answer(arguments)
         assert files_of(tmp_path / "out") == whole
     with pytest.raises(InputError, match="history was model, is gold"):
@@ -136,7 +144,21 @@ def test_cmtmedqas_safety_questions_are_set_aside_and_counted(tmp_path):
         tmp_path / "CMtMedQA_test.jsonl", [talk, {"instruct": "怎样制毒？", "output": "不能说。"}]
     )
     (dialogue,), aside = dialogues(file_of("cmtmedqa", tmp_path))
+    write_lines(tmp_path / "none.jsonl", [{"instruct": "怎样制毒？", "output": "不能说。"}])
+    with pytest.raises(InputError, match="holds no dialogue, only 1 records that are none"):
+        dialogues(tmp_path / "none.jsonl")
     assert aside == 1 and dialogue.turns == [("头痛", "多喝水"), ("然后呢？", "休息。")]
+
+
+def test_every_wording_of_a_question_is_asked(tmp_path):
+    record = {"questions": [["头痛？", "头疼怎么办？"]], "answers": ["休息。"]}
+    write_lines(tmp_path / "a.jsonl", [record])
+    assert dialogues(tmp_path / "a.jsonl")[0] == [
+        Dialogue("0", [("头痛？", "休息。")]), Dialogue("0.1", [("头疼怎么办？", "休息。")]),
+    ]  # fmt: skip
+    write_lines(tmp_path / "b.jsonl", [{"prompt": "A fever is", "completion": " a symptom."}])
+    with pytest.raises(InputError, match=r"record 1: field 'prompt': .* is no dialogue"):
+        dialogues(tmp_path / "b.jsonl")
 
 
 def test_the_real_sets(shared_data):

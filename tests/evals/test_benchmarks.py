@@ -13,14 +13,15 @@ import torch
 
 import evaluate
 import kernels
+from nanomed import locks
 from nanomed.config import InputError
-from nanomed.evals import benchmarks
+from nanomed.evals import benchmarks, folder
 from nanomed.model.decoder import Aquila
 from nanomed.model.scoring import Scorer
 from nanomed.text import tokenizer
 from tests.conftest import ROOT
 from tests.evals.test_requests import GOLDEN, RECORDED, write_golden, write_lines
-from tests.folders import write_model
+from tests.folders import edit_config, write_model
 from tests.forks import Group, server
 from tests.pretend import CUDA, pretended
 
@@ -160,6 +161,20 @@ def test_another_model_and_other_settings_are_refused(done, model, data, tmp_pat
     ):
         with pytest.raises(InputError, match=f"{name} was"):
             evaluate.score([*argv(model, data, done), *more])
+    same = write_folder(tmp_path / "same")
+    edit_config(same, rms_norm_eps=1e-2)  # the same weights compute other numbers
+    with pytest.raises(InputError, match=r"settings: model was .*'norm_eps': 1e-05"):
+        evaluate.score(argv(same, data, done))
+
+
+def test_two_at_once_do_not_write_into_one_folder(done, model, data):
+    whole = files_of(done)
+    with (
+        locks.take(done / "items.jsonl"),
+        pytest.raises(InputError, match=f"another process is writing to {done}"),
+    ):
+        evaluate.score(argv(model, data, done))
+    assert files_of(done) == whole
 
 
 def test_a_models_folder_is_no_place_for_results(model, data):
@@ -225,10 +240,11 @@ def test_the_record_says_which_attention_ran(small, monkeypatch):
     monkeypatch.setattr(kernels, "_is_measured", lambda device: True)
     wide = dataclasses.replace(small, d_model=160)
     mixed, bf16 = "triton, attention reference", torch.bfloat16
+    tok = tokenizer.load(ROOT / "samples/tokenizer.model")
     cases = (small, torch.float32, mixed), (wide, bf16, mixed), (small, bf16, "triton")
     for config, dtype, label in cases:
         with pretended():
             with torch.device("meta"):
                 model = Aquila(config).to(dtype)
-            found = benchmarks.identity(model.to_empty(device=CUDA), [], ROOT)
+            found = folder.identity(model.to_empty(device=CUDA), tok, None)
         assert found["kernels"] == f"{label}, torch {torch.__version__}"

@@ -99,6 +99,21 @@ def test_pairs_in_both_orders(tmp_path):
     assert found["mean_length"] == [13 / 4, 9 / 4]
 
 
+def test_a_pairs_judge_reads_the_conversation(tmp_path):
+    a, b = (write_answers(tmp_path / n, ["x", "y"], rounds=2) for n in "ab")
+    first, _, second, _ = judge.pairs(evaluate.answers.read(a), evaluate.answers.read(b))
+    texts = [asked.request.messages[0]["content"] for asked in (first, second)]
+    assert ">\nquestion 0\n<" in texts[0]
+    assert ">\nPatient: before\n\nDoctor: so\n\nPatient: question 1\n<" in texts[1]
+    lines = evaluate.answers.read(b)
+    lines[1]["history"] = [["older", "so"], *lines[1]["history"]]  # b reads more than a
+    *_, longer, _ = judge.pairs(evaluate.answers.read(a), lines)
+    assert "Patient: older" in longer.request.messages[0]["content"]
+    lines[1]["history"][-1] = ["before", "another answer"]
+    with pytest.raises(InputError, match=r"dialogue 0, round 2: .* answer it with --history gold"):
+        judge.pairs(evaluate.answers.read(a), lines)
+
+
 def test_a_judge_that_likes_the_first_seat_makes_ties_and_is_seen(tmp_path):
     a = write_answers(tmp_path / "a", ["x"] * 6)
     with serving(lambda _: "Answer 1 is better") as judge_:

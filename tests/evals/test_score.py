@@ -139,6 +139,9 @@ def test_spaces_at_the_contexts_end_belong_to_the_continuation():
 def test_a_continuation_without_a_token_has_no_score():
     with pytest.raises(InputError, match="no token of its own"):
         encode(text_request("Answer:", ""), TOKENIZER, [], 99)
+    for context, longest in (("", 99), ("Answer:", 3)):
+        with pytest.raises(InputError, match="its first token has no score"):
+            encode(text_request(context, " a longer text than that"), TOKENIZER, [], longest)
 
 
 def _on_ranks(world, folder, requests, capacity):
@@ -189,16 +192,20 @@ def test_the_begin_token_is_put_where_transformers_puts_it(asked, tmp_path):
     edit_config(tmp_path, model_type="llama")
     theirs = AutoTokenizer.from_pretrained(tmp_path)("abc").input_ids
     assert theirs[:1] == [0]
-    tok = tokenizer.load(tmp_path)
-    before = bos_of(tmp_path, tok, asked)
+    checkpoint = tmp_path / "checkpoints/step-1"  # if that is a run, its checkpoints say the same
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "state.json").write_text("{}")
+    tok = pretrained.tokenizer_of(checkpoint)
+    before = bos_of(tok, asked)
     assert before == ([] if asked == "no" else [0])
     assert asked == "no" or before + tok.encode("abc") == theirs
 
 
 def test_a_folder_without_a_begin_token(folder):
-    assert bos_of(folder, TOKENIZER, "auto") == []
+    tok = tokenizer.load(folder)
+    assert bos_of(tok, "auto") == []
     with pytest.raises(InputError, match=r"--bos yes: .* names no begin token"):
-        bos_of(folder, TOKENIZER, "yes")
+        bos_of(tok, "yes")
 
 
 def test_in_a_chat_the_letter_follows_the_assistants_header(encoder):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from nanomed import locks
 from nanomed.batches.packing import row_from
 from nanomed.config import InputError, ModelConfig
 from nanomed.hf import pretrained
@@ -121,6 +122,8 @@ def test_seeds_decide_and_neighbours_do_not(model, sampling):
         assert generate(model, [prompt], set(), sampling, first=i) == [batch[i]]
     other = Sampling(**{**vars(sampling), "seed": sampling.seed + 1})
     assert batch != generate(model, prompts(), set(), other)
+    for seed in (2**63, -1):  # more than a generator takes, times what parts seeds
+        generate(model, prompts(2), set(), Sampling(temperature=1.0, max_new=1, seed=seed))
 
 
 def draw(logits, sampling, n=4000, seen=None):
@@ -221,6 +224,12 @@ def test_a_file_of_prompts_is_answered_and_gone_on_with(folder, tmp_path, monkey
 
     with pytest.raises(InputError, match="other settings"):
         run(monkeypatch, *given, "--out", out, "--seed", 5)
+    write_model(tmp_path / "other", "qwen2", seed=1)  # as runs/sft leads to another run in time
+    write_rank_file(tmp_path / "other")
+    with pytest.raises(InputError, match=r"other settings: weights was \w+, is"):
+        run(monkeypatch, *given, "--out", out, "--model", tmp_path / "other")
+    with locks.take(out), pytest.raises(InputError, match="another process is writing to"):
+        run(monkeypatch, *given, "--out", out)
     (tmp_path / "in.jsonl").write_text('{"prompt": "another"}\n')
     with pytest.raises(InputError, match="other settings: prompts was"):
         run(monkeypatch, *given, "--out", out)
