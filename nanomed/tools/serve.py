@@ -26,7 +26,7 @@ from nanomed.distributed import launch
 from nanomed.model.generation import CHAT, Sampling, limits_of
 from nanomed.model.packed import pack_linears
 from nanomed.tools.chat import SAFETY
-from nanomed.tools.generate import add_arguments, chat_of, open_model
+from nanomed.tools.generate import add_arguments, chat_of, open_model, positive_int
 from nanomed.tools.serve_jobs import Job, Piece, Worker
 
 LOOPBACK = "127.0.0.1"
@@ -172,12 +172,11 @@ async def _whole(request: Any, job: Job, pieces: asyncio.Queue[Piece]) -> list[P
     """All pieces; None if who asked is gone, for whom nothing more is computed."""
     found: list[Piece] = []
     while not found or not found[-1].finish:
-        try:
+        with contextlib.suppress(TimeoutError):
             found.append(await asyncio.wait_for(pieces.get(), timeout=1.0))
-        except TimeoutError:
-            if await request.is_disconnected():
-                job.cancelled.set()
-                return None
+        if await request.is_disconnected():
+            job.cancelled.set()
+            return None
     return found
 
 
@@ -238,7 +237,7 @@ def main() -> None:
     parser = command_line("python -m nanomed.tools.serve", __doc__)
     parser.add_argument("--port", type=int, default=8000, help="default 8000; 0: a free one")
     parser.add_argument(
-        "--batch_size", type=int, default=8, help="greedy answers at a time; default 8"
+        "--batch_size", type=positive_int, default=8, help="greedy answers at a time; default 8"
     )
     # What is asked for with temperature 0 is the likeliest answer, with no penalty unasked for.
     add_arguments(parser, replace(CHAT, repetition_penalty=1.0))

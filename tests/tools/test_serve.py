@@ -3,6 +3,7 @@
 import json
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 from functools import partial
@@ -218,23 +219,31 @@ def test_another_sites_page_is_turned_away(served):
     assert post(served[0], body, Host="evil.example")[0] == 400
 
 
-def test_who_is_gone_is_not_answered_to_the_end(served, monkeypatch):
-    """The browser's page is closed in the middle of an answer."""
+@pytest.mark.parametrize("streams", [True, False])
+def test_who_is_gone_is_not_answered_to_the_end(streams, served, monkeypatch):
+    """The browser's page is closed in the middle of an answer, of which a letter comes at a time,
+    never a second without one."""
     url, server = served
+    (letter,) = server.worker.encoder.tokenizer.encode("a")
     jobs, ask, go = [], server.worker.ask, threading.Event()
     stream = serve_jobs.stream
 
     def held(*arguments, **more):
         for n, item in enumerate(stream(*arguments, **more)):
-            if n == 3:
+            if n == 3 and streams:
                 go.wait(30)
-            yield item
+            time.sleep(0 if streams else 0.01)
+            yield item[0], letter, item[2]
 
     monkeypatch.setattr(serve_jobs, "stream", held)
     monkeypatch.setattr(server.worker, "ask", lambda job: (jobs.append(job), ask(job)))
-    body = json.dumps({"messages": QUESTION, "stream": True, "max_tokens": 400}).encode()
-    with urllib.request.urlopen(f"{url}/v1/chat/completions", body) as reply:
-        assert reply.readline().startswith(b"data: {")
+    body = json.dumps({"messages": QUESTION, "stream": streams, "max_tokens": 400}).encode()
+    if streams:
+        with urllib.request.urlopen(f"{url}/v1/chat/completions", body) as reply:
+            assert reply.readline().startswith(b"data: {")
+    else:
+        with pytest.raises(TimeoutError):
+            urllib.request.urlopen(f"{url}/v1/chat/completions", body, timeout=0.2)
     _until(jobs[0].cancelled.is_set)
     go.set()
     monkeypatch.undo()
