@@ -11,17 +11,19 @@ from nanomed.config import InputError
 from nanomed.evals import figures, report
 from nanomed.evals.benchmarks import read_items
 from nanomed.evals.compare import compare
-from nanomed.evals.folder import finished
+from nanomed.evals.folder import finished, settings_of
 from nanomed.evals.judge import ASPECTS
 from nanomed.evals.requests import requests_of
+from nanomed.evals.stats import macro_stderr
 from nanomed.evals.tasks import tasks
 from nanomed.page import COLOURS, Text, chart, details, document, heading, note, table
 from nanomed.records.exams import LETTERS
 
 
 def page(folders: Sequence[Path], data: Path | None = None) -> str:
-    """Of the --out folders of finished evaluations, of whatever kind; with the benchmarks' folder
-    the texts of items that changed are shown. Raises InputError."""
+    """Of the --out folders of finished evaluations, of whatever kind (answers that wait for a
+    judge have no numbers yet); with the benchmarks' folder the texts of items that changed are
+    shown. Raises InputError."""
     return document("Evaluation", parts(folders, data))
 
 
@@ -31,6 +33,7 @@ def parts(folders: Sequence[Path], data: Path | None = None) -> list[str]:
     ours = {
         str(folder): json.loads((finished(folder) / "results.json").read_text(encoding="utf-8"))
         for folder in folders
+        if "set" not in settings_of(folder)
     }
     scored = {name: r for name, r in ours.items() if not {"pairs", "turns"} & set(r)}
     found = [_protocols(folders)]
@@ -47,7 +50,7 @@ def _protocols(folders: Sequence[Path]) -> str:
     names = ("protocol", "shots", "bos", "dtype", "history", "max_new", "judge_model", "weights")
     rows = []
     for folder in folders:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = settings_of(folder)
         values = ["" if (v := config.get(name)) in (None, []) else str(v) for name in names]
         rows.append([str(folder), *(value.removeprefix("torch.") for value in values)])
     return table([["what was run", *names], *rows])
@@ -59,7 +62,7 @@ def _beside(paper: dict[str, Any], ours: dict[str, dict]) -> list[str]:
     macro = title.startswith("Table 1")
     rows = []
     for task, published in paper.items():
-        cells = [_accuracy(task, results.get(task), macro) for results in ours.values()]
+        cells = [_accuracy(task, results, macro) for results in ours.values()]
         rows.append([task, *(f"{value:.2f}" for value in published), *cells])
     head = ["", *(f"{name} (paper)" for name in columns), *ours]
     average = "mean of subjects" if macro else "micro"
@@ -75,15 +78,19 @@ def _beside(paper: dict[str, Any], ours: dict[str, dict]) -> list[str]:
     return [heading(title), table([head, *rows], len(columns)), note(remark)]
 
 
-def _accuracy(task: str, result: dict[str, Any] | None, macro: bool) -> str:
-    if result is None:
+def _accuracy(task: str, results: dict[str, dict[str, Any]], macro: bool) -> str:
+    if not (result := results.get(task)):
         return "not run"
     if task == "cmb":
         side = result["official"]
-        return f"{100 * side['class_macro']:.2f} ± {100 * side['stderr']:.2f} (n {result['n']:,})"
+        value, error = side["class_macro"], side["stderr"]
     # Only groups of subjects have two averages; a single task's is micro in the paper too.
-    value = result["macro" if macro and "tasks" in result else "acc"]
-    return f"{100 * value:.2f} ± {100 * result['stderr']:.2f} (n {result['n']:,})"
+    elif macro and "tasks" in result:
+        value = result["macro"]
+        error = macro_stderr([results[name]["stderr"] for name in result["tasks"]])
+    else:
+        value, error = result["acc"], result["stderr"]
+    return f"{100 * value:.2f} ± {100 * error:.2f} (n {result['n']:,})"
 
 
 def _all_tasks(ours: dict[str, dict]) -> Iterable[str]:
@@ -133,11 +140,15 @@ def _turns(paper: dict[str, dict], ours: dict[str, dict]) -> Iterable[str]:
         mine = {k: r["aspects"] for k, r in judged.items() if r.get("set") in (models["set"], "")}
         charts.append(heading(f"Figures 6 and 7: turns of {name} by four aspects"))
         for aspect in ASPECTS:
-            means = {f"{k} (paper)": models[k][aspect][:-1] for k in ("chat", "chat-dpo")}
-            means |= {k: [*r[aspect]["rounds"].values()] for k, r in mine.items()}
+            bars = {k: enumerate(models[k][aspect][:-1], 1) for k in ("chat", "chat-dpo")}
+            points = {f"{k} (paper)": [*numbered] for k, numbered in bars.items()}
+            points |= {
+                k: [(int(i), mean) for i, mean in r[aspect]["rounds"].items()]
+                for k, r in mine.items()
+            }
             lines = [
-                (name, COLOURS[i % len(COLOURS)], list(enumerate(bars, 1)))
-                for i, (name, bars) in enumerate(means.items())
+                (name, COLOURS[i % len(COLOURS)], line)
+                for i, (name, line) in enumerate(points.items())
             ]
             charts.append(chart(aspect, lines[2:], dotted=lines[:2]))
             for model, bars in ((k, models[k][aspect]) for k in ("chat", "chat-dpo")):
@@ -148,7 +159,11 @@ def _turns(paper: dict[str, dict], ours: dict[str, dict]) -> Iterable[str]:
     for name, result in judged.items():
         for aspect, r in result["aspects"].items():
             low, high = r["interval"]
-            bars = [f"{v:.3f} (n {result['rounds'][i]})" for i, v in r["rounds"].items()]
+            rounds = {int(i): mean for i, mean in r["rounds"].items()}  # one may be unread
+            bars = [
+                f"{rounds[i]:.3f} (n {result['rounds'][str(i)]})" if i in rounds else ""
+                for i in range(1, max(rounds) + 1)
+            ]
             interval = f"{low:.3f} to {high:.3f}"
             rows.append([f"{name}, {aspect}", f"{r['micro']:.3f}", interval, *bars])
     most = max(map(len, rows))

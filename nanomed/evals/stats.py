@@ -27,6 +27,11 @@ def pooled_stderr(sizes: Sequence[int], stderrs: Sequence[float]) -> float:
     return math.sqrt(squares / free / total) if free else 0.0
 
 
+def macro_stderr(stderrs: Sequence[float]) -> float:
+    """Of the mean of K independent means, in which each counts once."""
+    return math.sqrt(sum(se**2 for se in stderrs)) / len(stderrs)
+
+
 def wilson(right: float, n: int, z: float = 1.959964) -> tuple[float, float]:
     """The 95% interval of a share (Wilson 1927): it stays within 0 and 1, and holds for small n."""
     p, zz = right / n, z * z / n

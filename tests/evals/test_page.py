@@ -67,6 +67,10 @@ def test_a_task_with_subjects_has_their_dots(tmp_path):
     subjects = {"Surgery": part, "<Anatomy>": part}
     medmcqa = part | whole | {"letters": {"A": [1, 2]}, "shots": 3, "subjects": subjects}
     text = page([write(tmp_path / "x", {"medmcqa": medmcqa})])
+    group = part | whole | {"letters": {}, "shots": 3, "tasks": ["x", "y"]}
+    errors = {"x": {"stderr": 0.3}, "y": {"stderr": 0.4}}
+    shown = page([write(tmp_path / "g", {"mmlu_med": group} | errors)])
+    assert cells(shown, "mmlu_med")[2] == "50.00 ± 25.00 (n 4)"  # of a mean of two means
     assert "medmcqa by subject" in text and "Surgery (4)" in text and "&lt;Anatomy&gt; (4)" in text
 
 
@@ -86,6 +90,10 @@ def test_judgements_beside_the_papers(tmp_path):
     assert f"{tmp_path / 't'}</title>" not in other
     ours = cells(text, f"{tmp_path / 't'}, fluency")
     assert ours[0] == "4.333" and ours[2:4] == ["4.500 (n 4)", "4.000 (n 2)"]
+    unread = judged_as({a: [4.5, 0, 4.0] for a in evaluate.judging.ASPECTS}, [4, 0, 2])
+    found = evaluate.judging.turn_results(unread) | {"set": "cmb-clin"}
+    second = cells(page([write(tmp_path / "u", {"turns": found})]), f"{tmp_path / 'u'}, fluency")
+    assert second[2:5] == ["4.500 (n 4)", "", "4.000 (n 2)"]  # nothing of round 2 was read
     assert cells(text, "chat against the reference (paper)")[:4] == ["500", "62.4", "26.8", "10.8"]
     assert cells(text, str(tmp_path / "p")) == [
         "3",
@@ -98,6 +106,15 @@ def test_judgements_beside_the_papers(tmp_path):
         "1",
     ]
     assert "a &lt;judge&gt;" in text
+
+
+def test_answers_that_are_judged_elsewhere_have_no_numbers(tmp_path):
+    """report evals/* meets them, too."""
+    (tmp_path / "sft-huatuo-gold").mkdir()
+    config = {"files": {}, "set": "huatuo", "history": "gold"}
+    (tmp_path / "sft-huatuo-gold/config.json").write_text(json.dumps(config))
+    text = page([tmp_path / "sft-huatuo-gold"])
+    assert text.count(str(tmp_path / "sft-huatuo-gold")) == 1  # in the table of what was run
 
 
 def test_a_folder_without_results(tmp_path):
