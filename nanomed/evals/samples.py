@@ -32,9 +32,12 @@ SUBJECTS = {key: f"facts {words}" for key, (_, words) in STATED.items()}
 
 
 def held_out(model: str, encoder: Encoder, longest: int) -> Loader:
-    """The samples' chats, split as the run that made the model split them; as training does by
-    default if the model is no run's."""
-    fraction = pretrained.settings_of(model).get("val_fraction", SFT.val_fraction)
+    """The samples' chats, split as the fine-tuning that made the model split them, which held out
+    none of them where it had --val_data; as training does by default if the model is of no such
+    run."""
+    settings = pretrained.settings_of(model)
+    own = settings if settings.get("stage") == SFT.stage else {}
+    fraction = 0.0 if own.get("val_data") else own.get("val_fraction", SFT.val_fraction)
     seq_len = min(longest, SFT.seq_len)
     c = SFT(data=[str(FOLDER / "sft.jsonl")], val_fraction=fraction, seq_len=seq_len)
     return Loader(c, store.chats(c.data, encoder, c.seq_len, c.allow_drop))

@@ -48,6 +48,20 @@ def test_the_loss_is_that_of_the_runs_validation(done, model):  # noqa: F811
     assert set(loader.val[:6].tolist()).isdisjoint(loader.train.tolist())
 
 
+def test_chats_that_a_run_has_trained_on_are_not_held_out(model, monkeypatch):  # noqa: F811
+    _, encoder = pretrained.describe(model)
+    n_held_out = []
+    for settings in (
+        {"stage": "sft", "val_fraction": 0.1, "val_data": ["another.jsonl"]},
+        {"stage": "sft", "val_fraction": 0.01, "val_data": []},
+        {"stage": "cpt", "val_fraction": 0.001, "val_data": []},  # of documents
+        {},
+    ):
+        monkeypatch.setattr(pretrained, "settings_of", lambda _, found=settings: found)
+        n_held_out.append(len(samples.held_out("", encoder, SFT.seq_len).val))
+    assert n_held_out == [0, 16, 138, 138]
+
+
 def test_a_held_out_chat_is_no_right_answer(done, model, capsys):  # noqa: F811
     found = compare(done, done)
     assert set(found) == {"samples_exam", "heldout_options"}
