@@ -64,6 +64,9 @@ def score(argv: list[str]) -> None:
             "and --protocol need --tasks, as in --tasks paper"
         )
     protocol = c.protocol or ("plain" if c.tasks else "chat")
+    given = {"plain": c.template and "--template", "chat": c.bos != "auto" and "--bos"}[protocol]
+    if given:
+        raise InputError(f"{given} has no part in protocol {protocol}; leave it out")
     out = c.out or Path("evals") / Path(c.model).resolve().name
     device = pick_device(c.device)
     tokenizer, encoder, held_out = pretrained.tokenizer_of(c.model, c.tokenizer), None, None
@@ -224,6 +227,11 @@ def _replies(
         for reply in judging.replies(c.replies, asked, c.judge_model) if c.replies else []:
             cache.add(reply)
         return cache.answers
+    if c.replies:
+        raise InputError(
+            "--replies and --judge: read the replies first; they are kept, and the same command "
+            "with --judge in place of --replies asks for the others alone"
+        )
     endpoint = Endpoint(
         c.judge,
         c.judge_model,

@@ -70,12 +70,14 @@ def groups() -> dict[str, list[str]]:
 
 def named(names: Iterable[str]) -> list[Task]:
     """The tasks of names of tasks and groups, each once; "paper" is those of the paper's Table 1,
-    over which nobody averages. Raises InputError for an unknown name."""
+    over which nobody averages. They come in the order of the file: an evaluation that goes on
+    counts its lines, so names in another order must not move them. Raises InputError for an
+    unknown name."""
     paper = [*groups()["multimedqa"][:6], *groups()["ceval_med"], *groups()["multimedqa"][6:]]
     known = groups() | {"paper": paper} | {name: [name] for name in tasks()}
-    chosen = []
+    chosen = set()
     for name in names:
         if name not in known:
             raise InputError(f"no task {name!r}{nearest(name, known)}; known: {', '.join(known)}")
-        chosen += known[name]
-    return [tasks()[name] for name in dict.fromkeys(chosen)]
+        chosen |= {*known[name]}
+    return [task for name, task in tasks().items() if name in chosen]

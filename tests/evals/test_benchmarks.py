@@ -119,11 +119,12 @@ def test_uneven_choices_are_warned_of(done, model, data, capsys):
 def test_an_evaluation_that_was_cut_anywhere_goes_on_to_the_same_bytes(done, model, data, tmp_path):
     whole = files_of(done)
     items, out = whole["items.jsonl"], tmp_path / "out"
+    turned = argv(model, data, out, "--tasks", "mmlu_med", "medqa_4options")
     for kept in (0, 1, len(items) // 3, len(items) // 2 + 7, len(items) - 1, len(items)):
         out.mkdir(exist_ok=True)
         (out / "config.json").write_bytes(whole["config.json"])
         (out / "items.jsonl").write_bytes(items[:kept])
-        evaluate.score(argv(model, data, out))
+        evaluate.score(turned if kept == len(items) // 3 else argv(model, data, out))
         assert files_of(out) == whole
 
 
@@ -207,6 +208,12 @@ def test_what_is_missing_is_said_for_all_tasks_before_a_model_is_read(data, tmp_
         evaluate.score([*arguments, "--model", str(folder)])
     assert "medmcqa: " in str(error.value) and "cmexam: " in str(error.value)
     assert str(error.value).endswith("without them: --tasks medqa_4options")
+
+
+@pytest.mark.parametrize("more", [["--protocol", "chat", "--bos", "yes"], ["--template", "chatml"]])
+def test_a_flag_that_the_protocol_does_not_read_is_refused(more, model, data, tmp_path):
+    with pytest.raises(InputError, match=f"{more[-2]} has no part in protocol"):
+        evaluate.score([*argv(model, data, tmp_path / "o"), *more])
 
 
 def test_no_socket_is_opened(model, data, tmp_path, monkeypatch):

@@ -191,6 +191,9 @@ def test_requests_answered_elsewhere(tmp_path):
         1,
         1,
     )  # one is missing: never a default
+    with pytest.raises(InputError, match="they are kept, and the same command with --judge"):
+        both = ("--replies", replies, "--judge", "http://127.0.0.1:1/v1")
+        run(a, tmp_path / "out", "--against", "reference", *both)
     write_lines(replies, [{"custom_id": "another"}])
     with pytest.raises(InputError, match="line 1: no reply to a request of these answers"):
         run(a, tmp_path / "out", "--against", "reference", "--replies", replies)

@@ -102,7 +102,7 @@ def test_more_shots_than_there_are(tmp_path):
 
 def test_names_of_tasks():
     assert len(tasks.named(["paper"])) == 6 + 4 + 3
-    assert tasks.named(["medmcqa", "multimedqa"])[0].name == "medmcqa"
+    assert tasks.named(["medmcqa", "multimedqa"]) == tasks.named(["multimedqa", "medmcqa"])
     assert len(tasks.named(["medmcqa", "multimedqa"])) == 9
     with pytest.raises(InputError, match="no task 'medmcq'; did you mean medmcqa"):
         tasks.named(["medmcq"])
