@@ -2,9 +2,9 @@
 
     python -m nanomed.tools.generate --model DIR --prompts FILE --out FILE
 
-A prompt is a JSON record: {"messages": [...]} ending with a user's turn, or {"prompt": "..."}. It
-comes out with its "answer" and why it ended ("stop" or "length"). Started again, it goes on where
-it stopped.
+A prompt is a JSON record: {"messages": [...]} ending with a user's turn, or {"prompt": "..."}; a
+"system" text may stand beside them. It comes out with its "answer" and why it ended ("stop" or
+"length"). Started again, it goes on where it stopped.
 """
 
 import argparse
@@ -24,11 +24,15 @@ from nanomed.hf import pretrained
 from nanomed.model.decoder import Aquila
 from nanomed.model.generation import Sampling, generate, limits_of
 from nanomed.records import BadField, Chat, read_json
+from nanomed.records.fields import filled
 from nanomed.records.shapes import text_of
 from nanomed.records.turns import add_turns
 from nanomed.stages import stage
 from nanomed.store.cache import digest
 from nanomed.text.template import Encoder
+
+# What training would read of such a record, too.
+UNREAD = ("history", "instruction", "context", "input")
 
 
 def positive_int(text: str) -> int:
@@ -93,6 +97,9 @@ def chat_of(record: dict, where: str) -> Chat:
         add_turns(chat, messages, "messages")
     except BadField as bad:
         raise InputError(f"{where}: {bad}") from None
+    elsewhere = (name for name in UNREAD if filled(record.get(name)))
+    if left := [*elsewhere, *chat.unread, *chat.notes]:
+        raise InputError(f"{where}: {left[0]}: this cannot be followed here; leave it out")
     if chat.dropped or not chat.turns or chat.turns[-1][0] != "user":
         raise InputError(f"{where}: the last turn must be the user's, a system turn the first")
     return chat

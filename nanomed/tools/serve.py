@@ -68,8 +68,6 @@ class Server:
             if not isinstance(given.get(name, kind()), kind):
                 raise InputError(f"{name}: {given[name]!r:.80} is no {kind.__name__}")
         chat = chat_of({"messages": given.get("messages")}, "the request")
-        if left := [*chat.unread, *chat.notes]:
-            raise InputError(f"{left[0]}: this cannot be followed here; leave it out")
         prompt = self.worker.encoder.prompt(chat)
         limits_of(self.worker.model, [prompt], sampling)
         return Job(

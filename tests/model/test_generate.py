@@ -264,6 +264,8 @@ def test_answers_of_the_command_are_those_of_the_library(folder, tmp_path, monke
         ({"messages": []}, "the last turn must be the user's"),
         ({"messages": "x"}, "expected a list of turns"),
         ({"prompt": "x", "system": 1}, "'system': expected text, found 1"),
+        ({"prompt": "x", "history": [["a", "b"]]}, "history: this cannot be followed here"),
+        ({"messages": [{**turns("a")[0], "name": "Ann"}]}, r"messages\[\].name: this cannot"),
     ],
 )
 def test_prompts_that_cannot_be_read_are_named(record, message, folder, tmp_path, monkeypatch):
