@@ -81,15 +81,12 @@ def _beside(paper: dict[str, Any], ours: dict[str, dict]) -> list[str]:
 def _accuracy(task: str, results: dict[str, dict[str, Any]], macro: bool) -> str:
     if not (result := results.get(task)):
         return "not run"
-    if task == "cmb":
-        side = result["official"]
-        value, error = side["class_macro"], side["stderr"]
+    side = result["official"] if task == "cmb" else result
+    value, error = side["acc"], side["stderr"]
     # Only groups of subjects have two averages; a single task's is micro in the paper too.
-    elif macro and "tasks" in result:
+    if macro and "tasks" in result:
         value = result["macro"]
         error = macro_stderr([results[name]["stderr"] for name in result["tasks"]])
-    else:
-        value, error = result["acc"], result["stderr"]
     return f"{100 * value:.2f} ± {100 * error:.2f} (n {result['n']:,})"
 
 

@@ -69,7 +69,9 @@ def test_a_task_with_subjects_has_their_dots(tmp_path):
     text = page([write(tmp_path / "x", {"medmcqa": medmcqa})])
     group = part | whole | {"letters": {}, "shots": 3, "tasks": ["x", "y"]}
     errors = {"x": {"stderr": 0.3}, "y": {"stderr": 0.4}}
-    shown = page([write(tmp_path / "g", {"mmlu_med": group} | errors)])
+    cmb = {"n": 4, "official": {"acc": 0.5, "stderr": 0.1, "class_macro": 0.4}}
+    shown = page([write(tmp_path / "g", {"mmlu_med": group, "cmb": cmb} | errors)])
+    assert cells(shown, "cmb")[2] == "50.00 ± 10.00 (n 4)"  # micro, as the table says
     assert cells(shown, "mmlu_med")[2] == "50.00 ± 25.00 (n 4)"  # of a mean of two means
     assert "medmcqa by subject" in text and "Surgery (4)" in text and "&lt;Anatomy&gt; (4)" in text
 
