@@ -12,7 +12,7 @@ import build_dpo
 from nanomed import store
 from nanomed.build import preferences
 from nanomed.config import InputError
-from nanomed.evals import judge
+from nanomed.evals import answers, judge
 from nanomed.records.exams import Exam
 from tests.build import scored
 from tests.build.scored import chat, lines, write
@@ -161,13 +161,20 @@ def made_up(c, chats, out):
     ]
 
 
-def test_a_model_s_answers_are_judged_and_become_pairs(tmp_path, model, encoder):
+def test_a_model_s_answers_are_judged_and_become_pairs(tmp_path, model, encoder, monkeypatch):
     records = [
         chat("头痛怎么办？", "先休息。", "还是痛呢？", "请就医。", group="g"),
         chat("What is gout?", "A disease.", system="Be brief."),
         chat("下列哪项正确？\nA. 一\nB. 二", "B。二"),
     ]
     data, asked = write(tmp_path / "selected.jsonl", records), []
+    systems, prompt_of = [], answers.prompt_of
+
+    def noted(encoder, chat, longest):
+        systems.append(chat.system)
+        return prompt_of(encoder, chat, longest)
+
+    monkeypatch.setattr(answers, "prompt_of", noted)
 
     def longer(messages: list[dict]) -> str:
         asked.append(messages[0]["content"])
@@ -177,6 +184,7 @@ def test_a_model_s_answers_are_judged_and_become_pairs(tmp_path, model, encoder)
     with serving(longer) as standin:
         flags = ["--data", str(tmp_path), "--model", str(model), "--judge", standin.url]
         pairs, report = build(tmp_path / "out", *flags, "--max_new", "24", "--subjective", "9")
+    assert sorted(systems) == ["", "Be brief."]  # a pair's answers have its own system text
     kinds = Counter(pair["kind"] for pair in pairs)
     assert kinds["objective"] == 1  # of the option chat, which is not judged
     n = kinds["subjective"]
