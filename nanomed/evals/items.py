@@ -49,22 +49,18 @@ class Layout:
         return place if "*" in place else f"{place}/**/{split}*"
 
     def files(self, data: Path, subject: str, split: str) -> list[Path]:
-        """One file, or the numbered parts of one. Raises InputError for two copies of a split, and
+        """One file, or all numbered parts of one. Raises InputError for two copies of a split, and
         for a part that is missing."""
         files = sorted(data.glob(self.path(subject, split)))
         if "*" not in self.place:
             name = re.compile(rf"{re.escape(split)}(-\d+-of-\d+)?\.(jsonl|parquet)")
             files = [path for path in files if name.fullmatch(path.name)]
-        of = {found and int(found[1]) for found in (_PART.search(path.name) for path in files)}
-        if len(files) > 1 and (len(of) > 1 or None in of):
+        n_parts = {int((_PART.search(path.name) or (0, 1))[1]) for path in files}
+        if files and n_parts != {len(files)}:
             raise InputError(
-                f"{' and '.join(map(str, files))} are both this split; let --data name a folder "
-                "that holds one of them"
-            )
-        if of and None not in of and of != {len(files)}:
-            raise InputError(
-                f"{files[0]} is one of {of.pop()} parts of this split, but there are {len(files)}: "
-                "download the missing ones, or let --data name a folder that holds it once"
+                f"{' and '.join(map(str, files))}: {len(files)} files, where this split has "
+                f"{' or '.join(map(str, n_parts))}; let --data name a folder that holds it once, "
+                "and whole"
             )
         return files
 
