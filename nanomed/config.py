@@ -111,9 +111,7 @@ class Run:
 
     config: str = _flag("", "TOML file with any of these settings; flags come after it and win")
     model: str = _flag("", "shape of a fresh model; default: tiny", choices=("", *MODELS))
-    init: str = _flag(
-        "", "weights to begin with: a run folder or Hugging Face folder; default: fresh ones"
-    )
+    init: str = _flag("", "weights to begin with: a run or Hugging Face folder; default: fresh")
     tokenizer: str = _flag("", "tokenizer file or folder; default: the --init folder's, else ours")
     template: str = _flag("", "name or JSON file; default: the --init folder's, else chatml")
     data: list[str] = _flag(("samples/sft.jsonl",), "training files: JSON, JSONL, CSV; also .gz")
