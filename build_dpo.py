@@ -148,6 +148,10 @@ def subjective(c: Pairs, files: list[str], kept: Kept, out: Path) -> dict[str, A
     lines = answered(c, {name: chat for name, (chat, *_) in chats.items()}, out)
     if rank_from_env()[0] != 0:
         return {}
+    read = {line["id"] for line in lines}
+    for name, (_, file, record) in chats.items():
+        if name not in read:
+            kept.drop(file, record, "question_too_long")
     asked = []
     for line in lines:
         _, file, record = chats[line["id"]]
@@ -200,15 +204,16 @@ def chats_to_answer(c: Pairs, files: list[str], kept: Kept) -> dict[str, tuple[C
 
 
 def answered(c: Pairs, chats: dict[str, Chat], out: Path) -> list[dict]:
-    """The model's answer to the last question of each chat."""
+    """The model's answer to the last question of each chat, if it can read that question."""
+    device = pick_device(c.device)
+    config, encoder = pretrained.describe(c.model, template_name=c.template)
     asked = [
         answers.Dialogue(name, list(zip(texts[::2], texts[1::2], strict=True)), chat.system)
         for name, chat in chats.items() if (texts := chat.texts())
+        if answers.prompt_of(encoder, Chat(chat.turns[-2:-1]), config.max_seq_len)[0]
     ]  # fmt: skip
     if not asked:
         return []
-    device = pick_device(c.device)
-    _, encoder = pretrained.describe(c.model, template_name=c.template)
     model = pretrained.load(c.model, device, stage.compute_dtype(c, device))
     about = {"questions": short_hash(repr(asked).encode()), "files": {}}
     answerer = answers.Answerer(model, encoder, c.max_new, c.batch_size, only_last=True)

@@ -56,6 +56,8 @@ class Build:
                     next(shards.read_documents(self.files, [n], self.fields, self.chats))
                 with whole(path) as file:
                     file.write(json.dumps(plan, ensure_ascii=False, indent=1).encode())
+        elif not path.exists():  # under Slurm rank 0 may begin later, or have ended with an error
+            print(f"rank {self.runner.rank} waits for rank 0 to write {path}", flush=True)
         while not path.exists():
             time.sleep(0.1)
         if different := differences(json.loads(path.read_text("utf-8")), plan):

@@ -120,7 +120,8 @@ class Runner:
             if time.monotonic() - said > PATIENCE:
                 said = time.monotonic()
                 ranks = sorted({i % self.n_ranks for i in todo})
-                print(f"{folder}: waiting for {len(todo):,} tasks of ranks {ranks[:20]}")
+                said_of = f"{len(todo):,} tasks of ranks {ranks[:20]}"
+                print(f"{folder}: waiting for {said_of}", flush=True)  # a log is a pipe
 
     def __enter__(self) -> "Runner":
         return self

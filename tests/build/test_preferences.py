@@ -166,6 +166,7 @@ def test_a_model_s_answers_are_judged_and_become_pairs(tmp_path, model, encoder,
         chat("头痛怎么办？", "先休息。", "还是痛呢？", "请就医。", group="g"),
         chat("What is gout?", "A disease.", system="Be brief."),
         chat("下列哪项正确？\nA. 一\nB. 二", "B。二"),
+        chat("痛" * 600, "这个问题比模型能读的长。"),
     ]
     data, asked = write(tmp_path / "selected.jsonl", records), []
     systems, prompt_of = [], answers.prompt_of
@@ -188,6 +189,7 @@ def test_a_model_s_answers_are_judged_and_become_pairs(tmp_path, model, encoder,
     kinds = Counter(pair["kind"] for pair in pairs)
     assert kinds["objective"] == 1  # of the option chat, which is not judged
     n = kinds["subjective"]
+    assert report["dropped"].pop("question_too_long") == 1
     assert n + sum(report["dropped"].values()) == 2
     for pair in pairs[1:]:
         assert len(pair["chosen"]) > len(pair["rejected"])
