@@ -52,6 +52,8 @@ class Build:
         if self.runner.is_main:
             self._lock = take(self.out / ".lock", patience=3.0)  # a killed run's workers end
             if not path.exists():
+                if any(self.out.glob("*/*.done.json")):
+                    raise InputError(f"{self.out} holds a build but no plan.json that says of what")
                 for n in range(len(self.files)):  # what holds no documents stops the build now
                     next(shards.read_documents(self.files, [n], self.fields, self.chats))
                 with whole(path) as file:

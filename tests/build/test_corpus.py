@@ -199,6 +199,9 @@ def test_a_folder_belongs_to_one_build_and_to_its_user(tmp_path):
     with pytest.raises(InputError, match=r"x\.jsonl.*another --out"):
         build(files, out)
     assert kept(out)[0]["note"] == "a\ud83d"  # half an emoji beside the text is carried along
+    (out / "plan.json").unlink()
+    with pytest.raises(InputError, match=r"no plan\.json"):  # else old shards would count as new
+        build(files, out)
 
 
 # ---------------------------------------------------------------- the demonstration
