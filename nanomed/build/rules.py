@@ -92,5 +92,6 @@ class Limits:
             if n and self.private == "mask":
                 doc.record = private.masked(doc.record)
                 doc.text = text_of("", 0, doc.record)
+                doc.known["tokens"] = int(tokens([doc.text]).lengths[0])
                 left = len(private.found(doc.text))  # over the border of two turns
             doc.findings.append(Finding("private", n, 0.0, left == 0))

@@ -94,6 +94,7 @@ def test_private_data_can_be_masked_instead(tmp_path):
     doc = Doc(0, record, one, {})
     rules.Limits(20, 0.2, 0.3, 5.0, "mask").judge([doc])
     assert reasons(doc) == [] and doc.text.endswith("Call [phone] or mail [email].")
+    assert doc.known["tokens"] == text.tokens([doc.text]).lengths[0]
     assert doc.record == {"text": doc.text, "turns": [{"by": "[email]"}], "n": 1}
     assert reasons(judged([one], rules.Limits(20, 0.2, 0.3, 5.0, "keep"))[0]) == []
 
