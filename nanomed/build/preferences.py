@@ -41,7 +41,9 @@ def exams_in(
             if exam is None:
                 continue
             group = group_of(record, exam.question)
-            several = "several_answers" if len(exam.answers) > 1 else ""
+            texts = {exam.options[letter].strip() for letter in exam.answers}
+            right = sum(text.strip() in texts for text in exam.options.values())
+            several = "several_answers" if right > 1 else ""  # or one that stands twice
             yield path, number, None if several else exam, group, several
 
 
