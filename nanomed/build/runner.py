@@ -6,6 +6,7 @@ Tasks depend on nothing but their number and on files of tasks before them: whoe
 many at a time, and after whatever kills, the files are the same byte for byte.
 """
 
+import errno
 import json
 import multiprocessing
 import os
@@ -142,14 +143,18 @@ def _one(task: Task, folder: Path, i: int) -> None:
 
 
 def script(main: Callable[[], None]) -> None:
-    """Runs a build's main: bad input and Ctrl-C are one line each, not a traceback."""
+    """Runs a build's main: bad input, a full disk and Ctrl-C are one line each, no traceback."""
+    said = "what is finished is kept; the same command goes on"
     try:
         main()
     except InputError as error:
         sys.exit(f"error: {error}")
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        sys.exit(f"error: {error.strerror}; {said}")
     except KeyboardInterrupt:
         if _place()[0] == 0:
-            said = "what is finished is kept; the same command goes on"
             print(f"\nended by Ctrl-C; {said}", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
 

@@ -1,5 +1,6 @@
 """Who does the work does not show in the result, nor does a kill at any moment."""
 
+import errno
 import json
 import os
 import random
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from nanomed.build.files import whole, write_json
-from nanomed.build.runner import Runner, mark
+from nanomed.build.runner import Runner, mark, script
 from nanomed.config import InputError
 from tests.build.corpora import ROOT, build, command, corpus, digests, exam, kept
 from tests.build.tasks import dies_once, fails, square
@@ -69,6 +70,15 @@ def test_an_unfinished_file_never_has_its_name(tmp_path):
         file.flush()
         raise KeyboardInterrupt
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_one_line(number):
+    def main():
+        raise OSError(number, os.strerror(number))
+
+    with pytest.raises(SystemExit, match=rf"error: {os.strerror(number)}.*same command goes on"):
+        script(main)
 
 
 def test_a_launcher_says_which_rank_this_is(monkeypatch):
