@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import time
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -40,6 +41,7 @@ def test_the_numbers_of_metrics_jsonl_over_a_resume(pool, tmp_path):
     board = tensorboard.Board(out, 7)  # as if a step had been made that no checkpoint has
     board.add({"step": 9, "loss": 99.0})
     board.writer.close()
+    time.sleep(1)  # files are read in the order of their names: second, then process number
     pool(1, partial(train, tensorboard=True), str(out))
     wanted: dict[str, dict[int, float]] = {}
     for line in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()):
