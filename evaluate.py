@@ -191,6 +191,11 @@ def judge(argv: list[str]) -> None:
     parser.add_argument("--write_requests", type=Path, help="a file for them; nobody is asked")
     parser.add_argument("--replies", type=Path, help="file of replies to those requests")
     c = parser.parse_args(argv)
+    if c.judge and c.replies:
+        raise InputError(
+            "--replies and --judge: read the replies first; they are kept, and the same command "
+            "with --judge in place of --replies asks for the others alone"
+        )
     lines, parse = answers.read(c.answers), judging.parse_scores
     if c.against:
         other = c.against if c.against == judging.REFERENCE else answers.read(Path(c.against))
@@ -227,11 +232,6 @@ def _replies(
         for reply in judging.replies(c.replies, asked, c.judge_model) if c.replies else []:
             cache.add(reply)
         return cache.answers
-    if c.replies:
-        raise InputError(
-            "--replies and --judge: read the replies first; they are kept, and the same command "
-            "with --judge in place of --replies asks for the others alone"
-        )
     endpoint = Endpoint(
         c.judge,
         c.judge_model,
