@@ -11,23 +11,26 @@ import torch
 
 import kernels
 from nanomed.config import SFT
-from nanomed.distributed import fill, shard, start
+from nanomed.distributed import fill, full, shard, start
 from nanomed.model.decoder import Aquila, init_weights
 from nanomed.model.recompute import set_recompute
 from nanomed.run import checkpoint
 from nanomed.run.log import RunFolder
-from nanomed.training.alone import split_weights
+from nanomed.training.alone import master, split_weights
 from nanomed.training.trainer import fit
 from tests.training.test_exactness import loader_of, metrics_of, next_token_loss, settings
+from tests.training.test_frozen import FROZEN
 
 GPU = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
+BF16 = torch.bfloat16
 
 
-def train(device: str, dtype: torch.dtype, config, c: SFT) -> list[dict]:
-    """Six steps from weights that are the same on every device; what the run wrote down."""
+def train(device: str, dtype: torch.dtype, config, c: SFT, frozen: list[str]) -> list[dict]:
+    """Six steps from weights that are the same on every device; what the run wrote down. Weights
+    whose names have a part in `frozen` do not move."""
     on_cpu = Aquila(config)
     init_weights(on_cpu)
     with start(torch.device(device)) as world:
@@ -41,9 +44,12 @@ def train(device: str, dtype: torch.dtype, config, c: SFT) -> list[dict]:
             fill(param, whole.detach().to(world.device))
         if c.optimizer != "fsdp":
             split_weights(model, c.optimizer)
+        still = {n: p for n, p in model.named_parameters() if any(part in n for part in frozen)}
+        before = {name: full(master(p.requires_grad_(False))).clone() for name, p in still.items()}
         run = RunFolder(c, world)
         fit(c, model, loader_of(world, 61, c, max_steps=6), next_token_loss, run)
         assert all(p.device == world.device for p in model.parameters())
+        assert all(torch.equal(full(master(p)), before[name]) for name, p in still.items())
         run.close()
     return metrics_of(run.path)
 
@@ -53,29 +59,35 @@ def losses(metrics: list[dict]) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    "device, dtype, use, recompute, optimizer, tolerance",
+    "device, dtype, use, recompute, optimizer, frozen, tolerance",
     [
-        pytest.param("cpu", torch.bfloat16, "auto", "full", "fsdp", 0.01, marks=pytest.mark.slow),
-        pytest.param("cuda:0", torch.float32, "reference", "none", "fsdp", 1e-4, marks=GPU),
-        pytest.param("cuda:0", torch.bfloat16, "reference", "full", "fsdp", 0.01, marks=GPU),
-        pytest.param("cuda:0", torch.bfloat16, "auto", "lean", "fsdp", 0.01, marks=GPU),
-        pytest.param("cuda:0", torch.bfloat16, "auto", "full:1", "split", 0.01, marks=GPU),
-        pytest.param("cuda:0", torch.bfloat16, "auto", "none", "split_host", 0.01, marks=GPU),
+        pytest.param("cpu", BF16, "auto", "full", "fsdp", [], 0.01, marks=pytest.mark.slow),
+        pytest.param("cpu", BF16, "auto", "lean", "split", FROZEN, 0.01, marks=pytest.mark.slow),
+        pytest.param("cuda:0", torch.float32, "reference", "none", "fsdp", [], 1e-4, marks=GPU),
+        pytest.param("cuda:0", BF16, "reference", "full", "fsdp", [], 0.01, marks=GPU),
+        pytest.param("cuda:0", BF16, "auto", "lean", "fsdp", [], 0.01, marks=GPU),
+        pytest.param("cuda:0", BF16, "auto", "full:1", "split", [], 0.01, marks=GPU),
+        pytest.param("cuda:0", BF16, "auto", "none", "split_host", [], 0.01, marks=GPU),
+        pytest.param("cuda:0", BF16, "auto", "full", "fsdp", FROZEN, 0.01, marks=GPU),
+        pytest.param("cuda:0", BF16, "auto", "lean", "split", FROZEN, 0.01, marks=GPU),
+        pytest.param("cuda:0", BF16, "auto", "full", "split_host", FROZEN, 0.01, marks=GPU),
     ],
 )
-def test_a_run_is_the_cpus(small, tmp_path, device, dtype, use, recompute, optimizer, tolerance):
+def test_a_run_is_the_cpus(
+    small, tmp_path, device, dtype, use, recompute, optimizer, frozen, tolerance
+):
     """Steps and validations, with saves in the background; once more from a checkpoint."""
     c = settings(batch_size=16, lr=3e-3, eval_every=3, save="blocking", optimizer="fsdp")
     c = dataclasses.replace(c, out=str(tmp_path / "cpu"))
-    wanted = losses(train("cpu", torch.float32, small, c))
+    wanted = losses(train("cpu", torch.float32, small, c, frozen))
     out = tmp_path / "x"
     changes = dict(out=str(out), save="background", recompute=recompute, optimizer=optimizer)
     kernels.use(use)
     try:
-        found = train(device, dtype, small, dataclasses.replace(c, **changes))
+        found = train(device, dtype, small, dataclasses.replace(c, **changes), frozen)
         checkpoint.delete(out / "checkpoints/step-000006")
         again = dataclasses.replace(c, **changes, resume="latest")
-        resumed = train(device, dtype, small, again)
+        resumed = train(device, dtype, small, again, frozen)
     finally:
         kernels.use("auto")
     assert losses(found) == pytest.approx(wanted, rel=tolerance)
