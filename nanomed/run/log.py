@@ -26,8 +26,9 @@ from nanomed.run.tensorboard import Board
 
 # Dense bf16 FLOP/s from the vendor's data sheets: what MFU is a share of. The first that is in the
 # GPU's name counts.
-PEAK_FLOPS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H800": 989e12}
-PEAK_FLOPS |= {"A100": 312e12, "A800": 312e12, "H200": 989e12, "H20": 148e12, "4090": 165e12}
+PEAK_FLOPS = {"H100 PCIe": 756e12, "H800 PCIe": 756e12, "H100 NVL": 835e12, "H200 NVL": 835e12}
+PEAK_FLOPS |= {"H100": 989e12, "H800": 989e12, "H200": 989e12, "H20": 148e12}
+PEAK_FLOPS |= {"A100": 312e12, "A800": 312e12, "4090": 165e12}
 
 
 class RunFolder:
