@@ -41,7 +41,7 @@ part() { # name, seconds that it needs at least, seconds that it may take, comma
 export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True # 122 GiB of states leave little for gaps
 step=(python3 -m bench.step_gpu --tokens 4096)
 part machine 5 30 python3 -m bench.measure
-part tests 20 110 python3 -m pytest -q -m "gpu and not slow" $(grep -l 'mark.gpu' tests/*/test_*.py)
+part tests 20 110 env MARKS="gpu and not slow" tests/gpu.sh "$folder/tests" 100
 part ceilings 15 40 python3 -m bench.ceilings --tokens 8192 "${flags[@]}"
 part step 60 100 "${step[@]}" --only cpt sft dpo --optimizer split "${flags[@]}" ||
     part "step without Triton" 60 100 "${step[@]}" --only sft --kernels reference "${flags[@]}"

@@ -114,3 +114,25 @@ def test_a_part_of_the_gpu_script_that_breaks_stops_no_other(tmp_path):
         assert f"== not whole: step (exit {code})" in run.stdout
         for part in ("tests", "attention", "kernels", "layer", "growth", "rows"):
             assert f"== {part} took" in run.stdout, part
+
+
+def test_the_tests_for_a_gpu_are_told_apart_by_how_they_ended(tmp_path):
+    """One that ran nothing is not called passed; a failed one says why."""
+    fake = tmp_path / "python3"
+    fake.write_text(
+        '#!/bin/sh\ncase "$*" in\n'
+        '*racecheck*) echo "FAILED a_test.py - why"; echo "1 failed in 2s"; exit 1;;\n'
+        '*memcheck*) echo "SKIPPED needs it"; echo "1 skipped in 2s";;\n'
+        '*dpo-cuda*) exit 124;;\n*decoder*) exit 5;;\n*) echo "3 passed in 2s";;\nesac\n'
+    )
+    fake.chmod(0o755)
+    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    command = ["bash", "tests/gpu.sh", str(tmp_path / "out"), "60"]
+    run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+    said = {line.split(" ")[0]: " ".join(line.split()[1:]) for line in run.stdout.splitlines()}
+    assert run.returncode == 1 and "sanitizer-racecheck: FAILED a_test.py - why" in run.stdout
+    assert said["sanitizer-racecheck"].startswith("FAILED")
+    assert said["sanitizer-memcheck"].startswith("nothing ran")
+    assert said["script-dpo-cuda"].startswith("STOPPED at its limit")
+    assert said["script-decoder"].startswith("has no such test")
+    assert said["kernels_gpu"].startswith("passed") and len(list(tmp_path.glob("out/*.log"))) == 17

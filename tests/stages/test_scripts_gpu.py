@@ -1,10 +1,14 @@
-"""The three training scripts, as a user starts them, on a GPU beside a CPU; then the evaluation.
+"""The training scripts, as a user starts them, on a GPU beside a CPU; one of them that is asked to
+end; the evaluation; and a build whose classifier is a decoder.
 
 The case "cpu" runs the same commands where there is no GPU.
 """
 
+import gzip
 import json
+import math
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -22,14 +26,19 @@ STEPS = "--steps=12", "--log_every=1", "--eval_every=6"
 LIKE_FRESH = "--lr=1e-3", "--batch_size=8", "--val_fraction=0.1"
 
 
-def command(*words: str) -> str:
-    """What it printed. The tests' own choice of Triton's interpreter is not handed on."""
+def started(*words: str, **changes: str) -> subprocess.Popen:
+    """The tests' own choice of Triton's interpreter is not handed on."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, *words], cwd=ROOT, env=env, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen([sys.executable, *words], cwd=ROOT, env=env | changes, **pipes)
+
+
+def command(*words: str, **changes: str) -> str:
+    """What it printed."""
+    with started(*words, **changes) as running:
+        said = running.stdout.read()
+    assert running.returncode == 0, said[-6000:]
+    return said
 
 
 def losses(run: Path) -> list[float]:
@@ -62,6 +71,42 @@ def test_a_script_learns_what_it_learns_on_a_cpu(start, tmp_path, stage, device,
     assert ("triton" in command(*there)) == (device == "cuda")
     wanted, found = losses(tmp_path / "cpu"), losses(tmp_path / "there")
     assert len(wanted) == 12 + 3 and found == pytest.approx(wanted, rel=tolerance)
+    assert stage != "dpo" or found[0] == pytest.approx(math.log(2), abs=2e-3)
+
+
+@pytest.mark.parametrize(
+    "device", [pytest.param("cpu", marks=pytest.mark.slow), pytest.param("cuda", marks=GPU)]
+)
+def test_a_run_that_is_asked_to_end_goes_on(tmp_path, device):
+    """SIGTERM at its first step; its losses are then those of a run that nobody stopped."""
+    given = [f"--device={device}", "--steps=60", "--log_every=1", "--eval_every=30"]
+    out, said = tmp_path / "run", ""
+    command("train_sft.py", *given, "--out", str(tmp_path / "straight"))
+    with started("train_sft.py", *given, "--out", str(out)) as run:
+        for line in run.stdout:
+            said += line
+            if line.startswith("step 1/"):
+                run.send_signal(signal.SIGTERM)
+    assert run.returncode == 128 + signal.SIGTERM and "ended by a signal after step" in said, said
+    assert "resumed from" in command("train_sft.py", *given, "--out", str(out), "--resume")
+    wanted, found = losses(tmp_path / "straight"), losses(out)
+    assert len(wanted) == 60 + 3 and found == pytest.approx(wanted, rel=1e-2)
+    print(f"a run and its resume on {device}:", "the same bits" * (found == wanted) or "other bits")
+
+
+@pytest.mark.parametrize(
+    "device", [pytest.param("cpu", marks=pytest.mark.slow), pytest.param("cuda", marks=GPU)]
+)
+def test_a_decoder_learns_which_documents_are_medical(start, tmp_path, device):
+    """From every second label of the samples; the build's own F1 on a fifth of these."""
+    lines = gzip.decompress((ROOT / "samples/raw_labels.jsonl.gz").read_bytes()).splitlines()
+    (tmp_path / "labels.jsonl").write_bytes(b"\n".join(lines[::2]))
+    given = ["--workers=1", "--stop_after=domain", "--data", "samples/raw", "--classifier"]
+    given += [str(start), "--labels", str(tmp_path / "labels.jsonl"), "--out", str(tmp_path / "x")]
+    command("build_corpus.py", *given, **({} if device == "cuda" else {"CUDA_VISIBLE_DEVICES": ""}))
+    (mark,) = tmp_path.glob("x/*-domain/model/*.done.json")
+    facts = json.loads(mark.read_text("utf-8"))["random_split"]
+    assert facts["f1_en"] > 0.8 and facts["f1_zh"] > 0.8, facts
 
 
 @pytest.mark.parametrize(
