@@ -11,11 +11,22 @@ from nanomed.model.decoder import Aquila
 from nanomed.text.segment import IGNORE, Segment
 from nanomed.training.losses import segment_logps
 
+NOISE_FP32, NOISE_BF16 = (1e-5, 1e-4), (1e-3, 0.1)  # of the loss and of a tensor's gradient
+
 
 def gate(plain: Aquila, name: str, theirs, loss: torch.Tensor, ours: torch.Tensor) -> None:
-    """Both losses of the same segments from the same float32 weights, and all their gradients.
-    Raises SystemExit before any time is taken if they differ."""
+    """Both losses of the same segments from the same float32 weights, and all their gradients."""
     loss.backward()
+    agree(plain, name, theirs, loss, ours, NOISE_FP32)
+    theirs.zero_grad()
+
+
+def agree(
+    plain: Aquila, name: str, theirs, loss: torch.Tensor, ours: torch.Tensor,
+    noise: tuple[float, float],
+) -> None:  # fmt: skip
+    """Of theirs, whose backward has run. Raises SystemExit before any time is taken if the losses
+    or the gradients are further apart, norm-wise, than `noise`."""
     ours.backward()
     grads = {n.removeprefix("model."): p.grad for n, p in theirs.named_parameters()}
     apart = {
@@ -23,12 +34,11 @@ def gate(plain: Aquila, name: str, theirs, loss: torch.Tensor, ours: torch.Tenso
         for n, p in plain.named_parameters()
         if "k_proj.bias" not in n  # 0 but for rounding: softmax ignores a common shift
     }
-    theirs.zero_grad()
     plain.zero_grad()
     worst = max(apart, key=apart.get)
     off = abs(loss.item() - ours.item()) / abs(ours.item())
     print(f"  {name}: loss {off:.1e} apart, gradients at most {apart[worst]:.1e} ({worst})")
-    if not (off < 1e-5 and apart[worst] < 1e-4):
+    if not (off < noise[0] and apart[worst] < noise[1]):
         raise SystemExit(f"{name} computes something else than nanomed: no speed is measured")
 
 

@@ -7,7 +7,7 @@
 Same weights, documents and machine, in one process, turn by turn, on a CPU. nanomed computes in
 float32, as a run on a CPU does. Its rivals do too, and once more in bfloat16 where the CPU is
 faster in it. First, in float32, loss and gradients must agree: a version that computes something
-else gets no time. Tokens are real ones; padding is not counted. bench/step_gpu.py is for a GPU.
+else gets no time. Tokens are real ones; padding is not counted. bench/step_rivals.py is for a GPU.
 """
 
 import argparse
@@ -85,11 +85,11 @@ def real(name: str, otherwise: str) -> str:
 # ---------------------------------------------------------------- the comparison
 
 
-def compare(b: Bench, stage: str, sides: dict[str, Callable]) -> None:
+def compare(b: Setting, stage: str, sides: dict[str, Callable]) -> None:
     """Times the sides in turns: nanomed first, then nanomed again, which tells the noise. A turn's
     step has other documents on every side; over all turns, nanomed's of both, they are alike."""
-    seconds = interleaved(sides, b.rounds, warmup=1)
-    tokens = {name: side.tokens[-b.rounds :] for name, side in sides.items()}
+    seconds = interleaved(sides, b.rounds, 1, b.device, flush=False)
+    tokens = {name: [*map(int, side.tokens[-b.rounds :])] for name, side in sides.items()}
     each = {n: [s / t for s, t in zip(seconds[n], tokens[n], strict=True)] for n in sides}
     first, again, *others = sides
     ours = sum(seconds[first] + seconds[again]) / sum(tokens[first] + tokens[again])

@@ -35,17 +35,17 @@ import trl  # noqa: E402
 
 def qwen2(config: ModelConfig, ours: Aquila, device: torch.device):
     """transformers' model of the same shape with the same weights, float32, SDPA."""
-    theirs = transformers.Qwen2ForCausalLM(
-        transformers.Qwen2Config(
-            vocab_size=config.vocab_size, hidden_size=config.d_model, intermediate_size=config.d_ff,
-            num_hidden_layers=config.n_layers, num_attention_heads=config.n_heads,
-            num_key_value_heads=config.n_kv_heads, max_position_embeddings=config.max_seq_len,
-            rms_norm_eps=config.norm_eps, tie_word_embeddings=False,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-        )
+    shape = transformers.Qwen2Config(
+        vocab_size=config.vocab_size, hidden_size=config.d_model, intermediate_size=config.d_ff,
+        num_hidden_layers=config.n_layers, num_attention_heads=config.n_heads,
+        num_key_value_heads=config.n_kv_heads, max_position_embeddings=config.max_seq_len,
+        rms_norm_eps=config.norm_eps, tie_word_embeddings=False,
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
     )  # fmt: skip
+    with device:
+        theirs = transformers.Qwen2ForCausalLM(shape)
     theirs.load_state_dict({hf_name(n): p.detach() for n, p in ours.named_parameters()})
-    return theirs.to(device).train()
+    return theirs.train()
 
 
 def tokenizer_of(encoder: Encoder, folder: Path):
@@ -112,19 +112,27 @@ class Plain:
 
 class Stepped(transformers.TrainerCallback):
     """A Trainer that runs its own train() in a thread, from the end of one optimizer step to the
-    end of the next at each call: its loop, its data loader and its logging are all in the time."""
+    end of the next at each call: its loop, its data loader and its logging are all in the time.
+    `gate` is called with the first inputs, their loss and what it was divided by."""
 
-    def __init__(self, trainer: transformers.Trainer, dtype: torch.dtype, setting: str):
-        self.trainer, self.dtype, self.setting = trainer, dtype, setting
+    def __init__(
+        self, trainer: transformers.Trainer, dtype: torch.dtype, setting: str,
+        gate: Callable | None = None,
+    ):  # fmt: skip
+        self.trainer, self.dtype, self.setting, self.gate = trainer, dtype, setting, gate
         self.tokens, self.error, self.over = [], None, False
         self.go, self.done = threading.Semaphore(0), threading.Semaphore(0)
         self.thread = threading.Thread(target=self._train, daemon=True)
         training_step = trainer.training_step
 
         def counted(model, inputs, *rest):
-            mask = inputs.get("attention_mask")
-            self.tokens.append(int(inputs["input_ids"].numel() if mask is None else mask.sum()))
-            return training_step(model, inputs, *rest)
+            mask, ids = inputs.get("attention_mask"), inputs["input_ids"]
+            self.tokens[-1] += ids.numel() if mask is None else mask.sum()  # no wait for a GPU
+            loss = training_step(model, inputs, *rest)
+            if self.gate:
+                self.gate(inputs, loss, *rest)
+                self.gate = None
+            return loss
 
         trainer.training_step = counted
         trainer.add_callback(self)
@@ -143,6 +151,7 @@ class Stepped(transformers.TrainerCallback):
         self.done.release()
 
     def __call__(self) -> None:
+        self.tokens.append(0)
         if self.thread.ident is None:
             self.thread.start()
         else:
@@ -157,7 +166,10 @@ class Stepped(transformers.TrainerCallback):
         self.thread.join()
 
 
-def trl_trainer(model, data: Examples, c: Run, tokenizer, folder: Path, device: str, **given):
+def trl_trainer(
+    model, data: Examples, c: Run, tokenizer, folder: Path, device: str,
+    optimizers: tuple = (None, None), **given,
+):  # fmt: skip
     """TRL's trainer over the same token ids and labels, with its defaults but for the recipe, which
     all sides share, and for what writes and prints. Of DPO its tokenisation alone is left out."""
     recipe = dict(
@@ -178,7 +190,8 @@ def trl_trainer(model, data: Examples, c: Run, tokenizer, folder: Path, device: 
         ids = (s.ids.tolist() for [s] in data)
         rows = [{"input_ids": i, "labels": k} for i, k in zip(ids, labels, strict=True)]
     data = datasets.Dataset.from_list(rows)
-    return build(model, args=arguments, train_dataset=data, processing_class=tokenizer)
+    how = dict(train_dataset=data, processing_class=tokenizer, optimizers=optimizers)
+    return build(model, args=arguments, **how)
 
 
 class Tokenised(trl.DPOTrainer):

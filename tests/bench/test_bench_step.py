@@ -10,13 +10,13 @@ import torch
 import transformers
 from torch.distributed.tensor import DTensor
 
-from bench import gate, results, step_gpu, step_scaling
+from bench import gate, results, step_gpu, step_rivals, step_scaling
 from bench import step as bench_step
 from bench.measure import Results, between, now, read
 from bench.ours import PARTS, Ours, in_parts, model_of, settings
 from bench.setting import Setting
-from bench.theirs import Plain, padded, qwen2
-from nanomed.config import CPT, DPO, MODELS
+from bench.theirs import Plain, Stepped, padded, qwen2
+from nanomed.config import CPT, DPO, MODELS, SFT
 from nanomed.run.log import flops_of
 from tests.data import Examples
 
@@ -219,3 +219,61 @@ def test_the_page_says_which_setting_of_trl_is_the_fastest():
     assert "1.86 times (1.61 to 2.13) as fast as it" in sft and "by length" not in sft
     assert "*packing* is the fastest" in cpt and "as fast (no difference" in cpt
     assert results.fastest(lines[:1]) == []
+
+
+def test_a_trainers_step_counts_the_tokens_of_all_its_batches():
+    """Without padding; the gate sees the first batch alone, with its loss and divisor."""
+    ids = torch.ones(2, 5, dtype=torch.int64)
+    batches = [{"input_ids": ids, "attention_mask": ids.tril()}, {"input_ids": ids}] * 2
+
+    class Trainer:
+        add_callback = lambda self, side: setattr(self, "side", side)  # noqa: E731
+        remove_callback = lambda *_: None  # noqa: E731
+
+        def training_step(self, model, inputs, divisor):
+            return 2.0
+
+        def train(self):
+            control = types.SimpleNamespace(should_training_stop=False)
+            for i, inputs in enumerate(batches):
+                self.training_step(None, inputs, 7)
+                if i % 2:
+                    self.side.on_step_end(None, None, control)
+
+    seen = []
+    side = Stepped(Trainer(), torch.float32, "", lambda *x: seen.append(x))
+    side()
+    side()
+    side.close()
+    assert [*map(int, side.tokens)] == [3 + 10, 3 + 10] and seen == [(batches[0], 2.0, 7)]
+
+
+@pytest.mark.slow
+def test_trl_beside_nanomed_as_on_a_gpu(world, small, tmp_path):
+    """Trainers share weights and AdamW's state; a step's tokens are those of all its batches, and
+    each starts from nanomed's weights. What cannot run or computes something else has no time, and
+    does not stop the others."""
+    s = setting(world, small, tmp_path, torch.bfloat16)
+    data = Examples.of_lengths([20, 31, 14, 9] * 4, small.vocab_size)
+    sides = step_rivals.Sides(s, settings(SFT, 4, 64), data, tmp_path)
+    [plan] = step_rivals.plans(4, 64, 74, on_gpu=False)
+    plan = {
+        "padded": dict(per_device_train_batch_size=2, gradient_accumulation_steps=2),
+        "broken": dict(packing=True, max_length=None),
+        "packed": plan["packing, no checkpointing"] | dict(gradient_accumulation_steps=3),
+    }
+    assert step_rivals.measure(sides, plan) == ["broken"]
+    facts = {line["name"]: line["facts"] for line in s.results.lines}
+    assert list(facts) == [
+        "SFT: TRL broken", "SFT: nanomed", "SFT: nanomed, again", "SFT: TRL padded",
+        "SFT: TRL packed",
+    ]  # fmt: skip
+    assert facts["SFT: TRL broken"]["note"].startswith("ValueError: When packing is enabled")
+    assert 64 < facts["SFT: TRL packed"]["tokens_a_step"] <= 3 * 64
+    assert "max_length=64" in facts["SFT: TRL packed"]["setting"]
+    assert sides.their_adamw.state[next(sides.theirs.parameters())]["step"] == 8
+    assert len(results.fastest(s.results.lines)) == 1
+
+    sides.theirs.model.rotary_emb.inv_freq.mul_(0.9)
+    assert step_rivals.measure(sides, {"another RoPE": plan["packed"]}) == ["another RoPE"]
+    assert "something else" in s.results.lines[-3]["facts"]["note"]
