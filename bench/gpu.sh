@@ -55,7 +55,7 @@ part growth 30 75 "${step[@]}" --only scaling fsdp "${flags[@]}"
 part rows 30 120 python3 -m bench.kernels --ops attention rmsnorm swiglu rope linear_nll \
     --tokens 32768 "${flags[@]}"
 part "step, host memory" 60 100 "${step[@]}" --only sft --optimizer split_host "${flags[@]}"
-part rivals 90 150 python3 -m bench.step_rivals "${flags[@]}"
+part rivals 90 170 python3 -m bench.step_rivals "${flags[@]}"
 
 if ((${#failed[@]})); then
     echo "== not whole: ${failed[*]}" | tee -a "$log"
