@@ -1,7 +1,7 @@
 """Fills docs/results.md, and README's figures, from the measurements in bench/results/*.jsonl.
 
 No figure is typed: what stands between <!-- NAME --> and <!-- end of NAME --> is written here. NAME
-is a kind of measurement, or one of README's, `figures` and `gpu`.
+is a kind of measurement, or one of README's, `figures`, `gpu` and `rivals`.
 
 python -m bench.results            writes them
 python -m bench.results --check    fails if they are not what the files give
@@ -37,7 +37,7 @@ def filled(text: str, paths: list[Path]) -> str:
     lines, runs = read(paths)
 
     def block(found: re.Match) -> str:
-        of_readme = {"figures": figures, "gpu": whole_steps}
+        of_readme = {"figures": figures, "gpu": whole_steps, "rivals": rivals}
         write = of_readme.get(found[2], partial(tables, found[2]))
         return found[1] + write(lines, runs) + found[4]
 
@@ -139,6 +139,22 @@ def whole_steps(lines: Lines, runs: Runs) -> str:
     ]
     ways = ["split", "split_bf16", "split_host", "fsdp"]
     return table(sorted(rows, key=lambda row: ways.index(row["`--optimizer`"]))) + "\n"
+
+
+def rivals(lines: Lines, runs: Runs) -> str:
+    """README's table: TRL's step on a GPU, of the newest run, beside nanomed's."""
+    beside = [x for x in lines if ": TRL " in x["name"] and "gpu" in runs[x["run"]]]
+    newest = max(beside, key=lambda line: runs[line["run"]]["date"])["run"]
+    rows = [
+        {
+            "TRL's setting": line["name"].partition(": TRL ")[2],
+            "tokens/s": line["facts"]["real_tokens_per_s"],
+            "nanomed is faster by": line["facts"]["nanomed_is_faster_by"],
+        }
+        for line in beside
+        if line["run"] == newest and "real_tokens_per_s" in line["facts"]  # else it could not run
+    ]
+    return table(rows) + "\n"
 
 
 def _times(ratio: str) -> str:
