@@ -14,8 +14,7 @@ Scores are kept in units of log 2 (multiplied by log2(e) together with 1/sqrt(E)
 the GPU's own instruction; so is L. Scores, sums and accumulators are float32.
 
 Every sum is taken by one program in a fixed order, without atomics: same inputs, same bits.
-There are no tensor descriptors and no warp specialisation; cuDNN, which has both, is 1.5 times
-as fast where a row is one document.
+Only dK/dV reads through tensor descriptors, and there is no warp specialisation. cuDNN uses both.
 """
 
 import torch
@@ -24,20 +23,28 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.attention_tiles import HEAD_SIZES, choose_blocks, find_queries, find_tile
+from kernels.attention_tiles import (
+    HEAD_SIZES,
+    choose_blocks,
+    descriptors,
+    find_queries,
+    find_tile,
+    n_numbers,
+    readable,
+)
 
 LOG2_E = 1.4426950408889634
 LN_2 = tl.constexpr(0.6931471805599453)  # the kernels' scale is log2(e) / sqrt(E)
 # What differs between packed rows compiles nothing again.
 FOR_ANY_ROW = {
-    "do_not_specialize": ["T", "n_segments"],
+    "do_not_specialize": ["n_numbers", "n_segments"],
     "do_not_specialize_on_alignment": ["cu_seqlens"],
 }
 
 
 @triton.jit
 def _at(x, row, row_stride, head, head_stride):
-    """Pointer to x[row, head, 0]. In int64: T*H*E passes 2**31."""
+    """Pointer to x[row, head]. In int64: T*H*E passes 2**31."""
     return x + tl.cast(row, tl.int64) * row_stride + tl.cast(head, tl.int64) * head_stride
 
 
@@ -87,17 +94,18 @@ def _visit_keys(
 
 @triton.jit(**FOR_ANY_ROW)
 def _forward_kernel(
-    q, k, v, out, lse, cu_seqlens, T, n_segments, scale,
-    q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride,
+    q, k, v, out, lse, cu_seqlens, n_segments, n_numbers, scale, q_stride, k_stride, v_stride,
     H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """out[T,H,E] and lse[H,T] for one tile of queries and one head."""
-    start, length, first, head, kv_head = find_queries(cu_seqlens, n_segments, H // K, QUERIES)
+    """out[T,H,E] and lse[H,n_numbers] for one tile of queries and one head."""
+    start, length, first, numbers, head, kv_head = find_queries(
+        cu_seqlens, n_segments, H // K, QUERIES
+    )
     if first >= length:
         return
-    q = _at(q, start, q_stride, head, q_head_stride)
-    k = _at(k, start, k_stride, kv_head, k_head_stride)
-    v = _at(v, start, v_stride, kv_head, v_head_stride)
+    q = _at(q, start, q_stride, head, E)
+    k = _at(k, start, k_stride, kv_head, E)
+    v = _at(v, start, v_stride, kv_head, E)
 
     q_tile = _load(q, first, length, q_stride, QUERIES, E, True)
     acc = tl.zeros([QUERIES, E], tl.float32)
@@ -114,7 +122,7 @@ def _forward_kernel(
     )  # fmt: skip
     _store(_at(out, start, H * E, head, E), acc / total[:, None], first, length, H * E, QUERIES, E)
     rows = first + tl.arange(0, QUERIES)
-    tl.store(_at(lse, head, T, start, 1) + rows, top + tl.log2(total), mask=rows < length)
+    tl.store(_at(lse, numbers, 1, head, n_numbers) + rows, top + tl.log2(total), mask=rows < length)
 
 
 # Backward. With S = q k^T / sqrt(E), P = softmax(S), o = P v and the incoming gradient do:
@@ -152,27 +160,31 @@ def _gather_dq(
 
 @triton.jit(**FOR_ANY_ROW)
 def _dq_kernel(
-    q, k, v, out, dout, lse, delta, dq, cu_seqlens, T, n_segments, scale, q_stride, q_head_stride,
-    k_stride, k_head_stride, v_stride, v_head_stride, dout_stride, dout_head_stride,
+    q, k, v, out, dout, lse, delta, dq, cu_seqlens, n_segments, n_numbers, scale,
+    q_stride, k_stride, v_stride, dout_stride,
     H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """dq[T,H,E] for one tile of queries and one head; and delta[H,T], read by the next kernel."""
-    start, length, first, head, kv_head = find_queries(cu_seqlens, n_segments, H // K, QUERIES)
+    """dq[T,H,E] for one tile of queries and one head; and delta[H,n_numbers], which the next kernel
+    reads."""
+    start, length, first, numbers, head, kv_head = find_queries(
+        cu_seqlens, n_segments, H // K, QUERIES
+    )
     if first >= length:
         return
-    q = _at(q, start, q_stride, head, q_head_stride)
-    k = _at(k, start, k_stride, kv_head, k_head_stride)
-    v = _at(v, start, v_stride, kv_head, v_head_stride)
+    q = _at(q, start, q_stride, head, E)
+    k = _at(k, start, k_stride, kv_head, E)
+    v = _at(v, start, v_stride, kv_head, E)
     out = _at(out, start, H * E, head, E)
-    dout = _at(dout, start, dout_stride, head, dout_head_stride)
+    dout = _at(dout, start, dout_stride, head, E)
 
     q_tile = _load(q, first, length, q_stride, QUERIES, E, True)
     dout_tile = _load(dout, first, length, dout_stride, QUERIES, E, True)
     out_tile = _load(out, first, length, H * E, QUERIES, E, True)
     delta_rows = tl.sum(dout_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
     rows = first + tl.arange(0, QUERIES)
-    tl.store(_at(delta, head, T, start, 1) + rows, delta_rows, mask=rows < length)
-    lse_rows = tl.load(_at(lse, head, T, start, 1) + rows, mask=rows < length, other=0.0)
+    tl.store(_at(delta, numbers, 1, head, n_numbers) + rows, delta_rows, mask=rows < length)
+    lse = _at(lse, numbers, 1, head, n_numbers)
+    lse_rows = tl.load(lse + rows, mask=rows < length, other=0.0)
 
     total = tl.zeros([QUERIES, E], tl.float32)
     total = _gather_dq(
@@ -188,65 +200,96 @@ def _dq_kernel(
 
 
 @triton.jit
-def _gather_dk_dv(
-    dk, dv, k, v, q, dout, lse, delta, q_stride, dout_stride, scale, first, length, low, high,
-    E: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, DIAGONAL: tl.constexpr,
+def _add_dk_dv(
+    dk, dv, k, v, q, dout, lse, delta, scale, query, first,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, DIAGONAL: tl.constexpr,
 ):  # fmt: skip
-    """dk (times sqrt(E)) and dv of one tile of keys, carried on over queries low .. high of one
-    head. Tiles are transposed, P^T [KEYS, QUERIES]: it enters both sums from registers."""
-    keys = first + tl.arange(0, KEYS)[:, None]
-    for query in range(low, high, QUERIES):
-        # Queries past the segment's end are zeros here, and add zero to both sums.
-        q_tile = _load(q, query, length, q_stride, QUERIES, E, True)
-        dout_tile = _load(dout, query, length, dout_stride, QUERIES, E, True)
-        s = tl.dot(k, tl.trans(q_tile), input_precision="ieee")
-        dp = tl.dot(v, tl.trans(dout_tile), input_precision="ieee")
-        # Loaded late: four accumulators leave few registers.
-        rows = query + tl.arange(0, QUERIES)
-        lse_rows = tl.load(lse + rows, mask=rows < length, other=0.0)
-        p = tl.exp2(s * scale - lse_rows[None, :])
-        if DIAGONAL:
-            p = tl.where(rows[None, :] >= keys, p, 0.0)
-        delta_rows = tl.load(delta + rows, mask=rows < length, other=0.0)
-        ds = p * (dp - delta_rows[None, :])
-        dv = tl.dot(p.to(q.dtype.element_ty), dout_tile, dv, input_precision="ieee")
-        dk = tl.dot(ds.to(q.dtype.element_ty), q_tile, dk, input_precision="ieee")
+    """dk (times sqrt(E)) and dv of one tile of keys, with one tile of queries added. Tiles are
+    transposed, P^T [KEYS, QUERIES]: it enters both sums from registers."""
+    s = tl.dot(k, tl.trans(q), input_precision="ieee")
+    p = tl.exp2(s * scale - lse[None, :])
+    if DIAGONAL:
+        keys = first + tl.arange(0, KEYS)[:, None]
+        p = tl.where(query + tl.arange(0, QUERIES)[None, :] >= keys, p, 0.0)
+    # Before dp: as float32, p and dp need not both be kept beside the two sums.
+    dv = tl.dot(p.to(q.dtype), dout, dv, input_precision="ieee")
+    dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
+    ds = p * (dp - delta[None, :])
+    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
     return dk, dv
+
+
+@triton.jit
+def _load_queries(
+    q, dout, lse, delta, n_numbers, q_stride, dout_stride, start, numbers, head, query, length,
+    E: tl.constexpr, QUERIES: tl.constexpr, BOUNDED: tl.constexpr,
+):  # fmt: skip
+    """What _add_dk_dv takes of one tile of queries."""
+    q = _at(q, start, q_stride, head, E)
+    dout = _at(dout, start, dout_stride, head, E)
+    rows = query + tl.arange(0, QUERIES)
+    lse = _at(lse, numbers, 1, head, n_numbers) + rows
+    delta = _at(delta, numbers, 1, head, n_numbers) + rows
+    return (
+        _load(q, query, length, q_stride, QUERIES, E, BOUNDED),
+        _load(dout, query, length, dout_stride, QUERIES, E, BOUNDED),
+        tl.load(lse, mask=rows < length, other=0.0),
+        tl.load(delta, mask=rows < length, other=0.0),
+    )
 
 
 @triton.jit(**FOR_ANY_ROW)
 def _dk_dv_kernel(
-    q, k, v, dout, lse, delta, dk, dv, cu_seqlens, T, n_segments, scale, q_stride, q_head_stride,
-    k_stride, k_head_stride, v_stride, v_head_stride, dout_stride, dout_head_stride,
+    descriptors, q, k, v, dout, lse, delta, dk, dv, cu_seqlens, n_segments, n_numbers, scale,
+    q_stride, k_stride, v_stride, dout_stride,
     H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """dk[T,K,E] and dv[T,K,E] for one tile of keys and one key/value head, summed over the query
-    heads that read it."""
-    start, length, first = find_tile(cu_seqlens, n_segments, tl.program_id(0), KEYS)
+    heads that read it. Descriptors: of q, dout, lse and delta, or None."""
+    start, length, first, numbers = find_tile(cu_seqlens, n_segments, tl.program_id(0), KEYS)
     if first >= length:
         return
     kv_head = tl.program_id(1)
-    k = _at(k, start, k_stride, kv_head, k_head_stride)
-    v = _at(v, start, v_stride, kv_head, v_head_stride)
+    k = _at(k, start, k_stride, kv_head, E)
+    v = _at(v, start, v_stride, kv_head, E)
     k_tile = _load(k, first, length, k_stride, KEYS, E, True)
     v_tile = _load(v, first, length, v_stride, KEYS, E, True)
     dk_sum = tl.zeros([KEYS, E], tl.float32)
     dv_sum = tl.zeros([KEYS, E], tl.float32)
+    # Queries behind this tile's keys see all of them. Their whole tiles are most of the work. The
+    # copy engine fetches them by coordinates: so no thread keeps addresses in the registers that
+    # four accumulators need.
+    rest = tl.maximum(first + KEYS, length // QUERIES * QUERIES)
     for head in range(kv_head * (H // K), (kv_head + 1) * (H // K)):
-        q_head = _at(q, start, q_stride, head, q_head_stride)
-        dout_head = _at(dout, start, dout_stride, head, dout_head_stride)
-        lse_head = _at(lse, head, T, start, 1)
-        delta_head = _at(delta, head, T, start, 1)
-        dk_sum, dv_sum = _gather_dk_dv(
-            dk_sum, dv_sum, k_tile, v_tile, q_head, dout_head, lse_head, delta_head,
-            q_stride, dout_stride, scale, first, length,
-            first, tl.minimum(first + KEYS, length), E, QUERIES, KEYS, True,
-        )  # fmt: skip
-        dk_sum, dv_sum = _gather_dk_dv(
-            dk_sum, dv_sum, k_tile, v_tile, q_head, dout_head, lse_head, delta_head,
-            q_stride, dout_stride, scale, first, length,
-            first + KEYS, length, E, QUERIES, KEYS, False,
-        )  # fmt: skip
+        for query in range(first + KEYS, rest, QUERIES):
+            if descriptors is None:
+                q_tile, dout_tile, lse_rows, delta_rows = _load_queries(
+                    q, dout, lse, delta, n_numbers, q_stride, dout_stride, start, numbers, head,
+                    query, length, E, QUERIES, False,
+                )  # fmt: skip
+            else:
+                q_tile = descriptors[0].load([start + query, head * E])
+                dout_tile = descriptors[1].load([start + query, head * E])
+                lse_rows = tl.reshape(descriptors[2].load([head, numbers + query]), [QUERIES])
+                delta_rows = tl.reshape(descriptors[3].load([head, numbers + query]), [QUERIES])
+            dk_sum, dv_sum = _add_dk_dv(
+                dk_sum, dv_sum, k_tile, v_tile, q_tile, dout_tile, lse_rows, delta_rows, scale,
+                query, first, QUERIES, KEYS, False,
+            )  # fmt: skip
+    # The tiles on the diagonal, and the segment's last one if it is not whole: queries past the
+    # segment's end are zeros here, and add zero to both sums.
+    for head in range(kv_head * (H // K), (kv_head + 1) * (H // K)):
+        for i in tl.range(0, KEYS // QUERIES + 1, num_stages=1):
+            query = tl.where(i < KEYS // QUERIES, first + i * QUERIES, rest)
+            if query < length:
+                q_tile, dout_tile, lse_rows, delta_rows = _load_queries(
+                    q, dout, lse, delta, n_numbers, q_stride, dout_stride, start, numbers, head,
+                    query, length, E, QUERIES, True,
+                )  # fmt: skip
+                dk_sum, dv_sum = _add_dk_dv(
+                    dk_sum, dv_sum, k_tile, v_tile, q_tile, dout_tile, lse_rows, delta_rows, scale,
+                    query, first, QUERIES, KEYS, True,
+                )  # fmt: skip
     dk_sum *= scale * LN_2
     _store(_at(dk, start, K * E, kv_head, E), dk_sum, first, length, K * E, KEYS, E)
     _store(_at(dv, start, K * E, kv_head, E), dv_sum, first, length, K * E, KEYS, E)
@@ -257,7 +300,8 @@ def _launch(kernel, blocks: tuple[int, ...], tile: int, heads: int, rows: tuple,
     (T, H, E), K, n_segments = strided[0].shape, strided[1].shape[1], len(rows[-1]) - 1
     queries, keys, warps, stages = blocks
     kernel[(T // tile + n_segments) * heads, K](
-        *rows, T, n_segments, LOG2_E / E**0.5, *(n for x in strided for n in x.stride()[:2]),
+        *rows, n_segments, n_numbers(T, n_segments), LOG2_E / E**0.5,
+        *(x.stride(0) for x in strided),
         H=H, K=K, E=E, QUERIES=queries, KEYS=keys,
         num_warps=warps, num_stages=stages, enable_fp_fusion=True,
     )  # fmt: skip
@@ -266,9 +310,10 @@ def _launch(kernel, blocks: tuple[int, ...], tile: int, heads: int, rows: tuple,
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
-        q, k, v = (_readable(x) for x in (q, k, v))
+        q, k, v = (readable(x) for x in (q, k, v))
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        lse = torch.empty(q.shape[1::-1], dtype=torch.float32, device=q.device)  # [H, T]
+        shape = q.shape[1], n_numbers(q.shape[0], len(cu_seqlens) - 1)
+        lse = torch.empty(shape, dtype=torch.float32, device=q.device)
         blocks, G = choose_blocks(q)[0], q.shape[1] // k.shape[1]
         _launch(_forward_kernel, blocks, blocks[0], G, (q, k, v, out, lse, cu_seqlens), q, k, v)
         ctx.save_for_backward(q, k, v, out, lse, cu_seqlens)
@@ -278,20 +323,15 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dout: Tensor):
         q, k, v, out, lse, cu_seqlens = ctx.saved_tensors
-        dout, delta, G = _readable(dout), torch.empty_like(lse), q.shape[1] // k.shape[1]
+        dout, delta, G = readable(dout), torch.empty_like(lse), q.shape[1] // k.shape[1]
         dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
         _, for_dq, for_dk_dv = choose_blocks(q)
         rows = (q, k, v, out, dout, lse, delta, dq, cu_seqlens)
         _launch(_dq_kernel, for_dq, for_dq[0], G, rows, q, k, v, dout)  # first: it writes delta
-        rows = (q, k, v, dout, lse, delta, dk, dv, cu_seqlens)
+        described = descriptors(q, dout, lse, delta, for_dk_dv[0])
+        rows = (described, q, k, v, dout, lse, delta, dk, dv, cu_seqlens)
         _launch(_dk_dv_kernel, for_dk_dv, for_dk_dv[1], 1, rows, q, k, v, dout)
         return dq, dk, dv, None
-
-
-def _readable(x: Tensor) -> Tensor:
-    """Views of a projection are read where they lie, if a head's elements are adjacent and offsets
-    within a tile of up to 128 rows fit int32."""
-    return x if x.stride(2) == 1 and x.stride(0) < 2**24 else x.contiguous()
 
 
 def attention(

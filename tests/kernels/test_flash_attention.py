@@ -74,7 +74,8 @@ def check(op, lengths, H, K, E) -> None:
         ([63], 2, 2, 64),
         ([65], 2, 1, 64),
         ([70], 2, 1, 128),
-        ([64, 1, 31, 96], 4, 1, 16),  # ends at, before and after the edges of tiles
+        # Ends at, before and after the edges of tiles; the last begins at no multiple of 4.
+        ([64, 1, 32, 96], 4, 1, 16),
         ([1] * 9 + [2, 5, 1], 2, 1, 32),
     ],
 )
@@ -89,12 +90,12 @@ MUTANTS = {
     "dq, dP": ("dp = tl.dot(dout", "dp = -tl.dot(dout"),
     "dq, dS": ("(dp - delta[:", "(dp + delta[:"),
     "dq": ("    total *= scale", "    total *= -scale"),
-    "dk, P": ("s * scale - lse_rows[N", "s * scale + lse_rows[N"),
+    "dk, P": ("s * scale - lse[N", "s * scale + lse[N"),
     "dk, dP": ("dp = tl.dot(v", "dp = -tl.dot(v"),
-    "dk, dS": ("(dp - delta_rows[N", "(dp + delta_rows[N"),
+    "dk, dS": ("(dp - delta[N", "(dp + delta[N"),
     "dk": ("dk_sum *= scale", "dk_sum *= -scale"),
     "dv": ("tl.dot(p.to(q.dtype", "tl.dot(-p.to(q.dtype"),
-    "dk, dv, mask": ("rows[None, :] >= keys", "rows[None, :] > keys"),
+    "dk, dv, mask": ("[None, :] >= keys", "[None, :] > keys"),
 }
 
 
@@ -125,9 +126,9 @@ def test_reads_and_writes_stay_within_segments(tmp_path, monkeypatch):
         allocated.append(torch.full(tuple(shape), 7.0, **options))
         return allocated[-1]
 
-    def untouched(x):  # x[T, H, E] or x[H, T]
-        x = x if x.shape[0] == 210 else x.T
-        return (x[:5] == 7).all() and (x[140:] == 7).all()
+    def untouched(x):  # x[T, H, E], or numbers[H, n]: a segment's begin at a multiple of 4
+        outside = (x[:5], x[140:]) if len(x) == 210 else (x[:, :4], x[:, 74:76], x[:, 141:])
+        return all((part == 7).all() for part in outside)
 
     tensors = case(210, 2, 1, 64)
     for x in tensors:
@@ -172,7 +173,7 @@ def test_views_and_expanded_gradients():
 
 @triton.jit
 def _write_tile(found, cu_seqlens, n_segments, B: tl.constexpr):
-    start, length, first = find_tile(cu_seqlens, n_segments, tl.program_id(0), B)
+    start, length, first, _ = find_tile(cu_seqlens, n_segments, tl.program_id(0), B)
     tl.store(found + 2 * tl.program_id(0), start + first)
     tl.store(found + 2 * tl.program_id(0) + 1, (first < length).to(tl.int32))
 
@@ -191,11 +192,24 @@ def test_every_tile_has_one_program(lengths):
     assert [token for token, busy in found.tolist() if busy] == expected
 
 
-def test_rows_far_apart_are_copied():
-    """Offsets within a tile of 128 rows are int32."""
-    for stride, kept in ((2**24 - 1, True), (2**24, False)):
-        x = torch.empty_strided((2, 1, 16), (stride, 16, 1), device="meta")
-        assert (flash_attention._readable(x) is x) == kept
+def test_what_cannot_be_read_where_it_lies_is_copied():
+    """Heads apart, rows or the first of them at no multiple of 16 bytes, rows that overlap, and
+    rows so far apart that offsets within a tile of 128 are no int32."""
+    memory = torch.empty(2**25, dtype=torch.bfloat16, device=DEVICE)
+    for strides, offset, kept in (
+        ((40, 16, 1), 0, True), ((40, 16, 1), 8, True), ((2**24 - 8, 16, 1), 0, True),
+        ((40, 20, 1), 0, False), ((42, 16, 1), 0, False), ((40, 16, 1), 4, False),
+        ((32, 16, 1), 4, False), ((0, 16, 1), 0, False), ((2**24, 16, 1), 0, False),
+    ):  # fmt: skip
+        x = memory.as_strided((2, 2, 16), strides, offset)
+        read = attention_tiles.readable(x)
+        assert (read is x) == kept
+        assert read.data_ptr() % 16 == 0 and (kept or read.stride() == (32, 16, 1))
+
+
+def test_without_a_copy_engine(monkeypatch):
+    monkeypatch.setattr(attention_tiles, "has_copy_engine", lambda q: False)
+    check(attention, [130, 3], 2, 1, 16)
 
 
 def test_unfit_shapes_are_refused():
@@ -216,6 +230,7 @@ def compile_all(architecture: int, head_size: int, lengths: list[list[int]], fol
     """Prints what a step of each row of segments compiles, per kernel."""
     blocks = attention_tiles.BLOCKS.get((CHIPS[architecture], head_size), attention_tiles.SMALL)
     flash_attention.choose_blocks = lambda q: blocks
+    attention_tiles.has_copy_engine = lambda q: architecture >= 90
     kernels = aot.compiling(architecture, flash_attention, KERNELS)
     for row in lengths:
         # q, k and v as they come out of one projection.
@@ -250,7 +265,8 @@ def test_every_kernel_fits_the_chip(tmp_path, architecture, head_size):
         # dK and dV at head size 128 keep values there, nearly all used outside the hot loop.
         assert made["stack"] <= (400 if name == "_dk_dv_kernel" else 64), name
         assert not aot.ATOMIC.search(made["ptx"]), f"{name}: sums are in no fixed order"
-        assert "cp.async.cg" in made["ptx"], f"{name} does not load 16 bytes at a time"
+        wide = "bulk.tensor" if (architecture, name) == (90, "_dk_dv_kernel") else "cg"
+        assert f"cp.async.{wide}" in made["ptx"], f"{name} does not load 16 bytes at a time"
 
 
 if __name__ == "__main__":
