@@ -54,10 +54,10 @@ def has_copy_engine(q: Tensor) -> bool:
 
 def descriptors(
     q: Tensor, dout: Tensor, lse: Tensor, delta: Tensor, queries: int
-) -> tuple[TensorDescriptor, ...] | None:
+) -> tuple[TensorDescriptor | None, ...]:
     """How the copy engine, if there is one, fetches `queries` rows of a head, and their numbers."""
     if not has_copy_engine(q):
-        return None
+        return (None,) * 4
     rows = [TensorDescriptor.from_tensor(x.flatten(1), [queries, x.shape[2]]) for x in (q, dout)]
     return *rows, *(TensorDescriptor.from_tensor(x, [1, queries]) for x in (lse, delta))
 

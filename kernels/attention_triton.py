@@ -240,12 +240,13 @@ def _load_queries(
 
 @triton.jit(**FOR_ANY_ROW)
 def _dk_dv_kernel(
-    descriptors, q, k, v, dout, lse, delta, dk, dv, cu_seqlens, n_segments, n_numbers, scale,
+    q_tiles, dout_tiles, lse_tiles, delta_tiles,
+    q, k, v, dout, lse, delta, dk, dv, cu_seqlens, n_segments, n_numbers, scale,
     q_stride, k_stride, v_stride, dout_stride,
     H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """dk[T,K,E] and dv[T,K,E] for one tile of keys and one key/value head, summed over the query
-    heads that read it. Descriptors: of q, dout, lse and delta, or None."""
+    heads that read it. *_tiles are descriptors, or None."""
     start, length, first, numbers = find_tile(cu_seqlens, n_segments, tl.program_id(0), KEYS)
     if first >= length:
         return
@@ -262,16 +263,16 @@ def _dk_dv_kernel(
     rest = tl.maximum(first + KEYS, length // QUERIES * QUERIES)
     for head in range(kv_head * (H // K), (kv_head + 1) * (H // K)):
         for query in range(first + KEYS, rest, QUERIES):
-            if descriptors is None:
+            if q_tiles is None:
                 q_tile, dout_tile, lse_rows, delta_rows = _load_queries(
                     q, dout, lse, delta, n_numbers, q_stride, dout_stride, start, numbers, head,
                     query, length, E, QUERIES, False,
                 )  # fmt: skip
             else:
-                q_tile = descriptors[0].load([start + query, head * E])
-                dout_tile = descriptors[1].load([start + query, head * E])
-                lse_rows = tl.reshape(descriptors[2].load([head, numbers + query]), [QUERIES])
-                delta_rows = tl.reshape(descriptors[3].load([head, numbers + query]), [QUERIES])
+                q_tile = q_tiles.load([start + query, head * E])
+                dout_tile = dout_tiles.load([start + query, head * E])
+                lse_rows = tl.reshape(lse_tiles.load([head, numbers + query]), [QUERIES])
+                delta_rows = tl.reshape(delta_tiles.load([head, numbers + query]), [QUERIES])
             dk_sum, dv_sum = _add_dk_dv(
                 dk_sum, dv_sum, k_tile, v_tile, q_tile, dout_tile, lse_rows, delta_rows, scale,
                 query, first, QUERIES, KEYS, False,
@@ -329,7 +330,7 @@ class _Attention(torch.autograd.Function):
         rows = (q, k, v, out, dout, lse, delta, dq, cu_seqlens)
         _launch(_dq_kernel, for_dq, for_dq[0], G, rows, q, k, v, dout)  # first: it writes delta
         described = descriptors(q, dout, lse, delta, for_dk_dv[0])
-        rows = (described, q, k, v, dout, lse, delta, dk, dv, cu_seqlens)
+        rows = (*described, q, k, v, dout, lse, delta, dk, dv, cu_seqlens)
         _launch(_dk_dv_kernel, for_dk_dv, for_dk_dv[1], 1, rows, q, k, v, dout)
         return dq, dk, dv, None
 
