@@ -135,16 +135,17 @@ def start(device: torch.device):
         keep_freed_memory()
     store, named = meeting.place(rank, size)
     _join("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", rank, size, store)
+    ear = meeting.Ear(store, rank, size)
     failed, first = False, LIMIT if device.type == "cuda" else PATIENCE.total_seconds()
     try:
-        with Watchdog(store, rank, size, first):
+        with ear, Watchdog(store, rank, size, first):
             yield World(rank, size, device, init_device_mesh(device.type, (size,)), named)
     except KeyboardInterrupt:
         failed = True
         raise
     except Exception as error:
         failed = True
-        if meeting.another_failed_before(store, rank, error):
+        if ear.another_failed_before(error):
             raise SystemExit(1) from None
         error.is_first = True
         raise
@@ -153,8 +154,6 @@ def start(device: torch.device):
         # their part, and the error would be seen after PATIENCE.
         if not (failed and device.type == "cuda"):
             dist.destroy_process_group()
-        if failed and size > 1:
-            time.sleep(1)  # without torchrun the place is rank 0's own: the others ask there why
 
 
 def _join(backend: str, rank: int, size: int, store: dist.Store) -> None:

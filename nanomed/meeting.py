@@ -7,6 +7,7 @@ all processes see: a store of keys and values. It outlives them.
 import json
 import os
 import sys
+import threading
 import time
 import uuid
 from contextlib import suppress
@@ -42,7 +43,9 @@ def place(rank: int, size: int) -> tuple[dist.Store, tuple[str, str]]:
 
 
 WAIT_IS_SAID = 60.0  # seconds between two lines of who waits for others
-LINGER = 10.0  # seconds: the first to fail comes to its message, and torchrun then ends the others
+LISTENS = 0.5  # seconds between two looks whether another rank has failed
+STAYS = 10.0  # seconds at most that the first to fail waits for the others to hear of it
+LINGER = 20.0  # seconds: it comes to its message meanwhile, and torchrun then ends the others
 
 
 def _attempt(store: dist.Store, rank: int, size: int) -> str:
@@ -95,18 +98,58 @@ def tell_torchrun(words: str) -> None:
             json.dump({"message": {"message": words, "extraInfo": about}}, out)
 
 
-def another_failed_before(store: dist.Store, rank: int, error: Exception) -> bool:
-    """When a rank fails, the others only see a closed connection, and the reason is on its screen.
-    If that is another machine's screen, one line says the reason here, too."""
-    _, _, local_rank, _ = rank_from_env()
-    mine = json.dumps([os.uname().nodename, rank, f"{type(error).__name__}: {error}"])
-    try:
-        host, first, reason = json.loads(store.compare_set("failed", "", mine))
-    except RuntimeError:  # the place is gone
-        return False
-    if first == rank:
-        return False
-    if host != os.uname().nodename and local_rank == 0:
-        print(f"error: rank {first} on {host} has failed: {reason}", file=sys.stderr)
-    time.sleep(LINGER)
-    return True
+class Ear(threading.Thread):
+    """Hears the reason when another rank fails. That rank's end may be the end of the place, and
+    whoever waits for it meets a closed connection not before: then it is too late to ask."""
+
+    def __init__(self, store: dist.Store, rank: int, size: int):
+        super().__init__(name="ear", daemon=True)
+        self.store, self.rank, self.size = store.clone(), rank, size
+        self.failed, self.ended = b"", threading.Event()  # (host, rank, reason) in JSON
+
+    def __enter__(self) -> "Ear":
+        self.start()
+        return self
+
+    def __exit__(self, kind: type | None, *_) -> None:
+        self.ended.set()
+        if kind is None or not issubclass(kind, Exception):
+            self._has_heard()  # and will not ask any more
+
+    def run(self) -> None:
+        with suppress(RuntimeError):  # the place is gone
+            while not self.ended.wait(LISTENS):
+                if self.store.check(["failed"]):
+                    self.failed = self.store.get("failed")
+                    return self._has_heard()
+
+    def _has_heard(self) -> None:
+        with suppress(RuntimeError):
+            self.store.set(f"heard {self.rank}", "")
+
+    def another_failed_before(self, error: Exception) -> bool:
+        """When a rank fails, the others only see a closed connection, and the reason is on its
+        screen. If that is another machine's screen, one line says the reason here, too. The first
+        stays until all have heard it."""
+        mine = json.dumps([os.uname().nodename, self.rank, f"{type(error).__name__}: {error}"])
+        with suppress(RuntimeError):
+            self.failed = self.failed or self.store.compare_set("failed", "", mine)
+            self._has_heard()
+        if not self.failed:  # the place is gone
+            return False
+        host, first, reason = json.loads(self.failed)
+        if first == self.rank:
+            self._stay()
+            return False
+        if host != os.uname().nodename and rank_from_env()[2] == 0:
+            print(f"error: rank {first} on {host} has failed: {reason}", file=sys.stderr)
+        time.sleep(LINGER)
+        return True
+
+    def _stay(self) -> None:
+        until = time.monotonic() + STAYS
+        with suppress(RuntimeError):
+            while time.monotonic() < until:
+                if self.store.check([f"heard {rank}" for rank in range(self.size)]):
+                    return
+                time.sleep(0.05)

@@ -154,6 +154,9 @@ def screens(function, folder: Path, size: int = 2) -> list[str]:
 
 
 def refused_by_rank_0(folder: str, rank: int) -> None:
+    if rank > 0:  # on a busy machine it is long until a rank comes to listen, and then to ask
+        meeting.LISTENS, asks = 1.5, meeting.Ear.another_failed_before
+        meeting.Ear.another_failed_before = lambda *about: time.sleep(0.3) or asks(*about)
     with distributed.start(torch.device("cpu")) as world:
         RunFolder(SFT(out=f"{folder}/held"), world)
 
@@ -200,6 +203,29 @@ def test_another_machine_hears_who_has_failed_and_why(tmp_path):
     first, second = screens(on_two_machines, tmp_path)
     assert first.count("\n") == second.count("\n") == 1
     assert "rank 0 on node0 has failed: InputError" in second and "already holds a run" in second
+
+
+def test_the_first_to_fail_stays_until_all_have_heard(monkeypatch):
+    """Or are gone, or for as long as is bearable."""
+    store = dist.HashStore()
+    first, ends_well, listens = (meeting.Ear(store, rank, 3) for rank in range(3))
+    monkeypatch.setattr(meeting, "LISTENS", 0.02)
+    monkeypatch.setattr(meeting, "LINGER", 0.0)
+    with ends_well:
+        pass
+
+    def stays(at_most: float) -> float:
+        monkeypatch.setattr(meeting, "STAYS", at_most)
+        since = time.monotonic()
+        assert not first.another_failed_before(InputError("no such thing"))
+        return time.monotonic() - since
+
+    assert 0.2 <= stays(0.2) < 30
+    listens.start()
+    assert stays(60.0) < 30
+    listens.join(20)
+    listens.store = dist.HashStore()  # the place is gone with the first
+    assert listens.another_failed_before(RuntimeError("connection closed"))
 
 
 def test_after_an_error_nothing_is_torn_down(tmp_path, monkeypatch):
