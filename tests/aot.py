@@ -1,16 +1,19 @@
 """Compiles kernels for GPUs that are not here, by the launches of the ops themselves.
 
 Triton's interpreter replaces its compiler in a whole process, so tests do this in another one:
-elsewhere() starts a module of tests/ that calls compiling() and prints report()s. This module, so
-started, does it for RMSNorm, RoPE, SwiGLU and the head, in bfloat16 at the sizes of AquilaMed.
+elsewhere() starts a function there that calls compiling() and returns report()s. compiled() does it
+for all kernels at once, for those of RMSNorm, RoPE, SwiGLU and the head in bfloat16 at the sizes of
+AquilaMed.
 """
 
+import functools
 import importlib
 import json
 import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import ModuleType
 
@@ -18,6 +21,7 @@ import torch
 import triton
 
 ROOT = Path(__file__).parents[1]
+OPS = ["rmsnorm", "rope", "swiglu", "linear_nll", "split_adamw"]
 ATOMIC = re.compile(r"\b(atom|red)\.")  # in PTX: with a result, without one
 
 
@@ -80,10 +84,10 @@ def stack_bytes(cubin: bytes, folder: Path) -> int:
     return int(re.search(r"STACK:(\d+)", said)[1])
 
 
-def elsewhere(module: str, folder: Path, *arguments) -> dict:
-    """What the module prints, started with these arguments and the folder."""
+def elsewhere(folder: Path, function: str, *arguments) -> dict:
+    """What a function ("module.name") returns, called with these arguments and the folder."""
     run = subprocess.run(
-        [sys.executable, "-m", module, json.dumps(arguments), folder],
+        [sys.executable, "-m", "tests.aot", function, json.dumps(arguments), folder],
         env={**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(folder / "cache")},
         cwd=ROOT, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
@@ -105,8 +109,8 @@ def launch(op: str, n: int) -> None:
     elif op == "swiglu":
         out = module.swiglu(tensor(n, 14336), tensor(n, 14336))
     elif op == "split_adamw":
-        numbers = [torch.zeros(16 * n, dtype=d) for d in (torch.bfloat16, torch.int16)]
-        numbers += [torch.zeros(16 * n) for _ in range(3)]
+        numbers = [torch.zeros(n, dtype=d) for d in (torch.bfloat16, torch.int16)]
+        numbers += [torch.zeros(n) for _ in range(3)]
         return module.adamw(*numbers, torch.tensor(0.5), n, 1e-3, (0.9, 0.95), 1e-8, 0.1)
     elif op == "rope":
         q, k, _ = tensor(n, 48, 128).split((32, 8, 8), 1)
@@ -118,17 +122,28 @@ def launch(op: str, n: int) -> None:
     out.sum().backward()
 
 
-def main(architecture: int, ops: list[str], n_tokens: list[int], folder: Path) -> None:
-    reports = {}
-    for op in ops:
+@functools.cache
+def compiled(architecture: int) -> dict[str, dict]:
+    """Kernel -> its report, after launches over 1, odd, and multiples of 16 tokens, which Triton by
+    itself would tell apart."""
+    with tempfile.TemporaryDirectory() as folder:
+        return elsewhere(Path(folder), "tests.aot.compile_all", architecture, [1, 3, 16, 21])
+
+
+def compile_all(architecture: int, n_tokens: list[int], folder: Path) -> dict[str, dict]:
+    attention = importlib.import_module("tests.kernels.test_flash_attention")
+    reports = attention.compile_all(architecture, 16, attention.MANY_LENGTHS, folder)
+    for op in OPS:
         module = importlib.import_module(f"kernels.{op}_triton")
         names = [name for name in ("_forward", "_backward", "_step") if hasattr(module, name)]
         kernels = compiling(architecture, module, tuple(names))
         for n in n_tokens:
             launch(op, n)
         reports |= {f"{op}{name}": report(kernel, folder) for name, kernel in kernels.items()}
-    print(json.dumps(reports))
+    return reports
 
 
 if __name__ == "__main__":
-    main(*json.loads(sys.argv[1]), Path(sys.argv[2]))
+    module, name = sys.argv[1].rsplit(".", 1)
+    function = getattr(importlib.import_module(module), name)
+    print(json.dumps(function(*json.loads(sys.argv[2]), Path(sys.argv[3]))))
