@@ -3,6 +3,7 @@
 import json
 import random
 import re
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -133,14 +134,18 @@ def test_labels_are_read_strictly(tmp_path):
             read_labels("quality", [path])
 
 
+CHANGED: Counter[str] = Counter()  # how often it was asked about each of these
+
+
 def judge_of(messages: list[dict]) -> str:
-    """A labeller that goes by a word, and is of two minds about every seventh document."""
+    """A labeller that goes by a word, and changes its mind about every seventh document."""
     text = re.search(r"<text \w+>\n(.*)\n</text \w+>", messages[-1]["content"], re.DOTALL)[1]
     medical = any(word in text for words in MEDICAL_WORDS for word in words.split())
     if '"quality"' in messages[-1]["content"]:
         return json.dumps({"quality": 5 if any(w in text for w in BEST) else 1})
     if len(text) % 7 == 0:
-        return json.dumps({"domain": random.choice(("medicine", "law"))})
+        CHANGED[text] += 1
+        return json.dumps({"domain": ("medicine", "law")[CHANGED[text] % 2]})
     return json.dumps({"domain": "medicine" if medical else "sports"})
 
 

@@ -185,7 +185,7 @@ def test_a_model_s_answers_are_judged_and_become_pairs(tmp_path, model, encoder,
     with serving(longer) as standin:
         flags = ["--data", str(tmp_path), "--model", str(model), "--judge", standin.url]
         pairs, report = build(tmp_path / "out", *flags, "--max_new", "24", "--subjective", "9")
-    assert sorted(systems) == ["", "Be brief."]  # a pair's answers have its own system text
+    assert systems.count("Be brief.") == 1  # a pair's answers have its own system text
     kinds = Counter(pair["kind"] for pair in pairs)
     assert kinds["objective"] == 1  # of the option chat, which is not judged
     n = kinds["subjective"]
