@@ -3,10 +3,10 @@
 A machine's GPU is met by the tests marked `gpu` and by those of the kernels alone.
 """
 
+import dataclasses
 import functools
 import os
 import sys
-import tempfile
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from unittest import mock
@@ -27,9 +27,9 @@ sys.path.insert(0, str(ROOT))
 os.environ["OMP_NUM_THREADS"] = "1"
 
 if sys.dont_write_bytecode:  # each process would compile all of torch's Python anew, for seconds
-    compiled = tempfile.TemporaryDirectory(prefix="nanomed-tests-")
-    sys.dont_write_bytecode, sys.pycache_prefix = False, compiled.name
-    os.environ |= {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": compiled.name}
+    compiled = str(ROOT / ".pytest_cache/compiled")  # and the next run finds it there
+    sys.dont_write_bytecode, sys.pycache_prefix = False, compiled
+    os.environ |= {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": compiled}
 
 import torch  # noqa: E402
 
@@ -96,6 +96,12 @@ def encoder() -> template.Encoder:
 def small() -> ModelConfig:
     """Every feature of the real models (grouped queries, q/k/v bias), in 0.1 million parameters."""
     return ModelConfig(97, 2, 128, 2, 1, 96, 512, 1e6, 1e-5, True)
+
+
+@pytest.fixture(scope="session")
+def shallow(small) -> ModelConfig:
+    """For whole runs on several ranks, where every layer costs as much as all else in a step."""
+    return dataclasses.replace(small, n_layers=1)
 
 
 @pytest.fixture(scope="module")

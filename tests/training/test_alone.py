@@ -66,14 +66,14 @@ def test_rounding_at_random_is_right_on_average():
 
 @pytest.mark.parametrize("clips", [False, True])
 @pytest.mark.parametrize("way", ["split", "split_host"])
-def test_fifty_steps_are_float32_adamw_bit_for_bit(small, monkeypatch, way, clips):
+def test_twenty_steps_are_float32_adamw_bit_for_bit(small, monkeypatch, way, clips):
     monkeypatch.setattr(alone, "CHUNK", 4096)  # several for each matrix
     ours, theirs = halves(small, way), Aquila(small)
     init_weights(theirs)
     optimizer, wanted = adamw(ours, 0.1), adamw(theirs, 0.1)
     assert isinstance(wanted, torch.optim.AdamW) and isinstance(optimizer, alone.SplitAdamW)
     draw = torch.Generator().manual_seed(1)
-    for step in range(50):
+    for step in range(20):
         for group in (*optimizer.param_groups, *wanted.param_groups):
             group["lr"] = 1e-3 / (step + 1)
         scale = torch.tensor(0.3) if clips and step % 2 else None
@@ -188,12 +188,12 @@ def test_a_run_is_fsdps(world, small, tmp_path):
         assert mine == pytest.approx(wanted, rel=2e-3)
 
 
-def test_moments_in_bfloat16_learn_as_well(world, small, tmp_path):
-    losses = {
-        way: run(world, small, tmp_path / way, way, steps=40, log_every=40)[1][-1]["val_loss"]
-        for way in ("split", "split_bf16")
-    }
-    assert losses["split_bf16"] == pytest.approx(losses["split"], rel=0.005)
+def test_moments_in_bfloat16_learn_as_well(world, shallow, tmp_path):
+    found = []
+    for way in ("split", "split_bf16"):
+        _, metrics = run(world, shallow, tmp_path / way, way, steps=20, eval_every=20)
+        found.append([m.get("loss", m.get("val_loss")) for m in metrics])
+    assert found[0] == pytest.approx(found[1], rel=0.005) and len(found[0]) == 22
 
 
 @pytest.mark.parametrize("first, second", [("split", "fsdp"), ("fsdp", "split")])

@@ -18,6 +18,8 @@ from nanomed.run import checkpoint
 from tests.training.test_exactness import metrics_of, sharded, train
 
 COPIES = Sharing(copies=2, once=True)
+BRIEF = {"lr": 1e-3, "save_every": 3, "eval_every": 3}
+N_STEPS = 6  # an epoch has four: half of them and the save end in its middle
 
 
 def parts(world, config) -> list[int]:
@@ -33,45 +35,45 @@ def test_each_node_holds_a_whole_model(pool, small):
 
 
 @pytest.fixture(scope="module")
-def copies(pool, small, tmp_path_factory) -> Path:
-    """A run of 10 steps, saved in the background."""
+def copies(pool, shallow, tmp_path_factory) -> Path:
+    """A run saved in the background."""
     folder = tmp_path_factory.mktemp("copies") / "x"
-    pool(4, train, small, str(folder), {"lr": 1e-3, "save": "background"}, (), 10, COPIES)
+    pool(4, train, shallow, str(folder), BRIEF | {"save": "background"}, (), N_STEPS, COPIES)
     return folder
 
 
-def test_copies_learn_as_one_process(pool, small, tmp_path, copies):
-    pool(1, train, small, str(tmp_path / "x"), {"lr": 1e-3})
+def test_copies_learn_as_one_process(pool, shallow, tmp_path, copies):
+    pool(1, train, shallow, str(tmp_path / "x"), BRIEF, (), N_STEPS)
     for ours, theirs in zip(metrics_of(copies), metrics_of(tmp_path / "x"), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5)
 
 
-def goes_on(pool, small, folder: Path, sharing: Sharing | None, **changes) -> tuple[list, list]:
+def goes_on(pool, shallow, folder: Path, sharing: Sharing | None, **changes) -> tuple[list, list]:
     """The metrics of the run in the folder without its last save, gone on with from the one before;
     and as they were."""
     wanted = metrics_of(folder)
     checkpoint.delete(checkpoint.newest(folder / "checkpoints"))
-    n_steps = wanted[-1]["step"]
-    changes = {"lr": 1e-3, "resume": "latest", **changes}
-    pool(4, train, small, str(folder), changes, (), n_steps, sharing)
+    changes = BRIEF | {"resume": "latest", **changes}
+    pool(4, train, shallow, str(folder), changes, (), N_STEPS, sharing)
     found = metrics_of(folder)
-    assert len(found) == len(wanted) and found[-1]["step"] == n_steps
+    assert len(found) == len(wanted) and found[-1]["step"] == N_STEPS
     return found, wanted
 
 
-def test_one_copy_goes_on_with_a_save_of_copies(pool, small, tmp_path, copies):
+def test_one_copy_goes_on_with_a_save_of_copies(pool, shallow, tmp_path, copies):
     shutil.copytree(copies, tmp_path / "x", symlinks=True)
-    for ours, theirs in zip(*goes_on(pool, small, tmp_path / "x", None), strict=True):
+    for ours, theirs in zip(*goes_on(pool, shallow, tmp_path / "x", None), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5)
 
 
 @pytest.mark.parametrize("first, save", [(COPIES, "background"), (None, "blocking")])
-def test_copies_go_on(pool, small, tmp_path, first, save):
+def test_copies_go_on(pool, shallow, tmp_path, first, save):
     """With a save of one copy on four ranks the losses stay within 1e-5; of as many copies, they
     and the dropout are the same bit for bit."""
     changes = {"save": save, "dropout": 0.2 if first else 0.0}
-    pool(4, train, small, str(tmp_path / "x"), {"lr": 1e-3} | changes, (), 10, first)
-    for ours, theirs in zip(*goes_on(pool, small, tmp_path / "x", COPIES, **changes), strict=True):
+    pool(4, train, shallow, str(tmp_path / "x"), BRIEF | changes, (), N_STEPS, first)
+    found = goes_on(pool, shallow, tmp_path / "x", COPIES, **changes)
+    for ours, theirs in zip(*found, strict=True):
         assert ours == (theirs if first else pytest.approx(theirs, rel=1e-5))
 
 

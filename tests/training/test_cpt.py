@@ -187,23 +187,23 @@ def n_bytes_of(model_config) -> torch.Tensor:
     return torch.arange(model_config.vocab_size) % 5
 
 
-def test_early_losses_do_not_depend_on_the_number_of_processes(pool, small, tmp_path):
+def test_early_losses_do_not_depend_on_the_number_of_processes(pool, shallow, tmp_path):
     """Dropout 0: 12 steps within 1e-5 on 1 and 2 processes, and the sources' metrics with them."""
     for n_ranks in (1, 2):
-        pool(n_ranks, train, small, str(tmp_path / f"on{n_ranks}"), False)
+        pool(n_ranks, train, shallow, str(tmp_path / f"on{n_ranks}"), False)
     alone = metrics_of(tmp_path / "on1")
     assert len([m for m in alone if "loss" in m]) == 12 and "val_bits_per_byte/source1" in alone[-1]
     for ours, wanted in zip(metrics_of(tmp_path / "on2"), alone, strict=True):
         assert ours == pytest.approx(wanted, rel=1e-5)
 
 
-def test_a_resumed_run_is_the_run_that_was_never_stopped(pool, small, tmp_path):
+def test_a_resumed_run_is_the_run_that_was_never_stopped(pool, shallow, tmp_path):
     """Bit for bit, with dropout; in the middle of a pass over both sources."""
     n_ranks = 2
     straight, halves = (str(tmp_path / name) for name in ("straight", "halves"))
-    wanted = pool(n_ranks, train, small, straight, True, 0, 0.2)
-    pool(n_ranks, train, small, halves, True, 9, 0.2)
-    got = pool(n_ranks, resumed, small, halves)
+    wanted = pool(n_ranks, train, shallow, straight, True, 0, 0.2)
+    pool(n_ranks, train, shallow, halves, True, 9, 0.2)
+    got = pool(n_ranks, resumed, shallow, halves)
     assert all(torch.equal(a, b) for a, b in zip(got[0], wanted[0], strict=True))
     assert metrics_of(tmp_path / "halves") == metrics_of(tmp_path / "straight")
 

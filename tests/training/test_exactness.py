@@ -302,16 +302,16 @@ def test_ten_steps_are_five_and_a_resume_and_five(pool, small, tmp_path, n_ranks
         assert best[0] == best[1]
 
 
-def test_early_losses_do_not_depend_on_the_number_of_processes(pool, small, tmp_path):
+def test_early_losses_do_not_depend_on_the_number_of_processes(pool, shallow, tmp_path):
     """Dropout 0: the first 20 steps within 1e-5 on 1, 2 and 4 processes; and the 15 steps after a
     resume on another number of them."""
 
     def run(n_ranks: int, name: str, **changes) -> list[dict]:
-        changes |= {"lr": 1e-3, "keep_last": 9, "eval_every": 10}
-        pool(n_ranks, train, small, str(tmp_path / name), changes, (), 20)
+        changes = {"lr": 1e-3, "save_every": 20, "eval_every": 10, **changes}
+        pool(n_ranks, train, shallow, str(tmp_path / name), changes, (), 20)
         return metrics_of(tmp_path / name)
 
-    alone, *found = [run(n, f"on{n}") for n in (1, 2, 4)]
+    alone, *found = run(1, "on1"), run(2, "on2", save_every=5, keep_last=9), run(4, "on4")
     for step in (10, 15, 20):
         checkpoint.delete(tmp_path / f"on2/checkpoints/step-{step:06d}")
     found.append(run(1, "on2", resume="latest"))

@@ -108,7 +108,7 @@ SAVES = ["blocking", "background"]
 OTHERS = sorted(set(STAGES) - {"sft"})
 
 
-@pytest.mark.parametrize("seed", [2, 5, 6, 7])  # one and two ranks, early and late
+@pytest.mark.parametrize("seed", [5, 6])  # two ranks and one
 def test_killed_at_a_random_time(forks, straight, tmp_path, seed):
     kill_at_a_random_time(forks, straight, tmp_path / "run", 1 + seed % 2, seed)
 
