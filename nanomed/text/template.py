@@ -75,9 +75,26 @@ def load(name: str) -> Template:
     try:
         with open(name, encoding="utf-8") as file:
             template = Template(**json.load(file))
+        _check(template)
     except (OSError, TypeError, ValueError) as error:
         raise InputError(f"--template {name}: {error}") from None
     return dataclasses.replace(template, special=tuple(template.special))
+
+
+def _check(template: Template) -> None:
+    """Raises ValueError naming a field that no template can have."""
+    for name, good in json.loads(CHATML.to_json()).items():
+        value = getattr(template, name)
+        parts = value.values() if isinstance(value, dict) else value
+        same = type(value) is type(good) and all(isinstance(part, str) for part in parts)
+        if not same or (isinstance(good, dict) and value.keys() != good.keys()):
+            raise ValueError(f"{name} is {value!r}; chatml's is {good!r}")
+    answer_ends = template.after["assistant"]
+    if template.turn_end not in template.special or template.turn_end not in answer_ends:
+        raise ValueError(
+            f"turn_end {template.turn_end!r} must stand in special and in the "
+            f"assistant's after, {answer_ends!r}"
+        )
 
 
 def fitting(tokenizer: Tokenizer) -> Template:

@@ -1,5 +1,8 @@
+import dataclasses
 import itertools
+import json
 import random
+import re
 
 import pytest
 
@@ -147,6 +150,28 @@ def test_a_template_needs_its_tokens(encoder):
     strange = Template("strange", ("<|x|>",), "", {}, {}, "<|x|>", "<|endoftext|>")
     with pytest.raises(InputError, match=r"'strange' needs the special tokens <\|x\|>"):
         Encoder(strange, encoder.tokenizer)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"turn_end": "<|endoftext|>"}, "turn_end '<|endoftext|>' must stand in special"),
+        ({"turn_end": 7}, "turn_end is 7; chatml's is '<|im_end|>'"),
+        ({"after": CHATML.after | {"assistant": "\n"}}, "turn_end '<|im_end|>' must stand in"),
+        ({"before": {"user": "a"}}, "before is {'user': 'a'}; chatml's is {'system': "),
+        ({"after": {**CHATML.after, "user": 1}}, "after is {'system': "),
+        ({"special": "<|im_end|>"}, "special is '<|im_end|>'; chatml's is ['<|im_start|>', "),
+        ({"special": ["<|im_end|>", 7]}, "special is ['<|im_end|>', 7]"),
+        ({"system": None}, "system is None"),
+    ],
+)
+def test_a_file_that_is_no_template_is_named(tmp_path, changes, message):
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(dataclasses.asdict(CHATML) | changes), "utf-8")
+    with pytest.raises(InputError, match=re.escape(f"--template {path}: ") + re.escape(message)):
+        load(str(path))
+    path.write_text(CHATML.to_json(), "utf-8")
+    assert load(str(path)) == CHATML
 
 
 # ---------------------------------------------------------------- preference pairs
