@@ -39,8 +39,14 @@ def reference_logps(model: nn.Module, loader: Loader, run: RunFolder, dtype: tor
     key = {"weights": fingerprint(model), "kernels": used, "dtype": str(dtype)}
     key_path, path = run.path / "reference.json", run.path / "reference.npy"
     if run.resume_from:
-        _check_key(run, json.loads(key_path.read_text("utf-8")), key)
-        logps = torch.from_numpy(np.load(path))
+        try:
+            found, logps = json.loads(key_path.read_text("utf-8")), torch.from_numpy(np.load(path))
+        except (OSError, ValueError, EOFError, TypeError) as error:
+            raise InputError(
+                f"{path} and .json cannot be read ({error}); copy them back from a backup, or "
+                "start a new run: what was learned so far was measured from this reference"
+            ) from None
+        _check_key(run, found, key)
     else:
         logps = answer_logps(model, loader, run.world).cpu()
         if run.world.is_main:

@@ -155,6 +155,12 @@ def test_a_resume_reads_the_reference_and_refuses_another_key(world, small, tmp_
     with pytest.raises(InputError, match="kernels: reference there, triton now"):
         reference_logps(model, loader, run, torch.float32)
     monkeypatch.undo()
+    kept = (run.path / "reference.npy").read_bytes()
+    for content in (kept[:-1], kept[:20], b""):
+        (run.path / "reference.npy").write_bytes(content)
+        with pytest.raises(InputError, match=r"reference.npy .* cannot be read .*start a new run"):
+            reference_logps(model, loader, run, torch.float32)
+    (run.path / "reference.npy").write_bytes(kept)
     init_weights(model, seed=1)
     with pytest.raises(InputError, match="weights: "):
         reference_logps(model, loader, run, torch.float32)
