@@ -2,9 +2,10 @@
 
 import json
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -86,6 +87,17 @@ def hangs_up(handler: Handler) -> None:
     handler.wfile.write(whole[: len(whole) // 2])
     handler.wfile.flush()
     handler.connection.close()
+
+
+def drips(handler: Handler) -> None:
+    """A proxy that keeps a connection alive with spaces, each in time."""
+    handler.send_response(200)
+    handler.end_headers()
+    with suppress(OSError):  # the client has hung up
+        for _ in range(100):
+            handler.wfile.write(b" ")
+            time.sleep(0.05)
+        handler.server.standin.every = status(500)  # it has not
 
 
 @contextmanager

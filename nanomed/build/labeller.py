@@ -15,6 +15,7 @@ import os
 import random
 import re
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
@@ -34,6 +35,8 @@ from nanomed.locks import take
 TRIES = 6  # of one request, before the run stops
 AGAIN = (408, 409, 429)  # and all from 500 on: the endpoint may answer later
 LONGEST_WAIT = 120.0  # seconds between two tries, whatever Retry-After asks for
+_FENCED = re.compile(r"```(?:json)?\s*(.*?)\s*```", re.DOTALL)
+_CHINESE = re.compile("[\u3400-\u9fff]")
 KEY = "LABELLER_API_KEY"  # the environment variable that holds the endpoint's key
 
 
@@ -63,9 +66,6 @@ class Request:
         text = "".join(message["content"] for message in self.messages)
         chinese = len(_CHINESE.findall(text))
         return round(chinese / 1.6 + (len(text) - chinese) / 4) + 4 * len(self.messages)
-
-
-_CHINESE = re.compile("[\u3400-\u9fff]")
 
 
 @dataclass(frozen=True)
@@ -178,8 +178,7 @@ class Endpoint:
         """One answer for each request, in their order. Raises EndpointError if all of it would cost
         more than max_cost, if the endpoint refuses, or if one request has failed TRIES times; what
         is under way then is waited for and kept."""
-        todo = self.unasked(requests)
-        if todo:
+        if todo := self.unasked(requests):
             print(self.estimate(requests), flush=True)
             self._check_cost(sum(map(self._most, todo.values())))
         self._stopped.clear()
@@ -244,7 +243,6 @@ class Endpoint:
 
     def _answer(self, key: str, request: Request) -> Answer | None:
         """None if the run is stopped before an answer came."""
-        problem = ""
         for i in range(TRIES):
             if self._stopped.is_set():
                 return None
@@ -252,7 +250,7 @@ class Endpoint:
             try:
                 return Answer.of(key, request, self._post(request.body(self.model)))
             except urllib.error.HTTPError as error:
-                problem = f"{error.code} {_message(error)}"
+                problem = f"{error.code} {_message(error, self.timeout)}"
                 if error.code < 500 and error.code not in AGAIN:
                     raise EndpointError(f"{self.host} refuses: {problem}; {self._kept}") from None
                 asked = error.headers.get("Retry-After", "")  # seconds; a date is not read
@@ -275,12 +273,22 @@ class Endpoint:
         data = json.dumps(body).encode()
         request = urllib.request.Request(f"{self.url}/chat/completions", data, headers)
         with self.opener.open(request, timeout=self.timeout) as reply:
-            return json.load(reply)
+            return json.loads(_whole(reply, self.timeout))
 
 
-def _message(error: urllib.error.HTTPError) -> str:
+def _whole(reply: Any, seconds: float) -> bytes:
+    """A reply's body. A connection's own limit is for one piece of it, and many may drip in."""
+    until, body = time.monotonic() + seconds, b""
+    while piece := reply.read1():
+        body += piece
+        if time.monotonic() > until:
+            raise TimeoutError(f"after {seconds:g} s the reply was not whole")
+    return body
+
+
+def _message(error: urllib.error.HTTPError, seconds: float) -> str:
     try:
-        return str(json.load(error)["error"]["message"])[:200]
+        return str(json.loads(_whole(error, seconds))["error"]["message"])[:200]
     except (ValueError, KeyError, TypeError, OSError, HTTPException):
         return str(error.reason)
 
@@ -340,6 +348,3 @@ def parse_object(text: str, allowed: dict[str, Sequence[Any]]) -> dict[str, Any]
 def is_one_of(value: Any, allowed: Sequence[Any]) -> bool:
     """Of the same type, too: 1 is neither 1.0 nor true."""
     return any(type(other) is type(value) and other == value for other in allowed)
-
-
-_FENCED = re.compile(r"```(?:json)?\s*(.*?)\s*```", re.DOTALL)

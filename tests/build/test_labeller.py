@@ -13,7 +13,7 @@ from nanomed.build import labeller
 from nanomed.build.labeller import Endpoint, EndpointError, Request, parse_object, quoted
 from nanomed.config import InputError
 from tests.conftest import ROOT
-from tests.endpoint import hangs_up, replies, reply_of, serving, status
+from tests.endpoint import drips, hangs_up, replies, reply_of, serving, status
 
 
 def requests(n: int, max_tokens: int = 10) -> list[Request]:
@@ -145,14 +145,14 @@ FAULTS = {
     "no choices": replies({"choices": []}),
     "content that is no text": replies({"choices": [{"message": {"content": 7}}]}),
     "a slow one": lambda handler: time.sleep(2),
+    "one that drips": drips,
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_passing_fault_costs_a_second_try_and_no_answer(tmp_path, fault):
     with serving(echo, faults={2: FAULTS[fault], 3: FAULTS[fault]}) as standin:
-        timeout = 1 if fault == "a slow one" else 60
-        client = connect(standin, tmp_path, threads=1, timeout=timeout)
+        client = connect(standin, tmp_path, threads=1, timeout=0.5 if " one" in fault else 60)
         assert [a.text for a in client.ask(requests(3))] == [f"answer {i}" for i in range(3)]
         assert len(standin.bodies) == 5
 
