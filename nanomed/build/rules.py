@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from nanomed.build import private
-from nanomed.build.shards import Doc, Finding, text_of
+from nanomed.build.shards import Doc, Finding, systems_of, text_of
 from nanomed.build.text import U64, Lookup, Ragged, ngrams, ordinary, tokens
 from nanomed.config import InputError
 from nanomed.records.files import read_lines
@@ -88,10 +88,15 @@ class Limits:
                 value, limit = float(of_texts[i]), getattr(self, name)
                 keeps = value >= limit if name == "length" else value <= limit
                 doc.findings.append(Finding(name, value, limit, keeps))
-            n = left = len(private.found(doc.text)) if self.private != "keep" else 0
+            n = left = _n_private(doc) if self.private != "keep" else 0
             if n and self.private == "mask":
                 doc.record = private.masked(doc.record)
                 doc.text = text_of("", 0, doc.record)
                 doc.known["tokens"] = int(tokens([doc.text]).lengths[0])
-                left = len(private.found(doc.text))  # over the border of two turns
+                left = _n_private(doc)  # over the border of two turns
             doc.findings.append(Finding("private", n, 0.0, left == 0))
+
+
+def _n_private(doc: Doc) -> int:
+    texts = [doc.text, *systems_of(doc.record, doc.known.get("chat", False))]
+    return sum(len(private.found(text)) for text in texts)

@@ -27,7 +27,7 @@ from typing import Any, BinaryIO, NamedTuple
 from nanomed.build import text
 from nanomed.build.files import line_of, make_private, whole
 from nanomed.config import InputError
-from nanomed.records import chats_of, read_records, texts_in
+from nanomed.records import Chat, chats_of, read_records, texts_in
 from nanomed.records.shapes import blank, language, source_of
 
 GROUP = 64 << 20  # bytes of files that are read, and written at the end, by one task
@@ -76,12 +76,26 @@ Judge = Callable[[list[Doc]], None]  # appends its findings to each of a batch o
 def text_of(path: str, number: int, record: Any, chats: bool = False) -> str:
     """A document's text; of a chat's record, and with `chats` of any, all turns: what is learned of
     it. Raises InputError as texts_in does."""
-    if isinstance(record, dict) and not chats:
-        text = record.get("text") or record.get("content")
-        if text and isinstance(text, str):
-            return text
+    if text := _own_text(record, chats):
+        return text
     found = chats_of(record) if chats else texts_in(path, number, record)
     return "\n".join(text for one in found for text in one.texts())
+
+
+def systems_of(record: Any, chats: bool = False) -> list[str]:
+    """The system texts of a record that text_of() has read: not in its text, but kept with it."""
+    if _own_text(record, chats):
+        return []
+    found = chats_of(record) if chats else texts_in("", 0, record)
+    return [one.system for one in found if isinstance(one, Chat)]
+
+
+def _own_text(record: Any, chats: bool) -> str:
+    """A document's, "" of a chat's record."""
+    if chats or not isinstance(record, dict):
+        return ""
+    text = record.get("text") or record.get("content")
+    return text if isinstance(text, str) else ""
 
 
 def read_documents(

@@ -98,6 +98,12 @@ def test_private_data_can_be_masked_instead(tmp_path):
     assert doc.record == {"text": doc.text, "turns": [{"by": "[email]"}], "n": 1}
     assert reasons(judged([one], rules.Limits(20, 0.2, 0.3, 5.0, "keep"))[0]) == []
 
+    for how, wanted in (("drop", ["private"]), ("mask", [])):  # a system text is kept with its chat
+        doc = Doc(0, chat("Why?", "Because.", system="Call 13800138000."), "Why?\nBecause.", {})
+        rules.Limits(0, 1, 1, 1000, how).judge([doc])
+        assert reasons(doc) == wanted
+    assert doc.record["system"] == "Call [phone]."
+
 
 def test_nothing_private_is_left_behind_a_mask():
     assert private.masked("住址：北京市海淀区a@b.com") == "[address]"  # one within another
