@@ -35,6 +35,7 @@ def test_file_then_flags(tmp_path):
 )
 def test_resume_with_and_without_a_value(flags, resume):
     assert parse(SFT, flags).resume == resume
+    assert parse(SFT, ["--resume", "runs/a", "--out", "./runs/a/"]).out == "./runs/a/"  # the same
 
 
 @pytest.mark.parametrize(
