@@ -152,7 +152,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_passing_fault_costs_a_second_try_and_no_answer(tmp_path, fault):
     with serving(echo, faults={2: FAULTS[fault], 3: FAULTS[fault]}) as standin:
-        client = connect(standin, tmp_path, threads=1, timeout=0.5 if " one" in fault else 60)
+        client = connect(standin, tmp_path, threads=1, timeout=0.5 if "one" in fault else 60)
         assert [a.text for a in client.ask(requests(3))] == [f"answer {i}" for i in range(3)]
         assert len(standin.bodies) == 5
 
