@@ -203,7 +203,7 @@ def test_masters_in_float32_move_where_bfloat16_ones_do_not(world, small):
 
 def test_eight_pairs_are_learned(world, small, tmp_path):
     c = dataclasses.replace(
-        C, batch_size=8, steps=30, lr=3e-3, log_every=30, out=str(tmp_path / "x")
+        C, batch_size=8, steps=30, lr=3e-3, log_every=30, eval_every=30, out=str(tmp_path / "x")
     )
     model, run, loader = sharded(world, small), RunFolder(c, world), loader_of(world, c, 8)
     loss = loss_of(reference_logps(model, loader, run, torch.float32), c)

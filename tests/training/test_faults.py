@@ -180,7 +180,7 @@ def test_a_spike_is_logged_with_its_records(pool, tmp_path):
 def spiking(world, out: str) -> None:
     original, trainer.Spikes = trainer.Spikes, lambda: Spikes(n=4)
     try:
-        c = settings(out, lr=1e-5)
+        c = settings(out, lr=1e-5, save_every=12, eval_every=12)
         run, loader, calls = RunFolder(c, world), loader_of(world, c), []
 
         def loss(scores, row):

@@ -121,7 +121,7 @@ IN_THE_SUITE = {
     "in the middle of validation": (1, "blocking"),
     "between the note and best": (1, "background"),
     "while an old checkpoint is deleted": (1, "background"),
-    "in the middle of accumulation": (2, "background"),
+    "in the middle of accumulation": (1, "background"),
     "a step, while shards are written": (2, "background"),
     "a validation is over, its save is not": (1, "background"),
 }

@@ -160,7 +160,7 @@ def test_a_beginners_error_is_seen(pool, small, name, wrong):
 def test_simpo_is_learned_too(world, small, tmp_path):
     """It starts near 1.31, -log sigmoid(-gamma), where DPO starts at 0.69: no bound fits both."""
     c = dataclasses.replace(
-        C, batch_size=8, steps=30, lr=3e-3, log_every=30, out=str(tmp_path / "x")
+        C, batch_size=8, steps=30, lr=3e-3, log_every=30, eval_every=30, out=str(tmp_path / "x")
     )
     model, run, loader = sharded(world, small), RunFolder(c, world), dpo_loader(world, c, 8)
     fit(c, model, loader, simpo_loss, run)
