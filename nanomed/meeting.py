@@ -115,6 +115,8 @@ class Ear(threading.Thread):
         self.ended.set()
         if kind is None or not issubclass(kind, Exception):
             self._has_heard()  # and will not ask any more
+        if kind is None and self.rank == 0:
+            self._stay()  # without torchrun the place ends with it, and torch would warn the others
 
     def run(self) -> None:
         with suppress(RuntimeError):  # the place is gone
@@ -147,6 +149,7 @@ class Ear(threading.Thread):
         return True
 
     def _stay(self) -> None:
+        """Until all have heard, or have left."""
         until = time.monotonic() + STAYS
         with suppress(RuntimeError):
             while time.monotonic() < until:

@@ -211,8 +211,13 @@ def test_the_first_to_fail_stays_until_all_have_heard(monkeypatch):
     first, ends_well, listens = (meeting.Ear(store, rank, 3) for rank in range(3))
     monkeypatch.setattr(meeting, "LISTENS", 0.02)
     monkeypatch.setattr(meeting, "LINGER", 0.0)
+    monkeypatch.setattr(meeting, "STAYS", 0.2)
     with ends_well:
         pass
+    since = time.monotonic()
+    with meeting.Ear(dist.HashStore(), 0, 2):  # where the place is, the last to leave
+        pass
+    assert time.monotonic() - since >= 0.2
 
     def stays(at_most: float) -> float:
         monkeypatch.setattr(meeting, "STAYS", at_most)
