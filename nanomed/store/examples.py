@@ -30,10 +30,17 @@ class Store:
 
     def __init__(self, folder: Path):
         self.folder = folder
+        try:
+            self._open()
+        except (OSError, ValueError, EOFError, KeyError, TypeError) as error:
+            raise InputError(f"{folder} is damaged ({error}); delete it and start again") from None
+
+    def _open(self) -> None:
+        folder = self.folder
         self.meta = json.loads((folder / "meta.json").read_text("utf-8"))
         for name, n_bytes in (("tokens.u32", 4), ("trained.u8", 1)):
             if (folder / name).stat().st_size != n_bytes * self.meta["tokens"]:
-                raise InputError(f"{folder} is damaged; delete it and start again")
+                raise ValueError(f"{name} is not as long as it was")
         self.tokens = np.memmap(folder / "tokens.u32", np.uint32, "r")
         self.trained = np.memmap(folder / "trained.u8", np.bool_, "r")
         self.borders = np.load(folder / "borders.npy", mmap_mode="r")  # [segments+1]
