@@ -307,7 +307,7 @@ def test_early_losses_do_not_depend_on_the_number_of_processes(pool, shallow, tm
     resume on another number of them."""
 
     def run(n_ranks: int, name: str, **changes) -> list[dict]:
-        changes = {"lr": 1e-3, "save_every": 20, "eval_every": 10, **changes}
+        changes = {"lr": 1e-3, "save_every": 20, "eval_every": 20, **changes}
         pool(n_ranks, train, shallow, str(tmp_path / name), changes, (), 20)
         return metrics_of(tmp_path / name)
 
