@@ -171,10 +171,26 @@ def worth(name: str, model: Model, texts: list[str], mixed: list[Document]) -> d
     return found
 
 
+def more_pieces(unseen: list[str], rng: random.Random) -> list[str]:
+    """Of the files that NANOMED_TEXTS names, as a pattern: of each record's `text` six at most, and
+    none that shares eight words with an unseen one."""
+
+    def runs(text: str) -> set[tuple[str, ...]]:
+        words = re.findall(r"[a-z0-9]+", text.lower())
+        return {tuple(words[i : i + 8]) for i in range(len(words) - 7)}
+
+    known = set().union(*map(runs, unseen))
+    named = sorted(glob.glob(os.environ.get("NANOMED_TEXTS", "")))
+    texts = [record["text"] for path in named for _, record, _ in read_records(path)]
+    found = [piece for text in texts for piece in pieces([text], rng)[:6]]
+    return [piece for piece in found if not known & runs(piece)]
+
+
 @pytest.mark.slow
 def test_planted_defects_on_a_source_that_was_not_trained_on(shared_data, tmp_path, monkeypatch):
     """PubMed's abstracts, which are benchmarks, are scored and never learned. Two plantings of each
-    text that is learned, once over, take 40 minutes of one core; the scores 15 more."""
+    text that is learned, once over, take 40 minutes of one core; the scores 15 more. NANOMED_TEXTS
+    may name files of more texts to learn from, for a GPU."""
     texts, rng = sources(shared_data), random.Random(0)
     of = {name: pieces(texts[name], rng) for name in ("wiki en", "c4 en", "dpo en", "alpaca en")}
     unseen = pieces(texts["pubmed en"], rng)
@@ -182,7 +198,8 @@ def test_planted_defects_on_a_source_that_was_not_trained_on(shared_data, tmp_pa
     held_out = [text for name in names for text in of[name][:100]]
     learned = [text for name in names for text in of[name][100:]] + of["alpaca en"]
     rng.shuffle(learned)
-    learned = documents(learned, 1, 0) + documents(learned, 4, 0)
+    more = more_pieces(unseen + held_out, rng)
+    learned = documents(learned, 1, 0) + documents(learned, 4, 0) + documents(more, 21, 0)
     given = [text for text, *_ in learned], np.array([float(q) for *_, q in learned])
     print(f"\n{len(learned)} documents to learn from")
     ngrams = linear.learn("quality", *given)
@@ -197,7 +214,8 @@ def test_planted_defects_on_a_source_that_was_not_trained_on(shared_data, tmp_pa
     ranks = {name: figures.pop("Spearman") for name, figures in found.items()}
     assert ranks["decoder"] > max(0.55, ranks["n-grams"] + 0.2)
     hard = [found["decoder"].pop(defect) for defect in ("spliced", "incoherent")]
-    assert min(found["decoder"].values()) > 0.9 and min(hard) > 0.75
+    assert min(found["decoder"].values()) > 0.9
+    assert min(hard) > (0.85 if len(more) > 10_000 else 0.75)
 
 
 # ---------------------------------------------------------------- scores of a large model
