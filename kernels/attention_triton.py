@@ -246,7 +246,8 @@ def _dk_dv_kernel(
     H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """dk[T,K,E] and dv[T,K,E] for one tile of keys and one key/value head, summed over the query
-    heads that read it. *_tiles are descriptors, or None."""
+    heads that read it. *_tiles are descriptors, or None. (Not a tuple: Triton 3.6 launches no
+    kernel with one.)"""
     start, length, first, numbers = find_tile(cu_seqlens, n_segments, tl.program_id(0), KEYS)
     if first >= length:
         return
