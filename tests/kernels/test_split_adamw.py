@@ -91,10 +91,10 @@ def test_a_planted_bug_is_seen(right, wrong, tmp_path):
 
 
 @pytest.mark.parametrize("architecture", [90, pytest.param(80, marks=pytest.mark.slow)])
-def test_compiled_once_and_nothing_is_spilled(architecture):
-    """For GPUs that are not here, whatever the number of weights."""
+def test_compiled_for_three_kinds_of_numbers_and_nothing_is_spilled(architecture):
+    """For GPUs that are not here: of 1 weight, of a number that 16 divides, and of any other."""
     made = aot.compiled(architecture)["split_adamw_step"]
-    assert (made["times"], made["stack"]) == (1, 0)
+    assert (made["times"], made["stack"]) == (3, 0)
 
 
 def test_narrow_moments_are_neighbours_and_right_on_average():
