@@ -194,6 +194,9 @@ def main() -> None:
         others = [*c.labels, *c.decontaminate, *filter(None, [c.toxic_words])]
         if c.classifier:
             others += map(str, weight_files(c.classifier))
+            from nanomed.distributed import pick_device  # here, because torch is slow to import
+
+            pick_device("auto")  # a launcher's process without a GPU is refused now
         build.begin(deciding(c), others)
         # What cannot be read stops the run now.
         decontaminate.index_of(tuple(c.decontaminate))

@@ -216,3 +216,17 @@ def test_another_model_asks_for_another_folder(raw, folder, tmp_path):
         corpora.build(files, tmp_path / "out", *more, "--classifier", folder)
     with pytest.raises(InputError, match="no such folder"):
         corpora.build(files, tmp_path / "other", *more, "--classifier", str(tmp_path / "none"))
+
+
+def test_more_processes_than_gpus_are_refused_before_it_is_trained(
+    raw, folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for name, value in {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    files, more = raw
+    with pytest.raises(InputError, match="2 processes on a machine"):
+        corpora.build(files, tmp_path / "out", *more, "--classifier", folder)
+    assert not (tmp_path / "out").exists()
