@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import os
 import tomllib
 from typing import Any, get_args, get_origin
 
@@ -23,6 +24,10 @@ def parse(cls: type[Run], argv: list[str] | None = None, base: dict[str, Any] | 
     run = cls(**{**base, **from_file, **given})
     lists = [n for n in ("data", "val_data") if hasattr(run, n)]
     found = {n: list(map(beside_the_scripts, getattr(run, n))) for n in lists}
+    for name, files in found.items():
+        real = [*map(os.path.realpath, files)]  # however it is spelled
+        if twice := [file for i, file in enumerate(files) if real[i] in real[:i]]:
+            raise InputError(f"--{name}: {twice[0]} is given twice; --epochs repeats data")
     paths = [n for n in ("tokenizer", "template") if hasattr(run, n)]
     found |= {n: beside_the_scripts(getattr(run, n)) for n in paths}
     return dataclasses.replace(run, **found)

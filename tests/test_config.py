@@ -132,3 +132,11 @@ def test_what_the_project_brings_is_found_from_any_folder(tmp_path, monkeypatch,
     assert own.data == ["samples/sft.jsonl"] and not stage.may_show_text(own)
     monkeypatch.chdir(ROOT)
     assert parse(SFT, []).data == ["samples/sft.jsonl"] and stage.may_show_text(parse(SFT, []))
+
+
+def test_a_file_may_be_learned_and_held_out_too_but_each_once():
+    """Whoever looks whether a model learns anything at all validates on what it learns."""
+    assert parse(SFT, ["--data", "a", "b", "--val_data", "a"]).val_data == ["a"]
+    for given in (["--data", "a", "./a"], ["--data", "a", "--val_data", "b", "b"]):
+        with pytest.raises(InputError, match="given twice"):
+            parse(SFT, given)

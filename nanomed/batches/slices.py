@@ -69,7 +69,9 @@ def read(c: CPT, encoder: Encoder) -> "Slices":
 def names_of(paths: list[str]) -> list[str]:
     """Short names for metrics: the file's without its endings, or the whole path where two files
     would share one. Raises InputError for a path that is given twice."""
-    store.check_once(paths)
+    given = [*map(Path, paths)]  # store/ is store
+    if twice := [path for i, path in enumerate(given) if path in given[:i]]:
+        raise InputError(f"--data and --val_data: {twice[0]} is given twice; --epochs repeats data")
     short = [Path(path).name.split(".")[0] for path in paths]
     unique = [name and short.count(name) == 1 for name in short]
     whole = [path.strip("/").replace("/", "-") for path in paths]

@@ -11,12 +11,12 @@ cache.py       which store belongs to which files, tokenizer and code
 python -m nanomed.store FILES --tokenizer DIR --out STORE
 """
 
-from nanomed.store.cache import check_once, group_key
+from nanomed.store.cache import group_key
 from nanomed.store.examples import Store, chats, pairs
 from nanomed.store.stream import Documents, Part, Piece
 from nanomed.store.writing import build, documents
 
 __all__ = [
     "Documents", "Part", "Piece", "Store",
-    "build", "chats", "check_once", "documents", "group_key", "pairs",
+    "build", "chats", "documents", "group_key", "pairs",
 ]  # fmt: skip

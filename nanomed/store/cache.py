@@ -30,15 +30,6 @@ def digest(path: str | Path) -> str:
         raise InputError(f"{path}: {error.strerror}") from None
 
 
-def check_once(paths: list[str]) -> None:
-    """Raises InputError for a file or folder that is given twice, however it is spelled."""
-    real = [*map(os.path.realpath, paths)]
-    if twice := [path for i, path in enumerate(paths) if real[i] in real[:i]]:
-        raise InputError(
-            f"--data and --val_data: {Path(twice[0])} is given twice; --epochs repeats data"
-        )
-
-
 def hash_of_first(made: Iterable) -> str:
     """Of what the first records of a file become: a line that somebody changes to try it takes
     effect, though it has raised no number of VERSIONS."""

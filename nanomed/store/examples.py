@@ -17,7 +17,7 @@ import numpy as np
 
 from nanomed.config import InputError
 from nanomed.records import Chat, read_chats, read_pairs
-from nanomed.store.cache import cached, check_once, digest, group_key, hash_of_first, progress
+from nanomed.store.cache import cached, digest, group_key, hash_of_first, progress
 from nanomed.store.tally import Facts, Tally, among, report_of
 from nanomed.store.versions import versions
 from nanomed.text.segment import Segment
@@ -101,7 +101,6 @@ class _Reading:
     fields: Sequence[str]
 
     def store(self, allow_drop: float) -> Store:
-        check_once(self.files)
         found = Store(cached(self.kind, self.key(), self.write))
         self.check_drops(found.meta["report"], allow_drop)
         return found
